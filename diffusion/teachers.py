@@ -1,0 +1,114 @@
+"""Teachers by URI.
+
+    builtin:digits            a small class-conditional EDM network, trained on scikit-learn's digits, in this package
+    builtin:gaussian          N(0.5, 0.25) in two dimensions, in closed form: its exact flow map is known
+    builtin:mixture           a product of two-component mixtures in two dimensions, likewise
+    python:MODULE:FACTORY     FACTORY() returns an nn.Module (x_t, t, condition) -> x_0 with the attributes
+                              process, sample_shape and, where it has classes, num_classes
+    FOLDER                    a native checkpoint: a teacher trained here, or any student
+"""
+
+import hashlib
+import importlib
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffusion import checkpoint
+from diffusion.checkpoint import Checkpoint
+from diffusion.process import VE, Process
+from diffusion.spec import process_from_spec, process_spec
+
+_BUILTIN = Path(__file__).parent / "builtin"
+
+_CLOSED_FORMS: dict[str, dict[str, Any]] = {
+    "gaussian": {"kind": "gaussian", "mean": 0.5, "variance": 0.25},
+    "mixture": {"kind": "mixture", "weights": [0.5, 0.5], "means": [-0.75, 0.75], "variances": [0.04, 0.04]},
+}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A denoiser (x_t, t, condition) -> x_0 in evaluation mode, and what a recipe must know of it.
+
+    source_sha256 is the digest of a `python:` factory's module; elsewhere the spec and the weights say everything.
+    """
+
+    uri: str
+    denoiser: nn.Module
+    process: Process
+    model: dict[str, Any]
+    weights_sha256: str
+    sample_shape: tuple[int, ...]
+    num_classes: int | None
+    source_sha256: str | None = None
+
+
+def load_teacher(uri: str, *, device: str | torch.device = "cpu") -> Teacher:
+    """The teacher at `uri`. Raises ValueError or FileNotFoundError in one line where there is none."""
+    scheme, _, rest = uri.partition(":")
+    if scheme == "builtin":
+        return from_checkpoint(uri, builtin_checkpoint(rest), device=device)
+    if scheme == "python":
+        return _from_factory(uri, rest, device=device)
+    return from_checkpoint(uri, checkpoint.load(uri), device=device)
+
+
+def from_checkpoint(uri: str, saved: Checkpoint, *, device: str | torch.device = "cpu") -> Teacher:
+    """A native checkpoint as a teacher."""
+    return Teacher(
+        uri=uri,
+        denoiser=saved.build(device=device).requires_grad_(False),
+        process=process_from_spec(saved.model["process"]),
+        model=saved.model,
+        weights_sha256=saved.weights_sha256,
+        sample_shape=tuple(saved.model["sample_shape"]),
+        num_classes=saved.model["num_classes"],
+    )
+
+
+def builtin_checkpoint(name: str) -> Checkpoint:
+    """The checkpoint behind `builtin:NAME`. Raises ValueError for a name that is not shipped."""
+    if name in _CLOSED_FORMS:
+        spec = {"sample_shape": [2], "num_classes": None, "process": process_spec(VE()), **_CLOSED_FORMS[name]}
+        return Checkpoint(spec, b"")
+    if not (_BUILTIN / name / checkpoint.MODEL_FILE).is_file():
+        known = sorted(path.parent.name for path in _BUILTIN.glob(f"*/{checkpoint.MODEL_FILE}"))
+        raise ValueError(f"builtin:{name} is not shipped; use one of builtin:{', builtin:'.join([*known, *_CLOSED_FORMS])}")
+    return checkpoint.load(_BUILTIN / name)
+
+
+def _from_factory(uri: str, path: str, *, device: str | torch.device) -> Teacher:
+    module_name, _, factory_name = path.partition(":")
+    factory: Callable[[], nn.Module] | None = getattr(importlib.import_module(module_name), factory_name or "_", None)
+    if factory is None:
+        raise ValueError(f"{uri}: {module_name} has no {factory_name!r}; write python:MODULE:FACTORY")
+    denoiser = factory().to(device).eval().requires_grad_(False)
+    missing = [name for name in ("process", "sample_shape") if not hasattr(denoiser, name)]
+    if missing:
+        raise ValueError(f"{uri}: its denoiser has no attribute {missing[0]!r}; set it to what diffusion.process describes")
+    num_classes: int | None = getattr(denoiser, "num_classes", None)
+    shape = tuple(int(size) for size in denoiser.sample_shape)
+    model = {
+        "kind": "python",
+        "sample_shape": list(shape),
+        "num_classes": num_classes,
+        "process": process_spec(denoiser.process),
+    }
+    return Teacher(
+        uri=uri,
+        denoiser=denoiser,
+        process=denoiser.process,
+        # Through JSON once, so that tuples compare as the lists that a recipe gives back.
+        model=json.loads(json.dumps(model)),
+        weights_sha256=hashlib.sha256(checkpoint.pack(denoiser)).hexdigest(),
+        sample_shape=shape,
+        num_classes=num_classes,
+        source_sha256=hashlib.sha256(inspect.getsource(inspect.getmodule(factory)).encode()).hexdigest(),
+    )

@@ -1,0 +1,148 @@
+"""One way to configure both programs: a frozen pydantic model whose every field is a flag and a YAML key.
+
+    main("pipeline", {"generate": Command(GenerateConfig, run_generate), ...})
+
+`--config FILE.yaml` holds the same fields nested as YAML; a flag on the command line wins over the file. A refused
+value is one line on stderr and exit code 2; `--debug` shows the traceback instead.
+"""
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from unittest import mock
+
+import tyro
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from storage_schemas.errors import UsageError, UserError
+
+
+class Config(BaseModel):
+    """A typed, frozen group of options that is valid by construction."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word of the command line: its options, and what runs with them and returns the exit code."""
+
+    config: type[Config]
+    run: Callable[[Any], int]
+
+    @property
+    def summary(self) -> str:
+        return (self.config.__doc__ or "").strip().splitlines()[0]
+
+
+def main(program: str, commands: Mapping[str, Command], arguments: Sequence[str] | None = None) -> int:
+    """Run the command that `arguments` (sys.argv by default) name; the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        if not words or words[0] in ("-h", "--help"):
+            print(_overview(program, commands))
+            return 0 if words else 2
+        command = commands.get(words[0])
+        if command is None:
+            raise UsageError(f"{words[0]!r} is no command of {program}: use one of {', '.join(commands)}")
+        return command.run(parse(command.config, words[1:], program=f"python -m {program} {words[0]}"))
+    except (UserError, ValueError, OSError) as error:
+        if debug:
+            raise
+        message = str(error) if isinstance(error, UserError) else f"{error} (--debug shows where)"
+        print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
+        return error.exit_code if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def parse(config: type[ConfigT], arguments: Sequence[str], *, program: str) -> ConfigT:
+    """The config that flags and `--config FILE.yaml` describe. Raises UsageError in one line."""
+    flags = _with_yaml(list(arguments))
+    if "-h" in flags or "--help" in flags:
+        return tyro.cli(config, args=flags, prog=program, description=_help(config))
+    complaint = io.StringIO()
+    # A wide terminal keeps each sentence of tyro's boxes on one line, so that they can be told in one.
+    with mock.patch.dict(os.environ, {"COLUMNS": "4000"}), contextlib.redirect_stderr(complaint):
+        try:
+            return tyro.cli(config, args=flags, prog=program)
+        except SystemExit:
+            pass
+    raise UsageError(f"{_one_line(complaint.getvalue())}; {program} --help lists every option")
+
+
+def _overview(program: str, commands: Mapping[str, Command]) -> str:
+    width = max(map(len, commands))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in commands.items()]
+    return "\n".join([f"usage: python -m {program} COMMAND [OPTIONS]", "", *lines, "", "COMMAND --help lists options."])
+
+
+def _help(config: type[Config]) -> str:
+    return f"{(config.__doc__ or '').strip()}\n\n--config FILE.yaml reads the same fields from YAML; flags win over it."
+
+
+def _with_yaml(arguments: list[str]) -> list[str]:
+    """Replace `--config FILE` by the file's fields as flags, leaving out those that the command line sets itself."""
+    where = next((i for i, word in enumerate(arguments) if word.split("=")[0] == "--config"), None)
+    if where is None:
+        return arguments
+    path = arguments[where].partition("=")[2] or "".join(arguments[where + 1 : where + 2])
+    rest = arguments[:where] + arguments[where + (1 if "=" in arguments[where] else 2) :]
+    given = {_flag_name(word) for word in rest if word.startswith("--")}
+    return rest + [word for name, words in _flags_of(_read_yaml(path)) if name not in given for word in words]
+
+
+def _flag_name(word: str) -> str:
+    name = word.split("=")[0].removeprefix("--").replace("_", "-")
+    *groups, last = name.split(".")
+    return ".".join([*groups, last.removeprefix("no-")])
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            document = yaml.safe_load(file) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path}: {error}; name a readable YAML file") from error
+    if not isinstance(document, dict):
+        raise UsageError(f"--config {path}: holds a {type(document).__name__}; write field: value lines")
+    return document
+
+
+def _flags_of(document: dict[str, Any], prefix: str = "") -> list[tuple[str, list[str]]]:
+    """Nested YAML as [(flag name, its words)]: {solver: {name: heun}} -> --solver.name heun."""
+    flags: list[tuple[str, list[str]]] = []
+    for key, value in document.items():
+        name = f"{prefix}{key}".replace("_", "-")
+        if isinstance(value, dict):
+            flags += _flags_of(value, prefix=f"{name}.")
+        elif isinstance(value, bool):
+            group, _, last = name.rpartition(".")
+            flags.append((name, [f"--{name}" if value else f"--{group}{'.' if group else ''}no-{last}"]))
+        elif isinstance(value, list):
+            flags.append((name, [f"--{name}", *map(str, value)]))
+        else:
+            flags.append((name, [f"--{name}={value}"]))
+    return flags
+
+
+def _one_line(complaint: str) -> str:
+    """Tyro's box as one sentence: what is wrong and, where it knows, what was perhaps meant."""
+    lines = [line.strip("│ \n") for line in complaint.splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("╭", "╰", "For full helptext", "For further"))]
+    told = [line for line in lines if not set(line) <= {"─"}]
+    stop = next((i for i, line in enumerate(told) if line.startswith("Argument helptext")), len(told))
+    sentence = " ".join(told[:stop]) or "these options do not parse"
+    sentence = re.sub(r"Error parsing (\S+): \d+ validation errors? for \S+ (Value error, )?", r"\1: ", sentence)
+    return re.sub(r" \[type=\w+, input_value=(.*?), input_type=\w+\]", r", got \1", sentence)

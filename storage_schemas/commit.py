@@ -1,0 +1,155 @@
+"""A task is one whole shard's range of ids; a commit is what makes the shard exist."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from pydantic import AfterValidator, Field
+
+from storage_schemas import paths, record
+from storage_schemas.documents import SCHEMA_VERSION, Document
+from storage_schemas.record import Columns, Split, from_storage
+from storage_schemas.recipe import Sha256
+from storage_schemas.store import Store
+
+FOOTER = "footer"
+ALL_COLUMNS = "*"
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Task:
+    """Ids [start, stop) of one split: always one full shard."""
+
+    split: Split
+    index: int
+    samples_per_shard: int
+
+    @property
+    def name(self) -> str:
+        """train-00000003."""
+        return f"{self.split}-{self.index:08d}"
+
+    @property
+    def start(self) -> int:
+        """First id."""
+        return self.index * self.samples_per_shard
+
+    @property
+    def stop(self) -> int:
+        """One past the last id."""
+        return self.start + self.samples_per_shard
+
+    @classmethod
+    def parse(cls, name: str, samples_per_shard: int) -> Self:
+        """The task of a name."""
+        split, _, index = name.rpartition("-")
+        if split not in record.SPLITS or not index.isdecimal():
+            raise ValueError(f"{name!r} is not a task's name such as train-00000003")
+        return cls(split, int(index), samples_per_shard)
+
+
+class Chunk(Document):
+    """One run of bytes with its own checksum: a column of a row group, a block of tar rows, or what ends the file."""
+
+    column: str
+    first_row: int
+    rows: int
+    offset: int
+    length: int
+    xxh3: str = Field(pattern=r"^[0-9a-f]{32}$", description="xxh3-128 of exactly these bytes")
+
+
+class ColumnStatistics(Document):
+    """Over all values of a column, in float64. None when there are no rows."""
+
+    mean: float | None
+    std: float | None
+    min: float | None
+    max: float | None
+
+
+def _inside(path: str) -> str:
+    if not paths.is_inside(path):
+        raise ValueError(f"{path!r} points outside the store")
+    return path
+
+
+class Commit(Document):
+    """The winner of a task. `path` is relative to the store."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    split: Split
+    index: int = Field(ge=0)
+    samples_per_shard: int = Field(ge=1)
+    recipe_id: Sha256
+    layout_id: str
+    attempt: str
+    path: Annotated[str, AfterValidator(_inside)]
+    bytes: int
+    sha256: Sha256
+    rows: int
+    quarantined: tuple[int, ...] = ()
+    chunks: tuple[Chunk, ...]
+    seconds: float
+    nfe: int
+    machine: dict[str, str]
+    statistics: dict[str, ColumnStatistics] = {}
+    labels: dict[str, int] = {}
+    committed_at: str
+
+    @property
+    def task(self) -> Task:
+        """The task that this commit ends."""
+        return Task(self.split, self.index, self.samples_per_shard)
+
+    @property
+    def commit_path(self) -> str:
+        """Where this document lies."""
+        return paths.commit_path(self.recipe_id, self.layout_id, self.task.name)
+
+
+def put_commit(store: Store, commit: Commit) -> Commit:
+    """The commit that stands now: ours, or that of whoever was first (compare `attempt`)."""
+    there = store.put_if_absent(commit.commit_path, commit.to_bytes())
+    return Commit.from_bytes(there, f"{store.uri}/{commit.commit_path}")
+
+
+def read_commit(store: Store, recipe_id: str, layout_id: str, task: str) -> Commit | None:
+    """The commit of a task, None while nobody has finished it."""
+    path = paths.commit_path(recipe_id, layout_id, task)
+    data = store.read(path)
+    return None if data is None else Commit.from_bytes(data, f"{store.uri}/{path}")
+
+
+def read_commits(store: Store, recipe_id: str, layout_id: str, tasks: Sequence[str]) -> dict[str, Commit]:
+    """Commits of those of `tasks` that have one, by task name; missing tasks are simply not there."""
+    found = store.read_many([paths.commit_path(recipe_id, layout_id, task) for task in tasks])
+    folder = f"{store.uri}/{paths.commits_folder(recipe_id, layout_id)}"
+    pairs = zip(tasks, found, strict=True)
+    return {task: Commit.from_bytes(data, f"{folder}/{task}.json") for task, data in pairs if data is not None}
+
+
+def list_committed(store: Store, recipe_id: str, layout_id: str) -> set[str]:
+    """Names of all tasks with a commit, by one listing past every cache."""
+    names = store.list(paths.commits_folder(recipe_id, layout_id))
+    return {name.removesuffix(".json") for name in names if name.endswith(".json")}
+
+
+def column_statistics(fields: Sequence[record.Field], columns: Columns) -> dict[str, ColumnStatistics]:
+    """Mean, standard deviation, minimum and maximum of every state column."""
+    return {field.name: _statistics(field, columns[field.name]) for field in fields if not field.is_scalar}
+
+
+def _statistics(field: record.Field, stored: np.ndarray) -> ColumnStatistics:
+    if not stored.size:
+        return ColumnStatistics(mean=None, std=None, min=None, max=None)
+    values = from_storage(stored, field.dtype).astype(np.float64)
+    figures: dict[str, Any] = {"mean": values.mean(), "std": values.std(), "min": values.min(), "max": values.max()}
+    return ColumnStatistics(**{name: float(figure) for name, figure in figures.items()})
+
+
+def utc_now() -> str:
+    """The time as ISO 8601 in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,37 @@
+"""What a user is told: one line with the value, the rule and the way out."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """Something only the user can change. Printed without a traceback; the program ends with `exit_code`."""
+
+    exit_code = 1
+
+
+class UsageError(UserError):
+    """A command line or a configuration that cannot be meant."""
+
+    exit_code = 2
+
+
+class StoreError(UserError):
+    """The store is not there, not ours, or does not keep its promises."""
+
+
+class ManifestMismatch(UserError):
+    """A dataset that cannot serve what is asked of it."""
+
+
+class CorruptShard(UserError):
+    """Bytes that do not match the checksum in their commit."""
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """While a configuration is turned into objects, a refused value is the user's to correct: ValueError -> UsageError."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        raise UsageError(str(error)) from error

@@ -1,0 +1,82 @@
+"""Where everything lies, relative to the store's root."""
+
+import secrets
+from pathlib import PurePosixPath
+
+STORE = "store.json"
+
+
+def new_attempt() -> str:
+    """A name that no other writer has: 16 hex digits."""
+    return secrets.token_hex(8)
+
+
+def recipe_path(recipe_id: str) -> str:
+    """How samples are made."""
+    return f"recipes/{recipe_id}/recipe.json"
+
+
+def weights_folder(recipe_id: str) -> str:
+    """The teacher's own weights, where generate kept them."""
+    return f"recipes/{recipe_id}/teacher"
+
+
+def shards_folder(recipe_id: str, layout_id: str) -> str:
+    """Shards of one layout; a file here exists only if a commit names it."""
+    return f"recipes/{recipe_id}/{layout_id}/shards"
+
+
+def commits_folder(recipe_id: str, layout_id: str) -> str:
+    """Commits of one layout."""
+    return f"recipes/{recipe_id}/{layout_id}/commits"
+
+
+def shard_path(recipe_id: str, layout_id: str, task: str, attempt: str, suffix: str) -> str:
+    """A shard under a name of its own attempt."""
+    return f"{shards_folder(recipe_id, layout_id)}/{task}-{attempt}{suffix}"
+
+
+def commit_path(recipe_id: str, layout_id: str, task: str) -> str:
+    """The document that makes a shard exist."""
+    return f"{commits_folder(recipe_id, layout_id)}/{task}.json"
+
+
+def manifests_folder(dataset: str) -> str:
+    """Sealed views of one dataset."""
+    return f"datasets/{dataset}/manifests"
+
+
+def manifest_path(dataset: str, number: int) -> str:
+    """Manifest `number`, from 1."""
+    return f"{manifests_folder(dataset)}/{number:06d}.json"
+
+
+def shard_table_path(dataset: str, sha256: str) -> str:
+    """A manifest's table of shards, named by its content."""
+    return f"{manifests_folder(dataset)}/{sha256}.parquet"
+
+
+def job_path(job: str) -> str:
+    """Who is making what."""
+    return f"jobs/{job}/job.json"
+
+
+def failures_folder(job: str) -> str:
+    """Tasks of a job that were set aside."""
+    return f"jobs/{job}/failures"
+
+
+def failure_path(job: str, task: str) -> str:
+    """What was set aside and why."""
+    return f"{failures_folder(job)}/{task}.json"
+
+
+def pin_path(run: str) -> str:
+    """A reader that holds a manifest."""
+    return f"pins/{run}.json"
+
+
+def is_inside(path: str) -> bool:
+    """Whether a path from a document stays below the store's root."""
+    parts = PurePosixPath(path).parts
+    return bool(parts) and not path.startswith("/") and ".." not in parts

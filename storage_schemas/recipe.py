@@ -1,0 +1,133 @@
+"""The recipe: everything that changes a number. Its digest names the folder, so nothing stale is taken for new."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from storage_schemas import record
+from storage_schemas.documents import Document
+from storage_schemas.record import StorageDtype
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class TeacherRecord(Document):
+    """Who was solved: where it came from, what its weights hash to, and how to build it."""
+
+    uri: str
+    weights_sha256: Sha256
+    model: dict[str, Any]
+    source_sha256: Sha256 | None = None
+
+
+class Guidance(Document):
+    """Classifier-free guidance. `scale` 1 is the conditional model in this convention."""
+
+    scale: float = 1.0
+    convention: Literal["mu_uncond + scale * (mu_cond - mu_uncond)"] = "mu_uncond + scale * (mu_cond - mu_uncond)"
+
+
+class SolverRecord(Document):
+    """Solver, number of steps, the frame it works in and the options that made the grid."""
+
+    name: str
+    steps: int = Field(ge=1)
+    frame: Literal["sigma", "flow"]
+    grid: dict[str, Any]
+
+
+class PriorStart(Document):
+    """Chains start from x_T of the prior."""
+
+    kind: Literal["prior"] = "prior"
+
+
+class DataStart(Document):
+    """Chains start from noised data, named by its digest."""
+
+    kind: Literal["data"] = "data"
+    digest: Sha256
+
+
+class NoCondition(Document):
+    """An unconditional teacher; the column holds -1."""
+
+    kind: Literal["none"] = "none"
+
+
+class UniformLabels(Document):
+    """Labels drawn uniformly from 0..num_classes-1 by the sample id."""
+
+    kind: Literal["uniform_labels"] = "uniform_labels"
+    num_classes: int = Field(ge=1)
+
+
+class NoiseRecord(Document):
+    """The counter-based generator of everything random about a sample."""
+
+    algorithm: str
+    version: int
+    seed: int = Field(ge=0)
+
+
+Start = Annotated[PriorStart | DataStart, Field(discriminator="kind")]
+Condition = Annotated[NoCondition | UniformLabels, Field(discriminator="kind")]
+
+
+class Recipe(Document):
+    """x_T -> stored states. times, alphas and sigmas are the grid t_0 = T > ... > t_N = 0 in float64, [N + 1] each."""
+
+    teacher: TeacherRecord
+    guidance: Guidance = Guidance()
+    solver: SolverRecord
+    times: tuple[float, ...]
+    alphas: tuple[float, ...]
+    sigmas: tuple[float, ...]
+    states: tuple[int, ...]
+    start: Start = PriorStart()
+    condition: Condition = NoCondition()
+    noise: NoiseRecord
+    chain: Literal["trajectory", "segment"] = "trajectory"
+    sample_shape: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+    storage_dtype: StorageDtype = "float16"
+    solve_dtype: Literal["float32", "float64"] = "float32"
+    autocast: Literal["none", "bfloat16", "float16"] = "none"
+    tf32: bool = False
+    compile: bool = False
+    micro_batch: int = Field(ge=1)
+    numerics_version: int
+
+    @model_validator(mode="after")
+    def _grid_is_one_grid(self) -> Self:
+        points = self.solver.steps + 1
+        for name in ("times", "alphas", "sigmas"):
+            if len(getattr(self, name)) != points:
+                raise ValueError(f"{name} has {len(getattr(self, name))} points, {self.solver.steps} steps need {points}")
+        if any(later >= earlier for earlier, later in zip(self.times, self.times[1:], strict=False)):
+            raise ValueError("times must descend from T to 0")
+        return self
+
+    @model_validator(mode="after")
+    def _states_are_on_the_grid(self) -> Self:
+        if list(self.states) != sorted(set(self.states)):
+            raise ValueError(f"states {list(self.states)} must ascend without repeats")
+        if self.chain == "trajectory" and (self.states[:1], self.states[-1:]) != ((0,), (self.num_steps,)):
+            raise ValueError(f"states {list(self.states)} of a trajectory begin with 0 and end with {self.num_steps}")
+        return self
+
+    @property
+    def id(self) -> str:
+        """sha256 of the canonical JSON."""
+        return self.digest
+
+    @property
+    def num_steps(self) -> int:
+        """N, the grid's last index."""
+        return self.solver.steps
+
+    @property
+    def fields(self) -> tuple[record.Field, ...]:
+        """The columns of a shard."""
+        if self.chain == "segment":
+            return record.segment_fields(self.sample_shape, self.storage_dtype)
+        return record.trajectory_fields(self.sample_shape, self.storage_dtype, self.num_steps, self.states)

@@ -1,0 +1,242 @@
+"""The store: a folder or bucket over fsspec with whole reads, uploads and one primitive, put-if-absent."""
+
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field
+
+from storage_schemas import backends, paths
+from storage_schemas.documents import SCHEMA_VERSION, Document
+from storage_schemas.errors import StoreError
+
+PUT_TRIES = 6
+READ_THREADS = 16
+PERMANENT = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError, ImportError, StoreError)
+Range = tuple[int, int]
+T = TypeVar("T")
+
+
+class MissingFile(StoreError):
+    """A file that a document names is not there."""
+
+
+class StoreDocument(Document):
+    """store.json. A store of a single writer makes no promise when two programs write to it at once."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    single_writer: bool = False
+    writer: str = Field(default_factory=paths.new_attempt, description="who created it")
+
+
+class Store:
+    """Paths are relative to the store's root. Pickles to its uri; `uri` and `repr` never hold credentials."""
+
+    def __init__(self, uri: str, *, single_writer: bool = False) -> None:
+        """Only for a uri that is known to be a store: use `open` or `create`."""
+        self._given = uri
+        self.protocol, self.uri, options = backends.split_uri(uri)
+        self._secrets = tuple(options.values())
+        self.single_writer = single_writer
+        self._fs = backends.filesystem(self.protocol, options)
+        self._root = str(self._fs._strip_protocol(self.uri)).rstrip("/")
+        if self.protocol in ("s3", "s3a", "gs", "gcs") and not self._root:
+            raise StoreError(f"{self.uri} names no bucket: write {self.protocol}://bucket/folder")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Re-opened from its uri, without asking store.json again."""
+        return _reopen, (self._given, self.single_writer)
+
+    def __repr__(self) -> str:
+        """Store('s3://bucket/folder')."""
+        return f"Store({self.uri!r})"
+
+    @classmethod
+    def open(cls, uri: str) -> "Store":
+        """An existing store."""
+        store = cls(uri)
+        data = store.read(paths.STORE)
+        if data is None:
+            raise StoreError(f"{store.uri} is not a store (it has no {paths.STORE}): `python -m pipeline generate` makes one")
+        document = StoreDocument.from_bytes(data, f"{store.uri}/{paths.STORE}")
+        return cls(uri, single_writer=document.single_writer)
+
+    @classmethod
+    def create(cls, uri: str, *, single_writer: bool = False) -> "Store":
+        """The store at `uri`, made if need be. Creating twice proves that the second creator is refused here."""
+        store = cls(uri, single_writer=single_writer)
+        if store.protocol not in ("file", *backends.CONDITIONAL) and not single_writer:
+            raise StoreError(
+                f"{store.uri}: {store.protocol} has no conditional create, so two writers could both win: "
+                "use a folder, s3://, gs:// or az://, or --single-writer"
+            )
+        ours = StoreDocument(single_writer=single_writer).to_bytes()
+        if store.put_if_absent(paths.STORE, ours) == ours and not single_writer:
+            store._probe(ours)
+        return cls.open(uri)
+
+    def _probe(self, ours: bytes) -> None:
+        if self.put_if_absent(paths.STORE, StoreDocument().to_bytes()) == ours == self.read(paths.STORE):
+            return
+        self.remove(paths.STORE)
+        raise StoreError(
+            f"{self.uri} accepted a conditional create of the same name twice, so two writers could both win: "
+            "use another storage, or --single-writer"
+        )
+
+    def put_if_absent(self, path: str, data: bytes) -> bytes:
+        """The bytes that are there now: `data` if we won, the winner's otherwise.
+
+        `data` must hold something that only this writer knows. Then a lost response, or a retry that loses against
+        our own earlier write, is still recognised as ours. A conflict (409) or any other unknown outcome is read
+        back; if nothing is there it is tried again.
+        """
+        if self.single_writer:
+            return self._put_alone(path, data)
+        problem: Exception | None = None
+        for attempt in range(PUT_TRIES):
+            if attempt:
+                time.sleep(random.uniform(0.5, 1.0) * 0.1 * 2**attempt)
+            try:
+                backends.create(self._fs, self.protocol, self._full(path), data)
+                return data
+            except FileExistsError:
+                pass
+            except PERMANENT as error:
+                raise self._told(path, error) from None
+            except Exception as error:
+                problem = error
+            there = self._look(path)
+            if there is not None:
+                return there
+        raise self._told(path, problem or OSError("it exists but can't be read"))
+
+    def _look(self, path: str) -> bytes | None:
+        """What is there, None also when that can't be found out just now."""
+        try:
+            return self._call(path, lambda: self._cat(path))
+        except (MissingFile, StoreError):
+            return None
+
+    def _put_alone(self, path: str, data: bytes) -> bytes:
+        there = self.read(path)
+        if there is None:
+            self.write(path, data)
+        return data if there is None else there
+
+    def write(self, path: str, data: bytes) -> None:
+        """Writes or replaces: for what one writer owns, such as its own pin."""
+        full = self._full(path)
+        if self.protocol == "file":
+            self._call(path, lambda: backends.write_local(Path(full), data))
+        else:
+            self._call(path, lambda: self._fs.pipe_file(full, data))
+
+    def upload(self, local_path: str | Path, path: str) -> None:
+        """Copies a finished local file to a name of its own attempt."""
+        full = self._full(path)
+        if self.protocol == "file":
+            self._call(path, lambda: backends.copy_local(str(local_path), Path(full)))
+        else:
+            self._call(path, lambda: self._fs.put_file(str(local_path), full))
+
+    def remove(self, path: str) -> None:
+        """Deletes one file, if it is there."""
+        try:
+            self._call(path, lambda: self._fs.rm_file(self._full(path)))
+        except MissingFile:
+            return
+
+    def read(self, path: str) -> bytes | None:
+        """The whole file, None if it is absent."""
+        try:
+            return self._call(path, lambda: self._cat(path))
+        except MissingFile:
+            return None
+
+    def read_many(self, many: Sequence[str]) -> list[bytes | None]:
+        """`read` of each, several at a time."""
+        with ThreadPoolExecutor(READ_THREADS) as threads:
+            return list(threads.map(self.read, many))
+
+    def read_range(self, path: str, offset: int, length: int) -> bytes:
+        """`length` bytes from `offset`, fewer at the end of the file."""
+        return self.read_ranges(path, [(offset, length)])[0]
+
+    def read_ranges(self, path: str, ranges: Sequence[Range]) -> list[bytes]:
+        """Bytes of each (offset, length), fetched side by side where the storage can. MissingFile if there is no file."""
+        full = self._full(path)
+        if self.protocol == "file":
+            return self._call(path, lambda: _pread(full, ranges))
+        starts, ends = [start for start, _ in ranges], [start + length for start, length in ranges]
+        return self._call(path, lambda: list(self._fs.cat_ranges([full] * len(ranges), starts, ends, on_error="raise")))
+
+    def list(self, folder: str) -> list[str]:
+        """Sorted names in a folder, past every cache; empty if there is no such folder. Unfinished files are not shown."""
+        full = self._full(folder)
+        self._fs.invalidate_cache(full)
+        try:
+            found = self._call(folder, lambda: self._fs.ls(full, detail=False))
+        except MissingFile:
+            return []
+        names = {str(name).rstrip("/").rpartition("/")[2] for name in found if str(name).rstrip("/") != full}
+        return sorted(name for name in names if name and not name.startswith("."))
+
+    def size(self, path: str) -> int | None:
+        """Bytes of a file, None if it is absent."""
+        full = self._full(path)
+        self._fs.invalidate_cache(full)
+        try:
+            return int(self._call(path, lambda: self._fs.info(full))["size"])
+        except MissingFile:
+            return None
+
+    def exists(self, path: str) -> bool:
+        """Whether a file is there now."""
+        return self.size(path) is not None
+
+    def local_path(self, path: str) -> str | None:
+        """The file's own path where the store is a local folder, for mapping it."""
+        return self._full(path) if self.protocol == "file" else None
+
+    def _full(self, path: str) -> str:
+        if not paths.is_inside(path):
+            raise ValueError(f"{path!r} points outside the store")
+        return f"{self._root}/{path}"
+
+    def _cat(self, path: str) -> bytes:
+        full = self._full(path)
+        return Path(full).read_bytes() if self.protocol == "file" else bytes(self._fs.cat_file(full))
+
+    def _call(self, path: str, action: Callable[[], T]) -> T:
+        try:
+            return action()
+        except Exception as error:
+            raise self._told(path, error) from None
+
+    def _told(self, path: str, error: Exception) -> StoreError:
+        """The exception as one line without credentials."""
+        if isinstance(error, StoreError):
+            return error
+        if backends.error_code(error) == "NoSuchBucket":
+            return StoreError(f"{self.uri}: there is no such bucket: create it first, or mend the name")
+        if isinstance(error, FileNotFoundError):
+            return MissingFile(f"{self.uri}/{path} is missing")
+        reason = str(error).strip().split("\n")[0] or "no reason given"
+        for secret in self._secrets:
+            reason = reason.replace(secret, "***")
+        way_out = ": check the credentials and their rights" if isinstance(error, PermissionError) else ""
+        return StoreError(f"{self.uri}/{path}: {type(error).__name__}: {reason}{way_out}")
+
+
+def _reopen(uri: str, single_writer: bool) -> Store:
+    return Store(uri, single_writer=single_writer)
+
+
+def _pread(full: str, ranges: Sequence[Range]) -> list[bytes]:
+    with open(full, "rb") as file:
+        return [os.pread(file.fileno(), length, offset) for offset, length in ranges]
