@@ -15,3 +15,30 @@ venv: .venv/installed
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[dev]"
 	touch $@
+
+# The main job, as the README shows it: Ray with 2 workers solves 16,384 trajectories of the built-in teacher, the
+# trainer fits a 1-step student by knowledge distillation and an 8, 4, 2, 1-step one by progressive distillation, and
+# both are held against the teacher's own solvers. Everything lands in runs/demo/; a second call finds it done.
+demo: venv
+	PATH="$(CURDIR)/$(BIN):$$PATH" ./tests/end_to_end/demo.sh runs/demo
+
+test: lint
+	$(BIN)/python -m pytest -m "not faults and not gpu"
+
+faults: venv
+	$(BIN)/python -m pytest -m "faults" --timeout 900
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+results: venv
+	PATH="$(CURDIR)/$(BIN):$$PATH" ./tests/end_to_end/results.sh runs/results
+
+bench: venv
+	$(BIN)/python -m pytest tests/benchmarks --benchmark
+
+clean:
+	rm -rf .venv runs build *.egg-info

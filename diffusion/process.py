@@ -32,13 +32,13 @@ class Process(Protocol):
         """Scale of eps in x_t."""
 
     def f(self, t: Tensor) -> Tensor:
-        """d log alpha/dt, the linear drift."""
+        """D log alpha/dt, the linear drift."""
 
     def g2(self, t: Tensor) -> Tensor:
-        """d sigma^2/dt - 2 f sigma^2, the squared diffusion."""
+        """D sigma^2/dt - 2 f sigma^2, the squared diffusion."""
 
     def time_at(self, ratio: Tensor) -> Tensor:
-        """t with sigma_t/alpha_t = ratio, 0 <= ratio; an infinite ratio is T where alpha_T = 0."""
+        """T with sigma_t/alpha_t = ratio, 0 <= ratio; an infinite ratio is T where alpha_T = 0."""
 
     def network_time(self, t: Tensor) -> Tensor:
         """What a network trained on this process is told instead of t."""
@@ -119,8 +119,9 @@ class CosineVP(_OwnTime):
         # a - a_0 keeps its digits near t = 0, pi/2 - a near T, where r is infinite and t exactly 1.
         alpha = torch.rsqrt(1 + ratio.double() ** 2)
         sigma = torch.rsqrt(1 + ratio.double() ** -2)
-        sin = torch.hypot(torch.sin(alpha.new_tensor(self._rate * self.s)), sigma * self._cos_start)
-        travelled = torch.asin((sigma * self._cos_start) ** 2 / torch.sin(torch.asin(sin) + self._rate * self.s))
+        a_0, gained = self._rate * self.s, (sigma * self._cos_start) ** 2
+        a = torch.asin(torch.sqrt(math.sin(a_0) ** 2 + gained))
+        travelled = torch.asin(gained / torch.sin(a + a_0))
         return torch.where(ratio < 1, travelled, self._rate - torch.asin(alpha * self._cos_start)) / self._rate
 
     @property
@@ -190,6 +191,7 @@ class DiscreteVP:
     """VP through a table of betas, as diffusers stores it: log alpha is linear between the table's points.
 
     t = 0 is data and t = n + 1 is the table's timestep n, so T = len(betas) and a network is told t - 1.
+    Where the last beta is 1 (zero terminal SNR) alpha itself is linear over the last interval, down to 0.
     """
 
     betas: tuple[float, ...]
@@ -202,10 +204,12 @@ class DiscreteVP:
         return torch.exp(self._log_alpha(t))
 
     def sigma(self, t: Tensor) -> Tensor:
-        return torch.sqrt(-torch.expm1(2 * self._log_alpha(t)))
+        return torch.sqrt(0 - torch.expm1(2 * self._log_alpha(t)))  # 0 - x: sigma is +0.0 at t = 0, never -0.0
 
     def f(self, t: Tensor) -> Tensor:
-        return self._steps(t)[self._interval(t)]
+        n = self._interval(t)
+        step = self._steps(t)[n]
+        return torch.where(torch.isinf(step), -1 / (n + 1 - t.double()), step)
 
     def g2(self, t: Tensor) -> Tensor:
         return -2 * self.f(t)
@@ -214,7 +218,8 @@ class DiscreteVP:
         log_alpha = -torch.log1p(ratio.double() ** 2) / 2
         knots = self._knots(ratio)
         n = (torch.searchsorted(-knots, -log_alpha) - 1).clamp(0, len(self.betas) - 1)
-        return n + (log_alpha - knots[n]) / self._steps(ratio)[n]
+        step, fallen = self._steps(ratio)[n], log_alpha - knots[n]
+        return n + torch.where(torch.isinf(step), -torch.expm1(fallen), fallen / step)
 
     def network_time(self, t: Tensor) -> Tensor:
         return t - 1
@@ -224,7 +229,8 @@ class DiscreteVP:
 
     def _log_alpha(self, t: Tensor) -> Tensor:
         n = self._interval(t)
-        return self._knots(t)[n] + (t.double() - n) * self._steps(t)[n]
+        step, part = self._steps(t)[n], t.double() - n
+        return self._knots(t)[n] + torch.where(torch.isinf(step), torch.log1p(-part), part * step)
 
     def _steps(self, like: Tensor) -> Tensor:
         return torch.log1p(-torch.tensor(self.betas, dtype=torch.float64, device=like.device)) / 2

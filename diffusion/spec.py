@@ -9,6 +9,7 @@ Unknown names and fields are refused with a ValueError that lists what there is.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from diffusion.denoiser import Denoiser
 from diffusion.gaussian import GaussianTeacher, MixtureTeacher
-from diffusion.networks import ResidualMLP
+from diffusion.networks import NETWORKS
 from diffusion.prediction import PREDICTIONS, Prediction
 from diffusion.process import VE, CosineVP, DiscreteVP, LinearVP, Process, RectifiedFlow
 
@@ -56,15 +57,20 @@ def model_from_spec(spec: Spec) -> nn.Module:
 
 
 def _network_denoiser(spec: Spec) -> Denoiser:
-    options = {key: value for key, value in spec["network"].items() if key != "name"}
-    if spec["network"].get("name") != "residual_mlp":
-        raise ValueError(f"network {spec['network'].get('name')!r} is unknown; use residual_mlp")
     num_classes = spec["num_classes"]
-    try:
-        network = ResidualMLP(sample_shape=tuple(spec["sample_shape"]), num_classes=num_classes, **options)
-    except TypeError as error:
-        raise ValueError(f"network residual_mlp: {error}") from error
+    network = _build_network(spec["network"], tuple(spec["sample_shape"]), num_classes)
     return Denoiser(network, process_from_spec(spec["process"]), prediction_from_spec(spec["prediction"]), num_classes)
+
+
+def _build_network(spec: Spec, sample_shape: tuple[int, ...], num_classes: int | None) -> nn.Module:
+    name = spec.get("name")
+    if name not in NETWORKS:
+        raise ValueError(f"network {name!r} is unknown; use one of {', '.join(NETWORKS)}")
+    options = {key: value for key, value in spec.items() if key != "name"}
+    allowed = set(inspect.signature(NETWORKS[name]).parameters) - {"sample_shape", "num_classes"}
+    if unknown := sorted(set(options) - allowed):
+        raise ValueError(f"network {name} has no field {unknown[0]!r}; its fields are: {', '.join(sorted(allowed))}")
+    return NETWORKS[name](sample_shape=sample_shape, num_classes=num_classes, **options)
 
 
 def _gaussian(spec: Spec) -> GaussianTeacher:

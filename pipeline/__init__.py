@@ -1,0 +1,1 @@
+"""Makes data: plans, solves the teacher's trajectories, commits shards, seals manifests."""

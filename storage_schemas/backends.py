@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-import fsspec
+from fsspec.core import url_to_fs
 
 from storage_schemas.errors import StoreError
 
@@ -27,7 +27,7 @@ _memory = threading.Lock()  # memory:// lives in one process, where a lock makes
 
 
 def split_uri(uri: str) -> tuple[str, str, dict[str, str]]:
-    """Protocol, uri without credentials, and the credentials as fsspec options; a local uri becomes an absolute path."""
+    """Protocol, uri without credentials, credentials as fsspec options; a local uri becomes an absolute path."""
     protocol, separator, rest = uri.partition("://")
     if not separator or protocol in LOCAL:
         return "file", os.path.abspath(os.path.expanduser(rest if separator else uri)), {}
@@ -35,7 +35,7 @@ def split_uri(uri: str) -> tuple[str, str, dict[str, str]]:
         raise StoreError(f"{protocol} is a chained uri, which a store can't be: name the storage itself")
     if "?" in rest or "#" in rest:
         shown = re.split(r"[?#]", rest.rpartition("@")[2])[0]
-        raise StoreError(f"{protocol}://{shown} has a query, which a store's uri can't have: set options by environment")
+        raise StoreError(f"{protocol}://{shown} has a query, which a store can't have: set options by environment")
     return (protocol, *_credentials(protocol, rest))
 
 
@@ -48,14 +48,14 @@ def _credentials(protocol: str, rest: str) -> tuple[str, dict[str, str]]:
     return f"{protocol}://{rest.rstrip('/')}", {}
 
 
-def filesystem(protocol: str, options: dict[str, str]) -> Any:
-    """The fsspec filesystem, with no listing cache."""
+def filesystem(protocol: str, uri: str, options: dict[str, str]) -> tuple[Any, str]:
+    """The fsspec filesystem of a uri, with no listing cache, and the path in it."""
     try:
-        return fsspec.filesystem(protocol, use_listings_cache=False, **options)
+        return url_to_fs(uri, use_listings_cache=False, **options)
     except ImportError as error:
         raise StoreError(f"{protocol}:// needs a package that is not installed ({error}): pip install it") from None
     except ValueError:
-        raise StoreError(f"{protocol}:// is no protocol that fsspec knows: use a folder, s3://, gs:// or az://") from None
+        raise StoreError(f"{protocol}:// is unknown to fsspec: use a folder, s3://, gs:// or az://") from None
 
 
 def create(fs: Any, protocol: str, path: str, data: bytes) -> None:

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 EXACT_INTEGERS = 2**53
-"""A float64 below this that is whole is written as an integer, so that 80 and 80.0 in a configuration are one recipe."""
+"""A whole float64 below this is written as an integer, so that 80 and 80.0 in a configuration are one recipe."""
 
 
 def canonical_json(obj: Any) -> bytes:

@@ -145,4 +145,5 @@ def _one_line(complaint: str) -> str:
     stop = next((i for i, line in enumerate(told) if line.startswith("Argument helptext")), len(told))
     sentence = " ".join(told[:stop]) or "these options do not parse"
     sentence = re.sub(r"Error parsing (\S+): \d+ validation errors? for \S+ (Value error, )?", r"\1: ", sentence)
+    sentence = re.sub(r" \[type=\w+, input_value=\{.*?, input_type=dict\]", "", sentence)
     return re.sub(r" \[type=\w+, input_value=(.*?), input_type=\w+\]", r", got \1", sentence)

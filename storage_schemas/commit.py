@@ -10,8 +10,8 @@ from pydantic import AfterValidator, Field
 
 from storage_schemas import paths, record
 from storage_schemas.documents import SCHEMA_VERSION, Document
-from storage_schemas.record import Columns, Split, from_storage
 from storage_schemas.recipe import Sha256
+from storage_schemas.record import Columns, Split, from_storage
 from storage_schemas.store import Store
 
 FOOTER = "footer"
@@ -95,8 +95,8 @@ class Commit(Document):
     seconds: float
     nfe: int
     machine: dict[str, str]
-    statistics: dict[str, ColumnStatistics] = {}
-    labels: dict[str, int] = {}
+    statistics: dict[str, ColumnStatistics] = Field(default_factory=dict)
+    labels: dict[str, int] = Field(default_factory=dict)
     committed_at: str
 
     @property

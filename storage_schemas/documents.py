@@ -5,7 +5,6 @@ from typing import Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from storage_schemas.canonical import digest
 from storage_schemas.errors import StoreError
 
 SCHEMA_VERSION: Final = 1
@@ -25,11 +24,6 @@ class Document(BaseModel):
         text = json.dumps(self.plain(), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         return text.encode() + b"\n"
 
-    @property
-    def digest(self) -> str:
-        """sha256 of the canonical JSON."""
-        return digest(self.plain())
-
     @classmethod
     def from_bytes(cls, data: bytes, source: str) -> Self:
         """The document in `data`, which was read from `source`."""
@@ -42,6 +36,7 @@ class Document(BaseModel):
 def _complaint(kind: str, source: str, error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     if first["loc"] == ("schema_version",):
-        return f"{source} has schema version {first['input']!r}, this program reads {SCHEMA_VERSION}: use the release that wrote it"
-    where = ".".join(str(part) for part in first["loc"])
-    return f"{source} is not a {kind.lower()} document ({where + ': ' if where else ''}{first['msg']}): it was not written by us"
+        version = f"schema version {first['input']!r}, this program reads {SCHEMA_VERSION}"
+        return f"{source} has {version}: use the release that wrote it"
+    place = ".".join(map(str, first["loc"]))
+    return f"{source} is not a valid {kind} ({place + ': ' if place else ''}{first['msg']}): restore it"

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from storage_schemas import record
+from storage_schemas.canonical import digest
 from storage_schemas.documents import Document
 from storage_schemas.record import StorageDtype
 
@@ -101,8 +102,9 @@ class Recipe(Document):
     def _grid_is_one_grid(self) -> Self:
         points = self.solver.steps + 1
         for name in ("times", "alphas", "sigmas"):
-            if len(getattr(self, name)) != points:
-                raise ValueError(f"{name} has {len(getattr(self, name))} points, {self.solver.steps} steps need {points}")
+            have = len(getattr(self, name))
+            if have != points:
+                raise ValueError(f"{name} has {have} points, {self.solver.steps} steps need {points}")
         if any(later >= earlier for earlier, later in zip(self.times, self.times[1:], strict=False)):
             raise ValueError("times must descend from T to 0")
         return self
@@ -118,7 +120,7 @@ class Recipe(Document):
     @property
     def id(self) -> str:
         """sha256 of the canonical JSON."""
-        return self.digest
+        return digest(self.plain())
 
     @property
     def num_steps(self) -> int:

@@ -95,9 +95,8 @@ def check_columns(fields: Sequence[Field], columns: Columns) -> int:
     for field in fields:
         array = columns[field.name]
         if array.shape != (rows, *field.shape) or array.dtype != field.numpy_dtype:
-            raise ValueError(
-                f"column {field.name} is {array.dtype}{list(array.shape)}, not {field.numpy_dtype}{[rows, *field.shape]}"
-            )
+            have, need = f"{array.dtype}{list(array.shape)}", f"{field.numpy_dtype}{[rows, *field.shape]}"
+            raise ValueError(f"column {field.name} is {have}, not {need}")
     if np.any(np.diff(columns["sample_id"]) <= 0):
         raise ValueError("sample ids must ascend within a shard")
     return rows

@@ -38,12 +38,12 @@ class Store:
 
     def __init__(self, uri: str, *, single_writer: bool = False) -> None:
         """Only for a uri that is known to be a store: use `open` or `create`."""
-        self._given = uri
         self.protocol, self.uri, options = backends.split_uri(uri)
+        self._given = uri if options else self.uri
         self._secrets = tuple(options.values())
         self.single_writer = single_writer
-        self._fs = backends.filesystem(self.protocol, options)
-        self._root = str(self._fs._strip_protocol(self.uri)).rstrip("/")
+        self._fs, root = backends.filesystem(self.protocol, self.uri, options)
+        self._root = root.rstrip("/")
         if self.protocol in ("s3", "s3a", "gs", "gcs") and not self._root:
             raise StoreError(f"{self.uri} names no bucket: write {self.protocol}://bucket/folder")
 
@@ -61,7 +61,7 @@ class Store:
         store = cls(uri)
         data = store.read(paths.STORE)
         if data is None:
-            raise StoreError(f"{store.uri} is not a store (it has no {paths.STORE}): `python -m pipeline generate` makes one")
+            raise StoreError(f"{store.uri} is not a store (no {paths.STORE}): `python -m pipeline generate` makes one")
         document = StoreDocument.from_bytes(data, f"{store.uri}/{paths.STORE}")
         return cls(uri, single_writer=document.single_writer)
 
@@ -98,11 +98,12 @@ class Store:
         if self.single_writer:
             return self._put_alone(path, data)
         problem: Exception | None = None
+        full = self._full(path)
         for attempt in range(PUT_TRIES):
             if attempt:
                 time.sleep(random.uniform(0.5, 1.0) * 0.1 * 2**attempt)
             try:
-                backends.create(self._fs, self.protocol, self._full(path), data)
+                backends.create(self._fs, self.protocol, full, data)
                 return data
             except FileExistsError:
                 pass
@@ -118,8 +119,8 @@ class Store:
     def _look(self, path: str) -> bytes | None:
         """What is there, None also when that can't be found out just now."""
         try:
-            return self._call(path, lambda: self._cat(path))
-        except (MissingFile, StoreError):
+            return self.read(path)
+        except StoreError:
             return None
 
     def _put_alone(self, path: str, data: bytes) -> bytes:
@@ -146,19 +147,21 @@ class Store:
 
     def remove(self, path: str) -> None:
         """Deletes one file, if it is there."""
+        full = self._full(path)
         try:
-            self._call(path, lambda: self._fs.rm_file(self._full(path)))
+            self._call(path, lambda: self._fs.rm_file(full))
         except MissingFile:
             return
 
     def read(self, path: str) -> bytes | None:
         """The whole file, None if it is absent."""
+        full = self._full(path)
         try:
-            return self._call(path, lambda: self._cat(path))
+            return self._call(path, lambda: self._cat(full))
         except MissingFile:
             return None
 
-    def read_many(self, many: Sequence[str]) -> list[bytes | None]:
+    def read_many(self, many: Sequence[str]) -> Sequence[bytes | None]:
         """`read` of each, several at a time."""
         with ThreadPoolExecutor(READ_THREADS) as threads:
             return list(threads.map(self.read, many))
@@ -167,16 +170,16 @@ class Store:
         """`length` bytes from `offset`, fewer at the end of the file."""
         return self.read_ranges(path, [(offset, length)])[0]
 
-    def read_ranges(self, path: str, ranges: Sequence[Range]) -> list[bytes]:
-        """Bytes of each (offset, length), fetched side by side where the storage can. MissingFile if there is no file."""
+    def read_ranges(self, path: str, ranges: Sequence[Range]) -> Sequence[bytes]:
+        """Bytes of each (offset, length), side by side where the storage can. MissingFile if there is no file."""
         full = self._full(path)
         if self.protocol == "file":
             return self._call(path, lambda: _pread(full, ranges))
         starts, ends = [start for start, _ in ranges], [start + length for start, length in ranges]
         return self._call(path, lambda: list(self._fs.cat_ranges([full] * len(ranges), starts, ends, on_error="raise")))
 
-    def list(self, folder: str) -> list[str]:
-        """Sorted names in a folder, past every cache; empty if there is no such folder. Unfinished files are not shown."""
+    def list(self, folder: str) -> Sequence[str]:
+        """Sorted names in a folder, past every cache; none if there is no such folder. Unfinished files don't show."""
         full = self._full(folder)
         self._fs.invalidate_cache(full)
         try:
@@ -208,8 +211,7 @@ class Store:
             raise ValueError(f"{path!r} points outside the store")
         return f"{self._root}/{path}"
 
-    def _cat(self, path: str) -> bytes:
-        full = self._full(path)
+    def _cat(self, full: str) -> bytes:
         return Path(full).read_bytes() if self.protocol == "file" else bytes(self._fs.cat_file(full))
 
     def _call(self, path: str, action: Callable[[], T]) -> T:

@@ -1,0 +1,226 @@
+"""`generate`: make a window exist. Resolve, plan, run what is missing, seal; with nothing missing, end quickly."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from diffusion import checkpoint
+from diffusion.checkpoint import Checkpoint
+from diffusion.teachers import Teacher, builtin_checkpoint, load_teacher
+from pipeline.config import GenerateConfig
+from pipeline.dispatch import Fleet, dispatch
+from pipeline.local import local_fleet
+from pipeline.plan import Goal, grow, missing_tasks
+from pipeline.produce import Order
+from pipeline.progress import Progress
+from pipeline.recipe import build_layout, build_recipe
+from storage_schemas import paths
+from storage_schemas.commit import Commit, Task, list_committed, read_commits, utc_now
+from storage_schemas.dataset import LostRace, latest_manifest, put_recipe, read_shard_table, seal
+from storage_schemas.errors import UsageError, UserError, usage_errors
+from storage_schemas.job import Failure, Job
+from storage_schemas.layout import Layout
+from storage_schemas.manifest import Manifest, ManifestDraft
+from storage_schemas.recipe import Recipe
+from storage_schemas.record import SPLITS
+from storage_schemas.shards import Shard, ShardTable
+from storage_schemas.store import Store
+
+DONE, FAILED, QUARANTINED = 0, 1, 3
+"""Exit codes: all there; tasks missing and nothing sealed; all there but for samples that were not finite."""
+
+
+@dataclass
+class Run:
+    """One run of the command: what it asked for, and what it has learnt so far."""
+
+    config: GenerateConfig
+    store: Store
+    recipe: Recipe
+    layout: Layout
+    job: str = ""
+    shards: dict[str, Shard] = field(default_factory=dict)
+    failures: dict[str, Failure] = field(default_factory=dict)
+
+
+def run_generate(config: GenerateConfig) -> int:
+    """The exit code."""
+    started = time.monotonic()
+    run = prepare(config)
+    while True:
+        parent = latest_manifest(run.store, config.dataset)
+        window = grow(parent, run.recipe.id, count=config.count, holdout=config.holdout)
+        goal = Goal(config.dataset, parent, run.recipe.id, run.layout, window)
+        if goal.reached:
+            print(f"nothing to do: {_told(goal.parent)}, {time.monotonic() - started:.1f} s")
+            return DONE
+        try:
+            return fulfil(run, goal, started=started)
+        except LostRace as lost:
+            print(f"another job sealed manifest {lost.winner.number} of {config.dataset}: planning again from it")
+
+
+def prepare(config: GenerateConfig) -> Run:
+    """Everything that can be refused is refused here, before any work."""
+    with usage_errors():
+        teacher = _load(config.teacher)
+        recipe = build_recipe(config, teacher)
+        layout = build_layout(config, recipe)
+        weights = _weights_of(teacher) if config.with_weights else None
+    store = Store.create(config.store, single_writer=config.single_writer)
+    put_recipe(store, recipe)
+    if weights:
+        keep_weights(store, recipe, weights)
+    return Run(config, store, recipe, layout)
+
+
+def fulfil(run: Run, goal: Goal, *, started: float) -> int:
+    """Solve what the goal lacks and seal it; LostRace if another job sealed first."""
+    run.job = new_job()
+    listed = read_shard_table(run.store, goal.parent) if goal.parent and goal.continues else ShardTable.of([])
+    needed = missing_tasks(goal, listed.tasks)
+    adopt(run, needed)
+    to_solve = [task for task in needed if task.name not in run.shards and task.name not in run.failures]
+    if to_solve:
+        solve_missing(run, goal, to_solve)
+    missing = tuple(task.name for task in needed if task.name not in run.shards)
+    if len(missing) > run.config.max_missing:
+        return _refuse(run, missing)
+    if goal.continues and goal.parent and (goal.parent.window, goal.parent.missing) == (goal.window, missing):
+        print(f"nothing new: {_told(goal.parent)}, still missing {_names(missing)}, {time.monotonic() - started:.1f} s")
+        return DONE
+    new = ShardTable.of([run.shards[task.name] for task in needed if task.name in run.shards])
+    draft = ManifestDraft(
+        dataset=goal.dataset,
+        parent=goal.parent,
+        writer=run.job,
+        recipe_id=goal.recipe_id,
+        layout=goal.layout,
+        window=goal.window,
+        missing=missing,
+    )
+    manifest = seal(run.store, draft, listed.plus(new))
+    bad = _quarantined(new, manifest)
+    print(
+        f"sealed {_told(manifest)}, {len(to_solve)} of {len(needed)} tasks run here, {time.monotonic() - started:.1f} s"
+    )
+    if missing:
+        print(f"missing and named in the manifest: {_names(missing)}; generate again to retry")
+    if bad:
+        print(f"quarantined, because they were not finite: {len(bad)} samples ({_names(tuple(map(str, bad)))})")
+    return QUARANTINED if bad else DONE
+
+
+def adopt(run: Run, needed: list[Task]) -> None:
+    """Take what is committed already, by an earlier run that died or by a job beside this one."""
+    names = [task.name for task in needed if task.name not in run.shards]
+    if names:
+        committed = list_committed(run.store, run.recipe.id, run.layout.id)
+        found = read_commits(run.store, run.recipe.id, run.layout.id, [name for name in names if name in committed])
+        run.shards |= {name: Shard.of(commit) for name, commit in found.items()}
+
+
+def solve_missing(run: Run, goal: Goal, tasks: list[Task]) -> None:
+    """Run the tasks; what fails for good is recorded in the store and in `run.failures`."""
+    config = run.config
+    workers = min(config.workers, len(tasks))
+    job = Job(
+        job=run.job,
+        dataset=goal.dataset,
+        recipe_id=goal.recipe_id,
+        layout=goal.layout,
+        window=goal.window,
+        parent=goal.parent.number if goal.parent else 0,
+        tasks_total=sum(1 for _ in goal.window.tasks(goal.layout.samples_per_shard)),
+        tasks_missing=len(tasks),
+        runner=config.runner,
+        workers=workers,
+        started_at=utc_now(),
+    )
+    run.store.put_if_absent(paths.job_path(run.job), job.to_bytes())
+    with Progress(len(tasks)) as progress, _fleet(run, workers) as fleet:
+        for outcome in dispatch(fleet, tasks, workers=workers, max_attempts=config.max_attempts):
+            progress.count(outcome)
+            _record(run, outcome)
+
+
+def _record(run: Run, outcome: Commit | Failure) -> None:
+    if isinstance(outcome, Commit):
+        run.shards[outcome.task.name] = Shard.of(outcome)
+    else:
+        run.failures[outcome.task] = outcome
+        run.store.put_if_absent(paths.failure_path(run.job, outcome.task), outcome.to_bytes())
+
+
+@contextmanager
+def _fleet(run: Run, workers: int) -> Iterator[Fleet]:
+    order = Order(run.store, run.recipe, run.layout, run.config.device, run.config.threads)
+    fleet = _ray_fleet(order, run.config, workers) if run.config.runner == "ray" else local_fleet(order, workers)
+    try:
+        yield fleet
+    finally:
+        fleet.close()
+
+
+def _ray_fleet(order: Order, config: GenerateConfig, workers: int) -> Fleet:
+    from pipeline.ray_runner import RayFleet  # only a job with something to do pays for Ray
+
+    return RayFleet(order, config.ray, workers=workers)
+
+
+def keep_weights(store: Store, recipe: Recipe, weights: Checkpoint) -> None:
+    """Put the teacher beside its recipe, its description last; what is there already is the same by its digest."""
+    folder = paths.weights_folder(recipe.id)
+    if not store.exists(f"{folder}/{checkpoint.MODEL_FILE}"):
+        store.write(f"{folder}/{checkpoint.WEIGHTS_FILE}", weights.weights)
+        store.write(f"{folder}/{checkpoint.MODEL_FILE}", json.dumps(weights.document(), sort_keys=True).encode())
+
+
+def _weights_of(teacher: Teacher) -> Checkpoint:
+    scheme, _, name = teacher.uri.partition(":")
+    if scheme == "python":
+        raise UsageError(f"--with-weights: {teacher.uri} is code, which a store can't keep; save it as a model first")
+    return builtin_checkpoint(name) if scheme == "builtin" else checkpoint.load(teacher.uri)
+
+
+def _load(uri: str) -> Teacher:
+    try:
+        return load_teacher(uri)
+    except (UserError, ValueError, FileNotFoundError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # whatever a factory of the user's raises
+        raise UsageError(f"teacher {uri} can't be loaded: {type(error).__name__}: {error}") from error
+
+
+def _refuse(run: Run, missing: tuple[str, ...]) -> int:
+    first = run.failures.get(missing[0])
+    why = f" ({missing[0]}: {first.error})" if first else ""
+    print(
+        f"nothing sealed: {len(missing)} tasks are missing, {run.config.max_missing} may be: {_names(missing)}{why}; "
+        f"see `python -m pipeline status {run.store.uri}`, generate again to retry, or raise --max-missing"
+    )
+    return FAILED
+
+
+def _quarantined(new: ShardTable, manifest: Manifest) -> list[int]:
+    """Ids of the window that these shards lack because they were not finite."""
+    bounds = {split: manifest.window.bounds(split) for split in SPLITS}
+    return [i for shard in new for i in shard.quarantined if bounds[shard.split][0] <= i < bounds[shard.split][1]]
+
+
+def _told(manifest: Manifest | None) -> str:
+    assert manifest is not None
+    windows = ", ".join("{} [{}, {})".format(split, *manifest.window.bounds(split)) for split in SPLITS)
+    return f"manifest {manifest.number} of {manifest.dataset}: {windows}, {sum(manifest.rows.values())} samples"
+
+
+def _names(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def new_job() -> str:
+    """An id that sorts by time: 20260131T093000-1f2e3d4c."""
+    stamp = utc_now().replace("-", "").replace(":", "").partition("+")[0]
+    return f"{stamp}-{paths.new_attempt()[:8]}"

@@ -1,0 +1,93 @@
+"""A configuration and a teacher become a recipe: everything that changes a number, and nothing else."""
+
+from typing import Any
+
+import torch
+
+from diffusion import NUMERICS_VERSION, noise
+from diffusion.frames import frame_for
+from diffusion.grids import make_grid
+from diffusion.teachers import Teacher
+from pipeline.config import GenerateConfig, SolverConfig
+from storage_schemas.layout import Layout, check_layout
+from storage_schemas.recipe import (
+    Condition,
+    Guidance,
+    NoCondition,
+    NoiseRecord,
+    Recipe,
+    SolverRecord,
+    TeacherRecord,
+    UniformLabels,
+)
+
+_GRID_DEFAULTS: dict[str, dict[str, float]] = {
+    "karras": {"rho": 7.0, "r_min": 0.002},
+    "uniform_logsnr": {"r_min": 0.002},
+    "uniform_time": {},
+}
+
+
+def build_recipe(config: GenerateConfig, teacher: Teacher) -> Recipe:
+    """How the samples that `config` asks for are made. ValueError for what the teacher can't serve."""
+    grid = grid_options(config.solver)
+    times = make_grid(config.solver.grid, teacher.process, config.solver.steps, **grid)
+    frame = frame_for(teacher.process, times)
+    last = config.solver.steps
+    return Recipe(
+        teacher=TeacherRecord(
+            uri=teacher.uri,
+            weights_sha256=teacher.weights_sha256,
+            model=teacher.model,
+            source_sha256=teacher.source_sha256,
+        ),
+        guidance=Guidance(scale=_guidance(config, teacher)),
+        solver=SolverRecord(
+            name=config.solver.name, steps=last, frame=frame, grid={"name": config.solver.grid, **grid}
+        ),
+        times=_floats(times),
+        alphas=_floats(teacher.process.alpha(times)),
+        sigmas=_floats(teacher.process.sigma(times)),
+        states=tuple(sorted({0, *config.states, last})),
+        condition=_condition(config, teacher),
+        noise=NoiseRecord(algorithm=noise.ALGORITHM, version=noise.VERSION, seed=config.seed),
+        sample_shape=teacher.sample_shape,
+        storage_dtype=config.dtype,
+        solve_dtype=config.solve_dtype,
+        autocast=config.autocast,
+        tf32=config.tf32,
+        compile=config.compile,
+        micro_batch=config.micro_batch,
+        numerics_version=NUMERICS_VERSION,
+    )
+
+
+def build_layout(config: GenerateConfig, recipe: Recipe) -> Layout:
+    """How the samples lie in files."""
+    layout = Layout(format=config.format, samples_per_shard=config.samples_per_shard, compression=config.compression)
+    check_layout(recipe, layout)
+    return layout
+
+
+def grid_options(solver: SolverConfig) -> dict[str, Any]:
+    """The grid's options with its defaults filled in, so that a default given by hand is the same recipe."""
+    given = {name: getattr(solver, name) for name in ("rho", "r_max", "r_min", "t_min")}
+    return _GRID_DEFAULTS[solver.grid] | {name: value for name, value in given.items() if value is not None}
+
+
+def _guidance(config: GenerateConfig, teacher: Teacher) -> float:
+    if config.guidance != 1 and teacher.num_classes is None:
+        raise ValueError(f"guidance {config.guidance} needs classes, {teacher.uri} has none: leave it at 1")
+    return config.guidance
+
+
+def _condition(config: GenerateConfig, teacher: Teacher) -> Condition:
+    if config.condition == "none" or (config.condition == "auto" and teacher.num_classes is None):
+        return NoCondition()
+    if teacher.num_classes is None:
+        raise ValueError(f"condition uniform_labels needs classes, {teacher.uri} has none: use condition none")
+    return UniformLabels(num_classes=teacher.num_classes)
+
+
+def _floats(values: torch.Tensor) -> tuple[float, ...]:
+    return tuple(values.tolist())

@@ -1,0 +1,100 @@
+"""`verify`: every byte against its checksum, every id against the manifest."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from pipeline.config import VerifyConfig
+from storage_schemas.commit import Task
+from storage_schemas.dataset import Dataset, open_dataset, read_manifest
+from storage_schemas.errors import UserError
+from storage_schemas.formats import check_shard, read_shard
+from storage_schemas.manifest import content_digest
+from storage_schemas.record import SPLITS
+from storage_schemas.shards import Shard
+from storage_schemas.store import Store
+
+THREADS = 8
+
+
+def run_verify(config: VerifyConfig) -> int:
+    """The exit code: 1 if anything is wrong."""
+    dataset = open_dataset(Store.open(config.store), config.dataset, config.manifest)
+    problems = check_dataset(dataset)
+    size = sum(shard.bytes for shard in dataset.table)
+    if config.as_json:
+        figures = {"manifest": dataset.manifest.number, "shards": len(dataset.table), "bytes": size}
+        print(json.dumps(figures | {"problems": problems}))
+    else:
+        print("\n".join(problems + [_summary(dataset, size, len(problems))]))
+    return 1 if problems else 0
+
+
+def check_dataset(dataset: Dataset) -> list[str]:
+    """Everything that is wrong with a dataset, one line each."""
+    with ThreadPoolExecutor(THREADS) as threads:
+        of_shards = threads.map(lambda shard: check_listed(dataset, shard), dataset.table)
+        return check_manifest(dataset) + [problem for problems in of_shards for problem in problems]
+
+
+def check_listed(dataset: Dataset, shard: Shard) -> list[str]:
+    """A shard against its commit and its row in the manifest."""
+    try:
+        commit = dataset.commit(shard)
+        problems = check_shard(dataset.store, commit)
+        if not problems:
+            ids = read_shard(dataset.store, commit, dataset.recipe.fields, ["sample_id"])["sample_id"]
+            problems = _check_ids(dataset, shard, ids)
+    except UserError as error:
+        problems = [str(error)]
+    return [f"{shard.task}: {problem}" for problem in problems]
+
+
+def check_manifest(dataset: Dataset) -> list[str]:
+    """Whether the manifest's own figures follow from its table: ids once each, counts, gaps, and its parent."""
+    manifest = dataset.manifest
+    name = f"manifest {manifest.number}"
+    gaps = {split: dataset.gaps(split) for split in SPLITS}
+    claims = {
+        "lists a task twice": len(dataset.table.tasks) != len(dataset.table),
+        "has a shard with other ids than its task's": any(_strays(dataset, shard) for shard in dataset.table),
+        "counts other rows than its shards have": any(
+            manifest.rows[split] != dataset.ids(split).count for split in SPLITS
+        ),
+        "does not name all its missing tasks": _missing(dataset) != set(manifest.missing),
+        "has another content than its digest": manifest.content_digest
+        != content_digest(manifest.recipe_id, manifest.window, gaps),
+        "does not follow from its parent": _is_orphan(dataset),
+    }
+    return [f"{name} {claim}" for claim, wrong in claims.items() if wrong]
+
+
+def _check_ids(dataset: Dataset, shard: Shard, ids: np.ndarray) -> list[str]:
+    if np.array_equal(ids, shard.ids):
+        return []
+    wanted = f"[{shard.start}, {shard.stop}) without the quarantined"
+    return [f"{dataset.store.uri}/{shard.path} holds other sample ids than {wanted}"]
+
+
+def _strays(dataset: Dataset, shard: Shard) -> bool:
+    task = Task.parse(shard.task, dataset.layout.samples_per_shard)
+    return (task.split, task.start, task.stop) != (shard.split, shard.start, shard.stop)
+
+
+def _missing(dataset: Dataset) -> set[str]:
+    wanted = dataset.manifest.window.tasks(dataset.layout.samples_per_shard)
+    return {task.name for task in wanted} - dataset.table.tasks
+
+
+def _is_orphan(dataset: Dataset) -> bool:
+    """Whether the parent is there and is another one; a pruned parent can't be asked."""
+    manifest = dataset.manifest
+    parent = read_manifest(dataset.store, manifest.dataset, manifest.number - 1) if manifest.number > 1 else None
+    return parent is not None and parent.digest != manifest.parent_digest
+
+
+def _summary(dataset: Dataset, size: int, wrong: int) -> str:
+    manifest = dataset.manifest
+    verdict = f"{wrong} problems" if wrong else "every byte matches its checksum, every id is there once"
+    return f"manifest {manifest.number} of {manifest.dataset}: {len(dataset.table)} shards, {size} bytes: {verdict}"

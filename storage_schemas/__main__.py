@@ -1,0 +1,29 @@
+"""`python -m storage_schemas` prints the JSON Schema of every document in a store."""
+
+import json
+
+from storage_schemas.commit import Commit
+from storage_schemas.documents import Document
+from storage_schemas.job import Failure, Job, Pin
+from storage_schemas.manifest import Manifest
+from storage_schemas.recipe import Recipe
+from storage_schemas.store import StoreDocument
+
+DOCUMENTS: dict[str, type[Document]] = {
+    "store.json": StoreDocument,
+    "recipes/<recipe id>/recipe.json": Recipe,
+    "recipes/<recipe id>/<layout>/commits/<task>.json": Commit,
+    "datasets/<name>/manifests/<number>.json": Manifest,
+    "jobs/<job>/job.json": Job,
+    "jobs/<job>/failures/<task>.json": Failure,
+    "pins/<run>.json": Pin,
+}
+
+
+def schemas() -> dict[str, object]:
+    """Where a document lies -> its JSON Schema."""
+    return {path: document.model_json_schema() for path, document in DOCUMENTS.items()}
+
+
+if __name__ == "__main__":
+    print(json.dumps(schemas(), indent=2))

@@ -1,0 +1,195 @@
+"""Seal and open datasets: manifests go parent + 1, and latest is what a listing past every cache shows."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from storage_schemas import formats, paths
+from storage_schemas.commit import Commit, utc_now
+from storage_schemas.errors import CorruptShard, StoreError
+from storage_schemas.ids import IdSet, id_set
+from storage_schemas.layout import Layout
+from storage_schemas.manifest import Manifest, ManifestDraft, ShardTableRecord, Window, content_digest
+from storage_schemas.recipe import Recipe
+from storage_schemas.record import SPLITS, Columns, Split
+from storage_schemas.shards import Shard, ShardTable
+from storage_schemas.store import Store
+
+
+class LostRace(StoreError):
+    """Another writer sealed the next manifest first: plan again from `winner`."""
+
+    def __init__(self, winner: Manifest) -> None:
+        self.winner = winner
+        super().__init__(f"manifest {winner.number} of {winner.dataset} is another writer's: plan again from it")
+
+
+def latest_number(store: Store, dataset: str) -> int:
+    """The highest manifest number, 0 for a dataset that has none."""
+    names = (re.fullmatch(r"(\d{6,})\.json", name) for name in store.list(paths.manifests_folder(dataset)))
+    return max((int(match[1]) for match in names if match), default=0)
+
+
+def read_manifest(store: Store, dataset: str, number: int) -> Manifest | None:
+    """Manifest `number`, None if it is not there."""
+    path = paths.manifest_path(dataset, number)
+    data = store.read(path)
+    return None if data is None else Manifest.from_bytes(data, f"{store.uri}/{path}")
+
+
+def latest_manifest(store: Store, dataset: str) -> Manifest | None:
+    """The newest sealed view, None for a dataset that has none."""
+    number = latest_number(store, dataset)
+    return read_manifest(store, dataset, number) if number else None
+
+
+def read_shard_table(store: Store, manifest: Manifest) -> ShardTable:
+    """The manifest's shards, checked against their sha256."""
+    data = store.read(manifest.shards.path)
+    if data is None:
+        raise StoreError(f"{store.uri}/{manifest.shards.path} is missing: manifest {manifest.number} was pruned")
+    if hashlib.sha256(data).hexdigest() != manifest.shards.sha256:
+        raise CorruptShard(
+            f"{store.uri}/{manifest.shards.path} is not what manifest {manifest.number} names: restore it"
+        )
+    return ShardTable.from_bytes(data)
+
+
+def seal(store: Store, draft: ManifestDraft, shards: ShardTable) -> Manifest:
+    """The sealed manifest parent + 1. Shards outside the window are left out. LostRace if another writer was first."""
+    inside = [shards.inside(split, *draft.window.bounds(split)) for split in SPLITS]
+    kept = inside[0].plus(inside[1])
+    ids = {split: _ids(kept, draft.window, split) for split in SPLITS}
+    _check_missing(draft, kept)
+    table = kept.to_bytes()
+    sha256 = hashlib.sha256(table).hexdigest()
+    record = ShardTableRecord(path=paths.shard_table_path(draft.dataset, sha256), sha256=sha256, count=len(kept))
+    store.put_if_absent(record.path, table)
+    parent = draft.parent
+    manifest = Manifest(
+        **draft.model_dump(exclude={"parent", "floor"}),
+        number=draft.number,
+        parent_digest=parent.digest if parent else None,
+        rows={split: ids[split].count for split in SPLITS},
+        shards=record,
+        content_digest=content_digest(draft.recipe_id, draft.window, {split: ids[split].gaps for split in SPLITS}),
+        floor=draft.floor or (parent.floor if parent else 1),
+        sealed_at=utc_now(),
+    )
+    return _put(store, manifest)
+
+
+def _put(store: Store, manifest: Manifest) -> Manifest:
+    path = paths.manifest_path(manifest.dataset, manifest.number)
+    ours = manifest.to_bytes()
+    there = store.put_if_absent(path, ours)
+    if there != ours:
+        raise LostRace(Manifest.from_bytes(there, f"{store.uri}/{path}"))
+    return manifest
+
+
+def _check_missing(draft: ManifestDraft, kept: ShardTable) -> None:
+    """A manifest that doesn't name its own gaps is our bug: nothing is sealed."""
+    names = {task.name for task in draft.window.tasks(draft.layout.samples_per_shard)}
+    if names - kept.tasks != set(draft.missing) or kept.tasks - names:
+        raise ValueError(
+            f"the window lacks {sorted(names - kept.tasks)[:3]}..., "
+            f"the draft declares {sorted(draft.missing)[:3]}... missing"
+        )
+
+
+def _ids(shards: ShardTable, window: Window, split: Split) -> IdSet:
+    start, stop = window.bounds(split)
+    return id_set(start, stop, shards.inside(split, start, stop).gaps(start, stop))
+
+
+def put_recipe(store: Store, recipe: Recipe) -> None:
+    """Writes the recipe once; what is there already must be the same recipe."""
+    path = paths.recipe_path(recipe.id)
+    there = Recipe.from_bytes(store.put_if_absent(path, recipe.to_bytes()), f"{store.uri}/{path}")
+    if there.id != recipe.id:
+        raise StoreError(f"{store.uri}/{path} holds another recipe ({there.id[:12]}): the store was tampered with")
+
+
+def read_recipe(store: Store, recipe_id: str) -> Recipe:
+    """The recipe of an id, checked against it."""
+    path = paths.recipe_path(recipe_id)
+    data = store.read(path)
+    if data is None:
+        raise StoreError(f"{store.uri}/{path} is missing: the store is incomplete, copy it again")
+    recipe = Recipe.from_bytes(data, f"{store.uri}/{path}")
+    if recipe.id != recipe_id:
+        raise StoreError(f"{store.uri}/{path} has the digest {recipe.id[:12]}, not its name's: restore it")
+    return recipe
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """One manifest, open for reading."""
+
+    store: Store
+    manifest: Manifest
+    recipe: Recipe
+    table: ShardTable
+
+    @property
+    def layout(self) -> Layout:
+        """How its shards are laid out."""
+        return self.manifest.layout
+
+    @cached_property
+    def _splits(self) -> dict[Split, tuple[ShardTable, IdSet]]:
+        return {split: (self.table.of_split(split), _ids(self.table, self.manifest.window, split)) for split in SPLITS}
+
+    def shards(self, split: Split) -> ShardTable:
+        """The split's shards in order of their ids."""
+        return self._splits[split][0]
+
+    def ids(self, split: Split) -> IdSet:
+        """Which ids exist: the window without its gaps."""
+        return self._splits[split][1]
+
+    def gaps(self, split: Split) -> np.ndarray:
+        """Id ranges inside the window that have no row, int64 [k, 2]."""
+        return self.ids(split).gaps
+
+    def rows_inside(self, shard: Shard) -> slice:
+        """The shard's rows that are inside the window; ids ascend, so they are one run."""
+        start, stop = self.manifest.window.bounds(shard.split)
+        low, high = np.searchsorted(shard.ids, [start, stop])
+        return slice(int(low), int(high))
+
+    def commit(self, shard: Shard) -> Commit:
+        """The shard's commit, checked against the manifest."""
+        data = self.store.read(shard.commit_path)
+        if data is None:
+            raise CorruptShard(f"{self.store.uri}/{shard.commit_path} is missing: generate again to make {shard.task}")
+        commit = Commit.from_bytes(data, f"{self.store.uri}/{shard.commit_path}")
+        if (commit.sha256, commit.path) != (shard.sha256, shard.path):
+            raise CorruptShard(f"{self.store.uri}/{shard.commit_path} is not what the manifest lists: restore it")
+        return commit
+
+    def read(self, shard: Shard, columns: Sequence[str] | None = None, *, verify: bool = True) -> Columns:
+        """Every row of a shard, also those outside the window (see `rows_inside`); all columns by default."""
+        return formats.read_shard(self.store, self.commit(shard), self.recipe.fields, columns, verify=verify)
+
+
+def open_dataset(store: Store, name: str = "main", number: int | None = None) -> Dataset:
+    """The latest manifest of a dataset, or the one with `number`."""
+    manifest = latest_manifest(store, name) if number is None else read_manifest(store, name, number)
+    if manifest is None:
+        raise StoreError(_no_manifest(store, name, number))
+    return Dataset(store, manifest, read_recipe(store, manifest.recipe_id), read_shard_table(store, manifest))
+
+
+def _no_manifest(store: Store, name: str, number: int | None) -> str:
+    latest = latest_number(store, name)
+    if not latest:
+        return f"{store.uri} has no sealed dataset {name!r}: run `python -m pipeline generate` to its end"
+    if number is not None and number < latest:
+        return f"manifest {number} of {name!r} in {store.uri} was pruned: open the latest, {latest}"
+    return f"{store.uri} has no manifest {number} of {name!r}: the latest is {latest}"

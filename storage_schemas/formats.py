@@ -1,0 +1,106 @@
+"""Both formats behind one table: the same records, the same commits, the same reader."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from storage_schemas import parquet, webdataset
+from storage_schemas.commit import Chunk, Commit, Task
+from storage_schemas.errors import CorruptShard
+from storage_schemas.layout import Layout
+from storage_schemas.ranges import check_chunk, fetch
+from storage_schemas.record import Columns, Field, check_columns
+from storage_schemas.store import MissingFile, Store
+
+PIECE = 8 << 20
+
+
+class Codec(NamedTuple):
+    """How a format writes a local file, and reads columns out of a committed one."""
+
+    encode: Callable[..., tuple[Chunk, ...]]
+    decode: Callable[..., Columns]
+
+
+CODECS = {
+    "parquet": Codec(parquet.encode, parquet.decode),
+    "webdataset": Codec(webdataset.encode, webdataset.decode),
+}
+
+
+@dataclass(frozen=True)
+class EncodedShard:
+    """A finished local file and what its commit says of it."""
+
+    path: Path
+    bytes: int
+    sha256: str
+    rows: int
+    chunks: tuple[Chunk, ...]
+
+
+def encode_shard(
+    path: str | Path, fields: Sequence[Field], columns: Columns, *, task: Task, recipe_id: str, layout: Layout
+) -> EncodedShard:
+    """Writes the rows of a task to a local file; the same input gives the same bytes."""
+    rows = check_columns(fields, columns)
+    chunks = CODECS[layout.format].encode(path, fields, columns, task=task, recipe_id=recipe_id, layout=layout)
+    with open(path, "rb") as file:
+        size, sha256 = _hash(file)
+    return EncodedShard(Path(path), size, sha256, rows, chunks)
+
+
+def _hash(file: BinaryIO) -> tuple[int, str]:
+    sha256, size = hashlib.sha256(), 0
+    while piece := file.read(PIECE):
+        sha256.update(piece)
+        size += len(piece)
+    return size, sha256.hexdigest()
+
+
+def read_shard(
+    store: Store, commit: Commit, fields: Sequence[Field], columns: Sequence[str] | None = None, *, verify: bool = True
+) -> Columns:
+    """The named columns (all by default) of every row. Bytes are decoded only after they matched their checksums.
+
+    Parquet fetches the footer and those columns; a tar's members interleave, so it is fetched whole.
+    Arrays may be read-only views of a mapped file.
+    """
+    wanted = list(columns) if columns is not None else [field.name for field in fields]
+    unknown = set(wanted) - {field.name for field in fields}
+    if unknown:
+        have = [field.name for field in fields]
+        raise ValueError(f"{sorted(unknown)} are not columns of {commit.path}: it has {have}")
+    suffix = "parquet" if commit.path.endswith(".parquet") else "webdataset"
+    try:
+        return CODECS[suffix].decode(store, commit, fields, wanted, verify=verify)
+    except MissingFile as error:
+        raise CorruptShard(f"{error}: run `python -m pipeline verify` to see what else is") from None
+
+
+def check_shard(store: Store, commit: Commit) -> list[str]:
+    """What is wrong with a shard's bytes, one line each: missing, truncated, or which chunks don't match."""
+    name = f"{store.uri}/{commit.path}"
+    size = store.size(commit.path)
+    if size is None:
+        return [f"{name} is missing"]
+    if size != commit.bytes:
+        return [f"{name} has {size} bytes, its commit says {commit.bytes}"]
+    sha256 = hashlib.sha256()
+    for offset in range(0, size, PIECE):
+        sha256.update(store.read_range(commit.path, offset, min(PIECE, size - offset)))
+    if sha256.hexdigest() == commit.sha256:
+        return []
+    return _damaged(store, commit) or [f"{name} does not match its sha256, outside of every chunk"]
+
+
+def _damaged(store: Store, commit: Commit) -> list[str]:
+    problems = []
+    for chunk in commit.chunks:
+        try:
+            check_chunk(store, commit, chunk, fetch(store, commit, [chunk])[0])
+        except CorruptShard as error:
+            problems.append(str(error))
+    return problems

@@ -1,0 +1,49 @@
+"""The bytes of a shard's chunks, mapped where the store is a folder and fetched where it is not, and their check."""
+
+import mmap
+from collections.abc import Sequence
+
+import xxhash
+
+from storage_schemas.commit import Chunk, Commit
+from storage_schemas.errors import CorruptShard
+from storage_schemas.store import MissingFile, Store
+
+
+def fetch(store: Store, commit: Commit, chunks: Sequence[Chunk]) -> list[memoryview]:
+    """Bytes of each chunk, shorter where the file was cut."""
+    whole = map_shard(store, commit)
+    if whole is not None:
+        return [whole[chunk.offset : chunk.offset + chunk.length] for chunk in chunks]
+    found = store.read_ranges(commit.path, [(chunk.offset, chunk.length) for chunk in chunks])
+    return [memoryview(piece) for piece in found]
+
+
+def map_shard(store: Store, commit: Commit) -> memoryview | None:
+    """A local shard's file as read-only memory, None in a store that is not a folder."""
+    path = store.local_path(commit.path)
+    if path is None:
+        return None
+    try:
+        with open(path, "rb") as file:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except FileNotFoundError:
+        raise MissingFile(f"{store.uri}/{commit.path} is missing") from None
+    except ValueError:  # an empty file can't be mapped
+        return memoryview(b"")
+
+
+def checksum(data: bytes | memoryview) -> str:
+    """xxh3-128 in hex."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def check_chunk(store: Store, commit: Commit, chunk: Chunk, data: memoryview) -> None:
+    """CorruptShard, naming the chunk, unless `data` is what was committed."""
+    if checksum(data) != chunk.xxh3:
+        rows = f"rows {chunk.first_row} to {chunk.first_row + chunk.rows - 1}" if chunk.rows else "no rows"
+        cut = f", {chunk.length - len(data)} bytes are missing" if len(data) < chunk.length else ""
+        raise CorruptShard(
+            f"{store.uri}/{commit.path}: column {chunk.column}, {rows} (bytes {chunk.offset} to "
+            f"{chunk.offset + chunk.length - 1}) does not match its checksum{cut}: restore the file or generate it anew"
+        )

@@ -1,0 +1,179 @@
+"""The table of shards of a manifest: columns, not objects, so that a million of them open in a second."""
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from storage_schemas.commit import Commit
+from storage_schemas.ids import merge_ranges
+from storage_schemas.record import Split
+
+SCHEMA = pa.schema(
+    [
+        ("task", pa.string()),
+        ("split", pa.string()),
+        ("start", pa.int64()),
+        ("stop", pa.int64()),
+        ("path", pa.string()),
+        ("bytes", pa.int64()),
+        ("rows", pa.int64()),
+        ("sha256", pa.string()),
+        ("commit_path", pa.string()),
+        ("quarantined", pa.list_(pa.int64())),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One row of the table: a file with the rows of ids [start, stop) without the quarantined ones."""
+
+    task: str
+    split: Split
+    start: int
+    stop: int
+    path: str
+    bytes: int
+    rows: int
+    sha256: str
+    commit_path: str
+    quarantined: tuple[int, ...]
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Sample ids of its rows, int64 [rows]."""
+        return np.setdiff1d(np.arange(self.start, self.stop), np.asarray(self.quarantined, dtype=np.int64))
+
+    def row_of(self, ids: np.ndarray) -> np.ndarray:
+        """Row of each id."""
+        ids = np.asarray(ids, dtype=np.int64)
+        lost = np.asarray(self.quarantined, dtype=np.int64)
+        if np.any((ids < self.start) | (ids >= self.stop)) or np.any(np.isin(ids, lost)):
+            raise KeyError(f"some of these ids are not in {self.task}")
+        return ids - self.start - np.searchsorted(lost, ids)
+
+    @classmethod
+    def of(cls, commit: Commit) -> Self:
+        """The row of a commit."""
+        task = commit.task
+        return cls(
+            task.name, task.split, task.start, task.stop, commit.path, commit.bytes, commit.rows, commit.sha256,
+            commit.commit_path, tuple(sorted(commit.quarantined)),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class ShardTable(Sequence[Shard]):
+    """Shards in order of split and start."""
+
+    table: pa.Table
+
+    @classmethod
+    def of(cls, shards: Sequence[Shard]) -> Self:
+        """A table of these shards."""
+        columns = {field.name: [getattr(shard, field.name) for shard in shards] for field in fields(Shard)}
+        return cls._sorted(pa.table(columns, schema=SCHEMA))
+
+    @classmethod
+    def of_commits(cls, commits: Sequence[Commit]) -> Self:
+        """A table of the shards of these commits."""
+        return cls.of([Shard.of(commit) for commit in commits])
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """The table in a file."""
+        return cls(pq.read_table(pa.BufferReader(data), schema=SCHEMA))
+
+    @classmethod
+    def _sorted(cls, table: pa.Table) -> Self:
+        # "train" sorts after "holdout": descending by name puts train first, as everywhere.
+        return cls(table.sort_by([("split", "descending"), ("start", "ascending")]).combine_chunks())
+
+    def to_bytes(self) -> bytes:
+        """The table as a Parquet file."""
+        file = io.BytesIO()
+        pq.write_table(self.table, file, compression="zstd", write_page_checksum=True)
+        return file.getvalue()
+
+    def __len__(self) -> int:
+        """Number of shards."""
+        return self.table.num_rows
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        """The shard at an index, or the table of a slice."""
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            return type(self)(self.table.take(np.arange(start, stop, step)))
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        (row,) = self.table.slice(index % len(self), 1).to_pylist()
+        return Shard(**{**row, "quarantined": tuple(row["quarantined"])})
+
+    def __iter__(self) -> Iterator[Shard]:
+        """Every shard, a batch of rows at a time."""
+        for batch in self.table.to_batches(max_chunksize=4096):
+            for row in batch.to_pylist():
+                yield Shard(**{**row, "quarantined": tuple(row["quarantined"])})
+
+    def of_split(self, split: Split) -> Self:
+        """The shards of one split."""
+        return type(self)(self.table.filter(pc.equal(self.table["split"], split)).combine_chunks())
+
+    def inside(self, split: Split, start: int, stop: int) -> Self:
+        """The shards of a split that touch [start, stop)."""
+        mine = self.of_split(split)
+        return type(self)(mine.table.filter(pa.array((mine.starts < stop) & (mine.stops > start))).combine_chunks())
+
+    def plus(self, other: "ShardTable") -> Self:
+        """Both tables' shards; a task that is in both is taken once, from this one."""
+        new = pc.invert(pc.is_in(other.table["task"], value_set=self.table["task"].combine_chunks()))
+        return self._sorted(pa.concat_tables([self.table, other.table.filter(new)]))
+
+    @cached_property
+    def tasks(self) -> frozenset[str]:
+        """Names of the tasks."""
+        return frozenset(self.table["task"].to_pylist())
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """First id of each shard, int64."""
+        return self.table["start"].to_numpy()
+
+    @cached_property
+    def stops(self) -> np.ndarray:
+        """One past the last id of each shard, int64."""
+        return self.table["stop"].to_numpy()
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """Rows of each shard, int64."""
+        return self.table["rows"].to_numpy()
+
+    @cached_property
+    def quarantined(self) -> np.ndarray:
+        """All quarantined ids of a one-split table, sorted."""
+        return np.sort(pc.list_flatten(self.table["quarantined"]).to_numpy())
+
+    def gaps(self, start: int, stop: int) -> np.ndarray:
+        """Id ranges of [start, stop) that a one-split table has no row for, int64 [k, 2]."""
+        edges = np.concatenate([[start], np.maximum(self.stops, start)]), np.concatenate([self.starts, [stop]])
+        alone = np.stack([self.quarantined, self.quarantined + 1], axis=1)
+        return merge_ranges(np.concatenate([np.stack(edges, axis=1), alone]), start, stop)
+
+    def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(shard index, row in the shard) of each id, in a one-split table. KeyError for an id without a row."""
+        ids = np.asarray(ids, dtype=np.int64)
+        if not len(self):
+            raise KeyError("there are no shards")
+        shard = np.searchsorted(self.starts, ids, side="right") - 1
+        if np.any(shard < 0) or np.any(ids >= self.stops[shard]) or np.any(np.isin(ids, self.quarantined)):
+            raise KeyError("some of these ids have no row here")
+        lost = np.searchsorted(self.quarantined, ids) - np.searchsorted(self.quarantined, self.starts[shard])
+        return shard, ids - self.starts[shard] - lost

@@ -1,0 +1,237 @@
+"""WebDataset shards: tar files whose rows all have the same size, so that our reader maps them as strided arrays.
+
+    train-000000000123.noise.npy  .state_006.npy  ...  .output.npy  .json
+
+mtime is 0 and the owner fixed, else a PAX record would come before each member.
+"""
+
+import io
+import json
+import tarfile
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from storage_schemas.commit import ALL_COLUMNS, FOOTER, Chunk, Commit, Task
+from storage_schemas.errors import CorruptShard
+from storage_schemas.layout import Layout
+from storage_schemas.ranges import check_chunk, checksum, fetch
+from storage_schemas.record import Columns, Field
+from storage_schemas.store import Store
+
+ROWS_PER_BLOCK = 256
+BLOCK_BYTES = 64 << 20
+BLOCK = tarfile.BLOCKSIZE
+
+
+def encode(
+    path: str | Path, fields: Sequence[Field], columns: Columns, *, task: Task, recipe_id: str, layout: Layout
+) -> tuple[Chunk, ...]:
+    """Writes a shard to a local file and returns the checksum of each block of rows, and of what ends the file."""
+    writer = _RowWriter(fields, columns, task)
+    rows, chunks, offset = len(columns["sample_id"]), [], 0
+    step = max(1, min(ROWS_PER_BLOCK, BLOCK_BYTES // writer.stride))
+    with open(path, "wb") as file:
+        for first in range(0, rows, step):
+            block = writer.block(first, min(step, rows - first))
+            chunks.append(_chunk(ALL_COLUMNS, first, len(block), offset, block.data))
+            offset += file.write(block.data)
+        trailer = bytes(2 * BLOCK + -(offset + 2 * BLOCK) % tarfile.RECORDSIZE)
+        chunks.append(_chunk(FOOTER, 0, 0, offset, trailer))
+        file.write(trailer)
+    return tuple(chunks)
+
+
+def _chunk(column: str, first_row: int, rows: int, offset: int, data: Any) -> Chunk:
+    view = memoryview(data).cast("B")
+    return Chunk(
+        column=column, first_row=first_row, rows=rows, offset=offset, length=len(view), xxh3=checksum(view)
+    )  # fmt: skip
+
+
+class _RowWriter:
+    """Rows of a tar as one array [n, stride] of bytes: member headers, npy headers and data at fixed places."""
+
+    def __init__(self, fields: Sequence[Field], columns: Columns, task: Task) -> None:
+        self.columns, self.split = columns, task.split
+        self.states = [field for field in fields if not field.is_scalar]
+        self.scalars = [field for field in fields if field.is_scalar]
+        self.npy = {field.name: _npy_header(field) for field in self.states}
+        self.sizes = {f"{field.name}.npy": len(self.npy[field.name]) + field.nbytes for field in self.states}
+        self.sizes["json"] = self._json_size()
+        self.stride = sum(BLOCK + _padded(size) for size in self.sizes.values())
+
+    def _json_size(self) -> int:
+        longest = {"split": self.split, **{field.name: -(2**63) for field in self.scalars}}
+        return -(-len(json.dumps(longest)) // 64) * 64
+
+    def block(self, first: int, rows: int) -> np.ndarray:
+        """Rows [first, first + rows), uint8 [rows, stride]."""
+        out = np.zeros((rows, self.stride), np.uint8)
+        at = 0
+        for suffix, size in self.sizes.items():
+            out[:, at : at + BLOCK] = self._headers(suffix, size, first, rows)
+            out[:, at + BLOCK : at + BLOCK + size] = self._contents(suffix, first, rows)
+            at += BLOCK + _padded(size)
+        return out
+
+    def _headers(self, suffix: str, size: int, first: int, rows: int) -> np.ndarray:
+        ids = self.columns["sample_id"][first : first + rows]
+        joined = b"".join(_header(f"{self.split}-{sample:012d}.{suffix}", size) for sample in ids)
+        return np.frombuffer(joined, np.uint8).reshape(rows, BLOCK)
+
+    def _contents(self, suffix: str, first: int, rows: int) -> np.ndarray:
+        if suffix == "json":
+            joined = b"".join(self._json(row) for row in range(first, first + rows))
+            return np.frombuffer(joined, np.uint8).reshape(rows, -1)
+        name = suffix.removesuffix(".npy")
+        data = np.ascontiguousarray(self.columns[name][first : first + rows]).reshape(rows, -1).view(np.uint8)
+        header = np.frombuffer(self.npy[name], np.uint8)
+        return np.concatenate([np.broadcast_to(header, (rows, len(header))), data], axis=1)
+
+    def _json(self, row: int) -> bytes:
+        values = {field.name: int(self.columns[field.name][row]) for field in self.scalars}
+        return json.dumps({"split": self.split, **values}).encode().ljust(self.sizes["json"])
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+def _header(name: str, size: int) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = size, 0o444
+    return member.tobuf(format=tarfile.USTAR_FORMAT)
+
+
+def _npy_header(field: Field) -> bytes:
+    header = io.BytesIO()
+    description = {"descr": field.numpy_dtype.str, "fortran_order": False, "shape": field.shape}
+    np.lib.format.write_array_header_1_0(header, description)
+    return header.getvalue()
+
+
+def decode(store: Store, commit: Commit, fields: Sequence[Field], columns: Sequence[str], *, verify: bool) -> Columns:
+    """The named columns of every row; views of the file where its rows are regular, else parsed as any tar."""
+    whole = Chunk(column=ALL_COLUMNS, first_row=0, rows=commit.rows, offset=0, length=commit.bytes, xxh3="0" * 32)
+    (data,) = fetch(store, commit, [whole])
+    if verify or len(data) != commit.bytes:
+        for chunk in commit.chunks:
+            check_chunk(store, commit, chunk, data[chunk.offset : chunk.offset + chunk.length])
+    wanted = {field.name: field for field in fields if field.name in columns}
+    if not commit.rows:
+        return {name: np.empty((0, *field.shape), field.numpy_dtype) for name, field in wanted.items()}
+    try:
+        regular = regular_rows(data, commit.rows)
+        found = regular.columns(wanted) if regular else decode_foreign_tar(data)
+        return {name: _as_stored(field, found[name]) for name, field in wanted.items()}
+    except (tarfile.TarError, ValueError, KeyError) as error:
+        raise CorruptShard(f"{store.uri}/{commit.path} is not the tar of its commit: {error}") from None
+
+
+def _as_stored(field: Field, values: np.ndarray) -> np.ndarray:
+    if values.shape[1:] != field.shape or not (field.is_scalar or values.dtype == field.numpy_dtype):
+        raise ValueError(
+            f"{field.name} is {values.dtype}{list(values.shape[1:])}, not {field.dtype}{list(field.shape)}"
+        )
+    return values.astype(field.numpy_dtype, copy=False)
+
+
+@dataclass(frozen=True)
+class RegularRows:
+    """A tar whose rows repeat every `stride` bytes; `members` maps a suffix to (offset in a row, bytes)."""
+
+    data: memoryview
+    rows: int
+    stride: int
+    members: dict[str, tuple[int, int]]
+
+    def columns(self, fields: dict[str, Field]) -> Columns:
+        """States as views of the file; integers out of the JSON."""
+        states = {name: self._state(field) for name, field in fields.items() if not field.is_scalar}
+        return states | self._scalars([name for name, field in fields.items() if field.is_scalar])
+
+    def _state(self, field: Field) -> np.ndarray:
+        offset, size = self.members[f"{field.name}.npy"]
+        header = _npy_header(field)
+        if size != len(header) + field.nbytes or bytes(self.data[offset : offset + len(header)]) != header:
+            raise ValueError(f"{field.name} is not {field.dtype}{list(field.shape)}")
+        dtype = field.numpy_dtype
+        inner = np.empty(field.shape, dtype).strides
+        start = offset + len(header)
+        return np.ndarray((self.rows, *field.shape), dtype, self.data, start, (self.stride, *inner))
+
+    def _scalars(self, names: Sequence[str]) -> Columns:
+        if not names:
+            return {}
+        offset, size = self.members["json"]
+        texts = np.ndarray((self.rows,), f"S{size}", self.data, offset, (self.stride,))
+        parsed = json.loads(b"[" + b",".join(texts.tolist()) + b"]")
+        return {name: np.array([row[name] for row in parsed], np.int64) for name in names}
+
+
+def regular_rows(data: memoryview, rows: int) -> RegularRows | None:
+    """The row layout of a tar made by `encode`, None for another tar. Headers of the first and last row must agree."""
+    first = _row_members(data, 0)
+    stride = _row_size(first)
+    if len(data) < rows * stride + 2 * BLOCK or any(data[rows * stride : rows * stride + 2 * BLOCK]):
+        return None
+    last = _row_members(data, (rows - 1) * stride)
+    shifted = {suffix: (offset - (rows - 1) * stride, size) for suffix, (offset, size) in last.items()}
+    return RegularRows(data, rows, stride, first) if shifted == first else None
+
+
+def _row_members(data: memoryview, start: int) -> dict[str, tuple[int, int]]:
+    """Suffix -> (offset of the contents, bytes) of the members that share the key of the header at `start`."""
+    members: dict[str, tuple[int, int]] = {}
+    key, at = None, start
+    while at + BLOCK <= len(data) and any(data[at : at + BLOCK]):
+        header = tarfile.TarInfo.frombuf(bytes(data[at : at + BLOCK]), "utf-8", "strict")
+        name, _, suffix = header.name.partition(".")
+        if not header.isreg() or name != (key := key or name):
+            break
+        members[suffix] = (at + BLOCK, header.size)
+        at += BLOCK + _padded(header.size)
+    return members
+
+
+def _row_size(members: dict[str, tuple[int, int]]) -> int:
+    return sum(BLOCK + _padded(size) for _, size in members.values())
+
+
+def decode_foreign_tar(data: bytes | memoryview) -> Columns:
+    """Columns of any WebDataset tar of .npy and .json members, as somebody else may have written it.
+
+    Samples are runs of members that share what is before the file name's first dot. Integers in a .json become columns.
+    """
+    rows = [_sample(members) for members in _samples(data)]
+    if any(row.keys() != rows[0].keys() for row in rows):
+        raise ValueError("the samples of the tar don't all have the same columns")
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
+
+
+def _samples(data: bytes | memoryview) -> Iterator[dict[str, bytes]]:
+    samples: dict[str, dict[str, bytes]] = defaultdict(dict)
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        for member in tar:
+            folder, slash, name = member.name.rpartition("/")
+            key, _, suffix = name.partition(".")
+            contents = tar.extractfile(member) if member.isfile() else None
+            if contents is not None:
+                samples[folder + slash + key][suffix.lower()] = contents.read()
+    yield from samples.values()
+
+
+def _sample(members: dict[str, bytes]) -> dict[str, np.ndarray]:
+    row: dict[str, np.ndarray] = {}
+    for suffix, contents in members.items():
+        if suffix.endswith(".npy") or suffix == "npy":
+            row[suffix.removesuffix(".npy")] = np.load(io.BytesIO(contents), allow_pickle=False)
+        elif suffix == "json":
+            values = json.loads(contents)
+            row |= {name: np.int64(value) for name, value in values.items() if type(value) is int}
+    return row

@@ -1,0 +1,109 @@
+"""Flags and YAML mean the same, flags win, and a mistake is one line."""
+
+from typing import Literal
+
+import pytest
+import tyro
+from pydantic import Field, model_validator
+
+from storage_schemas.command_line import Command, Config, main, parse
+from storage_schemas.errors import StoreError, UsageError
+
+
+class Solver(Config):
+    """How to solve."""
+
+    name: Literal["ddim", "heun"] = Field("heun", description="The solver.")
+    steps: int = Field(16, gt=0, description="Steps of the grid.")
+
+
+class Job(Config):
+    """Do the job.
+
+    At length.
+    """
+
+    store: tyro.conf.Positional[str] = Field(description="Where to.")
+    states: tuple[int, ...] = Field((), description="Grid indices to keep.")
+    solver: Solver = Solver()
+    with_weights: bool = Field(False, description="Keep the weights.")
+    max_missing: int = Field(0, description="How many may be missing.")
+
+    @model_validator(mode="after")
+    def _states_are_on_the_grid(self):
+        if self.states and max(self.states) > self.solver.steps:
+            raise ValueError(f"state {max(self.states)} is past the {self.solver.steps} steps; leave it out")
+        return self
+
+
+def read(*words):
+    return parse(Job, words, program="python -m job")
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text("states: [2, 4]\nsolver:\n  name: ddim\n  steps: 8\nwith_weights: true\nmax_missing: 3\n")
+    return str(path)
+
+
+def test_yaml_is_flags(yaml_file):
+    flags = read("s", "--states", "2", "4", "--solver.name", "ddim", "--solver.steps", "8", "--with-weights", "--max-missing", "3")
+    assert read("s", "--config", yaml_file) == flags == read(f"--config={yaml_file}", "s")
+
+
+def test_flags_win_over_yaml(yaml_file):
+    job = read("s", "--config", yaml_file, "--states", "6", "--solver.steps=9", "--no-with-weights", "--max_missing", "1")
+    assert (job.states, job.solver, job.with_weights, job.max_missing) == ((6,), Solver(name="ddim", steps=9), False, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["s", "--solver.nme", "heun"], "Unrecognized options: --solver.nme"),
+        (["s", "--solver.name", "euler"], "--solver.name"),
+        (["s", "--solver.steps", "0"], "solver: steps Input should be greater than 0, got 0"),
+        (["s", "--solver.steps", "many"], "'many'"),
+        (["s", "--states", "20"], "state 20 is past the 16 steps; leave it out"),
+        ([], "STR"),
+        (["s", "--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_a_mistake_is_one_line(words, said):
+    with pytest.raises(UsageError) as raised:
+        read(*words)
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert "│" not in str(raised.value)
+
+
+def test_an_unknown_yaml_field_is_refused(tmp_path):
+    (tmp_path / "job.yaml").write_text("solver: {nme: heun}\n")
+    with pytest.raises(UsageError, match=r"--solver\.nme"):
+        read("s", "--config", str(tmp_path / "job.yaml"))
+
+
+def test_exit_codes(capsys):
+    def refuse(job):
+        raise StoreError(f"{job.store}\nis no store")
+
+    commands = {"ok": Command(Job, lambda job: 0), "no": Command(Job, refuse)}
+    assert main("job", commands, ["ok", "s"]) == 0
+    assert main("job", commands, ["no", "s"]) == 1
+    assert capsys.readouterr().err == "job: s is no store\n"
+    assert main("job", commands, ["maybe"]) == 2
+    assert capsys.readouterr().err == "job: 'maybe' is no command of job: use one of ok, no\n"
+    assert main("job", commands, ["ok", "s", "--bogus"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    with pytest.raises(StoreError):
+        main("job", commands, ["no", "s", "--debug"])
+
+
+def test_help_lists_commands_and_fields(capsys):
+    assert main("job", {"ok": Command(Job, lambda job: 0)}, ["--help"]) == 0
+    assert "ok  Do the job." in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main("job", {"ok": Command(Job, lambda job: 0)}, ["ok", "--help"])
+    helped = capsys.readouterr().out
+    assert "Steps of the grid." in helped
+    assert "--config FILE.yaml" in helped

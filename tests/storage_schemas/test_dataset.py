@@ -1,0 +1,173 @@
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from storage_schemas import paths
+from storage_schemas.commit import Commit, Task, list_committed, put_commit, read_commits
+from storage_schemas.dataset import (
+    LostRace,
+    latest_manifest,
+    open_dataset,
+    put_recipe,
+    read_manifest,
+    read_recipe,
+    read_shard_table,
+    seal,
+)
+from storage_schemas.errors import CorruptShard, StoreError
+from storage_schemas.layout import Layout
+from storage_schemas.manifest import Manifest, ManifestDraft, Window
+from storage_schemas.recipe import Recipe
+from storage_schemas.record import Columns
+from storage_schemas.shards import ShardTable
+from storage_schemas.store import Store
+
+LAYOUT = Layout(samples_per_shard=16)
+WINDOW = Window(train=(5, 60), holdout=(0, 16))
+Committer = Callable[..., Commit]
+
+
+def draft(recipe: Recipe, parent: Manifest | None = None, **changes: object) -> ManifestDraft:
+    base = {"dataset": "main", "writer": paths.new_attempt(), "recipe_id": recipe.id, "layout": LAYOUT}
+    return ManifestDraft.model_validate({"window": WINDOW, **base, "parent": parent, **changes})
+
+
+@pytest.fixture
+def shards(store: Store, recipe: Recipe, commit_task: Committer, tmp_path: Path) -> ShardTable:
+    """Train tasks 0, 1, 3 (id 20 quarantined) and one holdout task, committed."""
+    put_recipe(store, recipe)
+    tasks = [(Task("train", 0, 16), ()), (Task("train", 1, 16), (20,)), (Task("train", 3, 16), ())]
+    commits = [commit_task(store, recipe, LAYOUT, task, tmp_path, lost) for task, lost in tasks]
+    commits.append(commit_task(store, recipe, LAYOUT, Task("holdout", 0, 16), tmp_path))
+    return ShardTable.of_commits(commits)
+
+
+def test_windows_name_their_tasks() -> None:
+    assert [task.name[-1] for task in WINDOW.tasks(16)] == ["0", "1", "2", "3", "0"]
+    assert list(Window(train=(16, 32)).tasks(16)) == [Task("train", 1, 16)]
+    assert list(Window(train=(20, 20)).tasks(16)) == []
+    for bounds in ((-1, 5), (5, 4)):
+        with pytest.raises(ValidationError, match="0 <= start <= stop"):
+            Window(train=bounds)
+
+
+def test_the_first_commit_wins(store: Store, recipe: Recipe, commit_task: Committer, tmp_path: Path) -> None:
+    task = Task("train", 0, 16)
+    first = commit_task(store, recipe, LAYOUT, task, tmp_path)
+    second = commit_task(store, recipe, LAYOUT, task, tmp_path)
+    assert second == first and len(store.list(paths.shards_folder(recipe.id, LAYOUT.id))) == 2
+    assert put_commit(store, first.model_copy(update={"attempt": "zombie"})) == first
+    assert list_committed(store, recipe.id, LAYOUT.id) == {task.name}
+    assert read_commits(store, recipe.id, LAYOUT.id, ["train-00000001", task.name]) == {task.name: first}
+    with pytest.raises(ValidationError, match="outside the store"):
+        Commit.model_validate({**first.plain(), "path": "../elsewhere"})
+
+
+def test_a_sealed_dataset_shows_its_window_and_its_gaps(
+    store: Store, recipe: Recipe, shards: ShardTable, make_columns: Callable[..., Columns]
+) -> None:
+    manifest = seal(store, draft(recipe, missing=("train-00000002",)), shards)
+    # train 5..59 is 55 ids, less task 2 (32..47) and the quarantined 20
+    assert manifest.number == 1 and manifest.rows == {"train": 38, "holdout": 16} and manifest.shards.count == 4
+    dataset = open_dataset(store)
+    assert dataset.manifest == manifest == read_manifest(store, "main", 1) and dataset.layout == LAYOUT
+    assert dataset.recipe.id == recipe.id
+    assert dataset.gaps("train").tolist() == [[20, 21], [32, 48]]
+    expected = [n for n in range(5, 60) if n != 20 and not 32 <= n < 48]
+    ids = dataset.ids("train")
+    assert ids.at(np.arange(ids.count)).tolist() == expected
+    seen: list[int] = []
+    for shard in dataset.shards("train"):
+        columns = dataset.read(shard, ["sample_id", "noise"])
+        inside = dataset.rows_inside(shard)
+        seen += columns["sample_id"][inside].tolist()
+        rows = make_columns(recipe, Task.parse(shard.task, 16), shard.quarantined)
+        np.testing.assert_array_equal(columns["noise"], rows["noise"])
+    assert seen == expected
+
+
+def test_the_content_digest_knows_samples_not_files(store: Store, recipe: Recipe, shards: ShardTable) -> None:
+    one = seal(store, draft(recipe, missing=("train-00000002",)), shards)
+    other = seal(store, draft(recipe, dataset="copy", missing=("train-00000002",)), shards)
+    assert one.content_digest == other.content_digest and one.digest != other.digest
+    smaller = Window(train=(5, 59), holdout=(0, 16))
+    third = seal(store, draft(recipe, one, window=smaller, missing=("train-00000002",)), shards)
+    assert third.content_digest != one.content_digest
+    # a quarantined id at the edge of a missing task is the same gap as a range
+    assert open_dataset(store, number=1).gaps("holdout").tolist() == []
+
+
+def test_manifests_go_parent_plus_one(store: Store, recipe: Recipe, shards: ShardTable) -> None:
+    assert latest_manifest(store, "main") is None
+    first = seal(store, draft(recipe, missing=("train-00000002",)), shards)
+    smaller = draft(recipe, first, window=Window(train=(0, 32)))
+    second = seal(store, smaller, shards)
+    assert (second.number, second.parent_digest, second.shards.count) == (2, first.digest, 2)
+    assert read_shard_table(store, second).tasks == {"train-00000000", "train-00000001"}
+    with pytest.raises(LostRace) as lost:
+        seal(store, draft(recipe, first, missing=("train-00000002",)), shards)
+    assert lost.value.winner == second == latest_manifest(store, "main")
+    store.write(paths.manifest_path("main", 1234567), second.model_copy(update={"number": 1234567}).to_bytes())
+    latest = latest_manifest(store, "main")
+    assert latest is not None and latest.number == 1234567
+
+
+def test_one_of_eight_drivers_seals(store: Store, recipe: Recipe, shards: ShardTable) -> None:
+    barrier = threading.Barrier(8)
+
+    def drive(_: int) -> Manifest | None:
+        mine = draft(recipe, missing=("train-00000002",))
+        barrier.wait()
+        try:
+            return seal(store, mine, shards)
+        except LostRace:
+            return None
+
+    with ThreadPoolExecutor(8) as threads:
+        sealed = [manifest for manifest in threads.map(drive, range(8)) if manifest]
+    assert sealed == [latest_manifest(store, "main")]
+    numbers = [name for name in store.list(paths.manifests_folder("main")) if name.endswith(".json")]
+    assert numbers == ["000001.json"]
+
+
+def test_a_manifest_that_hides_a_gap_is_not_sealed(store: Store, recipe: Recipe, shards: ShardTable) -> None:
+    for missing in ((), ("train-00000002", "train-00000003")):
+        with pytest.raises(ValueError, match="the window lacks"):
+            seal(store, draft(recipe, missing=missing), shards)
+    assert latest_manifest(store, "main") is None
+    for name in ("", "../x", "a/b"):
+        with pytest.raises(ValidationError):
+            draft(recipe, dataset=name)
+
+
+def test_what_does_not_match_its_name_is_refused(store: Store, recipe: Recipe, shards: ShardTable) -> None:
+    with pytest.raises(StoreError, match="no sealed dataset 'main'"):
+        open_dataset(store)
+    manifest = seal(store, draft(recipe, missing=("train-00000002",)), shards)
+    with pytest.raises(StoreError, match="no manifest 7 of 'main'.*the latest is 1"):
+        open_dataset(store, number=7)
+    dataset = open_dataset(store)
+    shard = dataset.shards("train")[0]
+    commit = dataset.commit(shard)
+    store.write(shard.commit_path, commit.model_copy(update={"sha256": "f" * 64}).to_bytes())
+    with pytest.raises(CorruptShard, match="is not what the manifest lists"):
+        dataset.read(shard)
+    store.write(paths.recipe_path(recipe.id), recipe.model_copy(update={"tf32": True}).to_bytes())
+    with pytest.raises(StoreError, match="not its name's"):
+        read_recipe(store, recipe.id)
+    store.write(manifest.shards.path, b"PAR1")
+    with pytest.raises(CorruptShard, match="is not what manifest 1 names"):
+        read_shard_table(store, manifest)
+
+
+def test_a_pruned_manifest_is_told(store: Store, recipe: Recipe, shards: ShardTable) -> None:
+    first = seal(store, draft(recipe, missing=("train-00000002",)), shards)
+    seal(store, draft(recipe, first, window=Window(train=(0, 32)), floor=2), shards)
+    store.remove(paths.manifest_path("main", 1))
+    with pytest.raises(StoreError, match="manifest 1 of 'main' .* was pruned: open the latest, 2"):
+        open_dataset(store, number=1)

@@ -1,0 +1,164 @@
+"""What `python -m trainer fit` can be told."""
+
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from storage_schemas.command_line import Config
+
+ObjectiveName = Literal["knowledge", "progressive", "denoising"]
+ProcessName = Literal["ve", "linear_vp", "cosine_vp", "rectified_flow"]
+PredictionName = Literal["edm", "sample", "v_prediction", "velocity", "epsilon"]
+DtypeName = Literal["float32", "float16", "bfloat16"]
+ImageUri = str
+
+# Each objective's own options; an option of another objective is refused.
+_OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "knowledge": {"distance": "l2", "c": None},
+    "progressive": {"schedule": (8, 4, 2, 1)},
+    "denoising": {"label_dropout": 0.1, "p_mean": -1.2, "p_std": 1.2},
+}
+# Where papers differ in how they train: Salimans & Ho 2022 take lr to 0 linearly in every stage and keep no average.
+_FIT_DEFAULTS: dict[str, dict[str, Any]] = {
+    "knowledge": {"init": "teacher", "decay": "cosine", "ema": 0.999},
+    "progressive": {"init": "teacher", "decay": "linear", "ema": 0.0},
+    "denoising": {"init": "scratch", "decay": "cosine", "ema": 0.999, "process": "ve"},
+}
+
+
+class ObjectiveConfig(Config):
+    """What the student is fitted to."""
+
+    name: ObjectiveName = Field("knowledge", description="knowledge: one step; progressive: few; denoising: a teacher.")
+    distance: Literal["l2", "l1", "pseudo_huber"] | None = Field(
+        None, description="knowledge: distance to the output; l2 unless told."
+    )
+    c: float | None = Field(None, gt=0, description="knowledge: the width c of pseudo_huber, sqrt(|u|^2 + c^2) - c.")
+    schedule: tuple[int, ...] | None = Field(
+        None, description="progressive: steps of each stage, such as 8 4 2 1, which is the default."
+    )
+    label_dropout: float | None = Field(
+        None, ge=0, le=1, description="denoising: share of labels replaced by the null label; 0.1 unless told."
+    )
+    p_mean: float | None = Field(None, description="denoising with process ve: mean of log sigma; -1.2 unless told.")
+    p_std: float | None = Field(None, gt=0, description="denoising with process ve: std of log sigma; 1.2 unless told.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "ObjectiveConfig":
+        for owner, options in _OBJECTIVE_DEFAULTS.items():
+            for option in options.keys() - _OBJECTIVE_DEFAULTS[self.name].keys():
+                if getattr(self, option) is not None:
+                    raise ValueError(f"objective.{option} means nothing to {self.name}; it belongs to {owner}")
+        if (self.distance == "pseudo_huber") != (self.c is not None):
+            raise ValueError(f"objective.distance {self.distance} with c {self.c}; pseudo_huber needs c, the others don't")
+        if self.schedule is not None:
+            halves = all(longer == 2 * shorter for longer, shorter in pairwise(self.schedule))
+            if not self.schedule or min(self.schedule) < 1 or not halves:
+                raise ValueError(f"objective.schedule {list(self.schedule)} does not halve; write one such as 8 4 2 1")
+        return self
+
+    def filled(self) -> "ObjectiveConfig":
+        """With the objective's own defaults where nothing is said."""
+        defaults = _OBJECTIVE_DEFAULTS[self.name].items()
+        return self.model_copy(update={key: value for key, value in defaults if getattr(self, key) is None})
+
+
+class NetworkConfig(Config):
+    """The student's network. width and depth belong to --init scratch; other students keep their teacher's."""
+
+    width: int | None = Field(None, ge=1, description="Width of the residual MLP; 256 unless told.")
+    depth: int | None = Field(None, ge=1, description="Blocks of the residual MLP; 4 unless told.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout while fitting, whatever the student starts from.")
+
+
+class FitConfig(Config):
+    """Fit a student on stored trajectories, or a teacher on images."""
+
+    out: Path = Field(description="Folder of this run: checkpoints, metrics, model.")
+    data: str | None = Field(None, description="Store to read trajectories from: a folder or s3://... URI.")
+    dataset: str = Field("main", description="Name of the dataset in the store.")
+    manifest: int | None = Field(None, ge=1, description="Number of the manifest; the latest one unless told.")
+    images: ImageUri | None = Field(None, description="Real images for denoising: sklearn:digits or npz:PATH.")
+    objective: ObjectiveConfig = Field(ObjectiveConfig(), description="What is fitted.")
+    init: str | None = Field(None, description="teacher, scratch or the folder of a saved model to start from.")
+    network: NetworkConfig = Field(NetworkConfig(), description="The student's network.")
+    process: ProcessName | None = Field(None, description="denoising: the forward process; ve unless told.")
+    prediction: PredictionName | None = Field(
+        None, description="From scratch: what the network predicts; by the process unless told (ve: edm)."
+    )
+    sigma_data: float | None = Field(None, gt=0, description="From scratch, for edm: the data's rms; measured unless told.")
+
+    steps: int = Field(3000, ge=1, description="Optimizer steps; of each stage, where there are several.")
+    batch_size: int = Field(256, ge=1, description="Samples a step.")
+    micro_batch: int | None = Field(None, ge=1, description="Samples at a time on the device; divides the batch size.")
+    lr: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
+    warmup: int = Field(100, ge=0, description="Steps from 0 to the peak learning rate, in each stage.")
+    decay: Literal["cosine", "linear", "none"] | None = Field(
+        None, description="How the learning rate falls to 0; linear for progressive, else cosine, unless told."
+    )
+    clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 does not clip.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    ema: float | None = Field(
+        None, ge=0, lt=1, description="Decay of the average of weights that is kept; 0.999, for progressive 0 (none)."
+    )
+    autocast: Literal["none", "bfloat16", "float16"] = Field("none", description="Lower precision for the network.")
+    compile: bool = Field(False, description="torch.compile the network.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    threads: int | None = Field(None, ge=1, description="CPU threads of torch; torch's own choice unless told.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Of the order, the weights and every random choice.")
+
+    checkpoint_every: int = Field(500, ge=1, description="Steps between checkpoints.")
+    keep_last: int = Field(2, ge=1, description="Checkpoints kept.")
+    resume: bool = Field(True, description="Go on from the run's last checkpoint; --no-resume starts it anew.")
+    log_every: int = Field(50, ge=1, description="Steps between lines of metrics.")
+    validate_every: int = Field(500, ge=0, description="Steps between errors on the holdout split; 0 for none.")
+    cache_mib: int = Field(1024, ge=1, description="Decoded shards kept in memory, MiB.")
+    ahead_mib: int = Field(64, ge=1, description="Batches made ahead of the step, MiB.")
+    save_dtype: DtypeName = Field("float32", description="Of the final weights on disk.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, given: Any) -> Any:
+        """Defaults that follow from the objective."""
+        if not isinstance(given, Mapping):
+            return given
+        objective = ObjectiveConfig.model_validate(given.get("objective") or {}).filled()
+        told = {key: value for key, value in given.items() if value is not None}
+        return {**_FIT_DEFAULTS[objective.name], **told, "objective": objective}
+
+    @model_validator(mode="after")
+    def _check(self) -> "FitConfig":
+        self._check_input()
+        self._check_network()
+        if self.micro_batch is not None and self.batch_size % self.micro_batch:
+            raise ValueError(f"micro_batch {self.micro_batch} does not divide batch_size {self.batch_size}; choose a divisor")
+        if self.warmup >= self.steps and self.decay != "none":
+            raise ValueError(f"warmup {self.warmup} leaves none of {self.steps} steps to decay; give fewer, or --warmup 0")
+        return self
+
+    def _check_input(self) -> None:
+        real = self.objective.name == "denoising"
+        wanted, other = ("images", "data") if real else ("data", "images")
+        if getattr(self, wanted) is None:
+            raise ValueError(f"objective {self.objective.name} needs --{wanted}")
+        if getattr(self, other) is not None:
+            raise ValueError(f"objective {self.objective.name} reads --{wanted}; leave --{other} out")
+        if real and self.init == "teacher":
+            raise ValueError("init teacher: denoising makes a teacher; use scratch or the folder of a saved model")
+        if not real and self.process is not None:
+            raise ValueError(f"process {self.process}: a student has its teacher's process; leave --process out")
+
+    def _check_network(self) -> None:
+        if self.init == "scratch":
+            return
+        for name, value in (
+            ("network.width", self.network.width),
+            ("network.depth", self.network.depth),
+            ("prediction", self.prediction),
+            ("sigma_data", self.sigma_data),
+        ):
+            if value is not None:
+                raise ValueError(f"{name} {value}: --init {self.init} has its own; leave it out or use --init scratch")

@@ -1,0 +1,136 @@
+"""The step and the loop around it: AdamW, warm-up and decay, clipping, averaged weights, exact resume."""
+
+import hashlib
+import math
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from diffusion.flow_map import FlowMap
+from trainer.config import FitConfig
+from trainer.objectives import Objective
+from trainer.stream import Batch
+
+_AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def lr_factor(step: int, config: FitConfig) -> float:
+    """Share of the peak learning rate at `step`: linear warm-up, then the decay to 0 at config.steps."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    share = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
+    return {"cosine": (1 + math.cos(math.pi * share)) / 2, "linear": 1 - share, "none": 1.0}[config.decay or "none"]
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Seed of what is random inside the network (dropout) at one step, so that a resumed step is the same step."""
+    return int.from_bytes(hashlib.sha256(f"limbeck step|{seed}|{step}".encode()).digest()[:7])
+
+
+def check_device(config: FitConfig, device: torch.device) -> None:
+    """Refuse a precision that the device does not have."""
+    if config.autocast == "float16" and device.type == "cpu":
+        raise ValueError("autocast float16 needs a GPU; use bfloat16 or none on the CPU")
+    if config.autocast == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(f"autocast bfloat16: {torch.cuda.get_device_name(device)} lacks it; use float16 or none")
+
+
+class Stepper:
+    """A student, its optimizer and its averaged weights, over one stage."""
+
+    def __init__(self, student: FlowMap, config: FitConfig, device: torch.device) -> None:
+        self.student, self.config, self.device = student.train(), config, device
+        self.optimizer = torch.optim.AdamW(student.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, config))
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.autocast == "float16")
+        self.average: AveragedModel | None = None
+        if config.ema:
+            self.average = AveragedModel(student.denoiser, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        if config.compile:
+            student.denoiser.network.compile()
+
+    @property
+    def served(self) -> nn.Module:
+        """The denoiser that is validated, saved, and the start of the next stage."""
+        return self.student.denoiser if self.average is None else self.average.module
+
+    def step(self, objective: Objective, batch: Batch, *, seed: int) -> tuple[Tensor, Tensor]:
+        """One optimizer step; (loss, norm of the gradient before clipping), on the device."""
+        torch.manual_seed(seed)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), device=self.device)
+        for part in batch.split(self.config.micro_batch or len(batch)):
+            with self._autocast():
+                piece = objective(self.student, part.to(self.device)) * (len(part) / len(batch))
+            self.scaler.scale(piece).backward()
+            loss += piece.detach()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.config.clip or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        if self.average is not None:
+            self.average.update_parameters(self.student.denoiser)
+        return loss, norm
+
+    def _autocast(self) -> torch.autocast:
+        dtype = _AUTOCAST.get(self.config.autocast)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on, but the stream."""
+        return {
+            "student": self.student.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.student.load_state_dict(state["student"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+class StopRequest:
+    """Whether the run was asked to end: SIGTERM or Ctrl-C, honoured between two steps."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal, as a shell reports it: 143 for SIGTERM."""
+        return 128 + (self.signal or 0)
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Catch SIGTERM and SIGINT for as long as it lasts (in the main thread, where Python allows it)."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.signal(number, request.note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,57 @@
+"""Denoising: what makes a teacher out of images."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusion import noise
+from diffusion.flow_map import FlowMap
+from diffusion.process import VE, Process, scales
+from trainer.objectives import student_condition
+from trainer.stream import Batch
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """E || F(x_t, t) - target(x_0, x_t) ||^2, the mean square error of what the network itself predicts.
+
+    For EDM's preconditioning that is EDM's loss, lambda(sigma) || mu - x_0 ||^2 with its unit-variance weight. Labels
+    are dropped to the null label with probability label_dropout (Ho & Salimans 2022). Karras et al. 2022, section 5.
+    """
+
+    sample_shape: tuple[int, ...]
+    label_dropout: float
+    p_mean: float
+    p_std: float
+    columns: tuple[str, ...] = ("output",)
+
+    @property
+    def num_uniforms(self) -> int:
+        return 2 + math.prod(self.sample_shape)
+
+    def __call__(self, student: FlowMap, batch: Batch) -> Tensor:
+        x_0, denoiser = batch.states["output"], student.denoiser
+        t = self.times(student.process, batch.uniforms[:, 0])
+        condition = self.dropped(student, batch.condition, batch.uniforms[:, 1])
+        eps = standard_normal(batch.uniforms[:, 2:]).to(x_0).view_as(x_0)
+        alpha_t, sigma_t = scales(student.process, t, like=x_0)
+        x_t = alpha_t * x_0 + sigma_t * eps
+        target = denoiser.prediction.target(x_0, x_t, alpha_t, sigma_t)
+        return (denoiser.output(x_t, t, condition) - target).square().mean()
+
+    def times(self, process: Process, u: Tensor) -> Tensor:
+        """T ~ U(0, T), for VE log sigma ~ N(p_mean, p_std^2) up to T, from u in (0, 1): float64 [B]."""
+        if isinstance(process, VE):
+            return torch.exp(self.p_mean + self.p_std * standard_normal(u)).clamp(max=process.T)
+        return u * process.T
+
+    def dropped(self, student: FlowMap, labels: Tensor, u: Tensor) -> Tensor | None:
+        """Labels with the null label wherever u < label_dropout."""
+        return student_condition(student, torch.where(u < self.label_dropout, -1, labels))
+
+
+def standard_normal(u: Tensor) -> Tensor:
+    """N(0, 1) from uniforms, float64, the same bits on every machine."""
+    return torch.from_numpy(noise.normal_quantile(u.cpu().numpy())).to(u.device)

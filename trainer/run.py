@@ -1,0 +1,79 @@
+"""A run's folder: what it is (run.json), and whether a new call goes on with it."""
+
+import json
+import os
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from storage_schemas.errors import UsageError
+from trainer.config import FitConfig
+
+_FILE = "run.json"
+# Where and how often, not what: these may differ when a run goes on.
+_FREE = {
+    "out", "threads", "device", "checkpoint_every", "keep_last", "resume", "log_every", "validate_every",
+    "cache_mib", "ahead_mib", "save_dtype",
+}  # fmt: skip
+_OURS = (_FILE, "metrics.jsonl", "checkpoints", "tensorboard", "model", "stages")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """run.json: a name of its own, the config, what it reads, and what its student is."""
+
+    name: str
+    config: dict[str, Any]
+    reads: dict[str, Any]
+    model: dict[str, Any]
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{_FILE}.{os.getpid()}"
+        temporary.write_text(json.dumps(self.__dict__, indent=1, sort_keys=True) + "\n")
+        os.replace(temporary, folder / _FILE)
+
+
+def earlier_run(config: FitConfig) -> RunRecord | None:
+    """The run that `config` goes on with, None where it starts. A folder of another run is refused."""
+    path = config.out / _FILE
+    if not path.is_file():
+        return None
+    if not config.resume:
+        _clear(config.out)
+        return None
+    record = RunRecord(**json.loads(path.read_text()))
+    _check_same(record.config, plain(config), config.out)
+    return record
+
+
+def new_record(config: FitConfig, reads: dict[str, Any], model: dict[str, Any]) -> RunRecord:
+    """The record of a run that starts now."""
+    return RunRecord(f"{config.out.name}-{secrets.token_hex(4)}", plain(config), reads, model)
+
+
+def plain(config: FitConfig) -> dict[str, Any]:
+    """What identifies a run, as JSON."""
+    return config.model_dump(mode="json", exclude=_FREE)
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any], out: Path, prefix: str = "") -> None:
+    for name in sorted(before.keys() | now.keys()):
+        there, here = before.get(name), now.get(name)
+        if isinstance(there, dict) and isinstance(here, dict):
+            _check_same(there, here, out, f"{prefix}{name}.")
+        elif there != here:
+            told = f"{out} holds a run with {prefix}{name} {there}, not {here}"
+            raise UsageError(f"{told}; choose another --out, or start it anew with --no-resume")
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a run writes, and nothing else."""
+    for name in _OURS:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

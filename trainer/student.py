@@ -1,0 +1,125 @@
+"""Students: what one starts from, and where a run keeps those it made.
+
+    RUN/model/             the final model
+    RUN/stages/4-step/     the student of each stage, where there are several
+
+Each is a native checkpoint whose `grids` name the time grids it was fitted for, by their number of steps.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusion import checkpoint
+from diffusion.checkpoint import Checkpoint
+from diffusion.denoiser import Denoiser
+from diffusion.prediction import Epsilon
+from diffusion.process import Process
+from diffusion.spec import model_from_spec, process_from_spec
+from trainer.config import FitConfig
+
+# By process: one step from pure noise needs a prediction that says something of x_0 there.
+_PREDICTIONS = {"ve": "edm", "linear_vp": "v_prediction", "cosine_vp": "v_prediction", "rectified_flow": "velocity"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What every student of some data must share with it."""
+
+    sample_shape: tuple[int, ...]
+    num_classes: int | None
+    process: dict[str, Any]
+    rms: float
+
+
+def scratch(config: FitConfig, shape: Shape) -> Checkpoint:
+    """A fresh residual MLP for data of this shape; its weights follow from the seed."""
+    name = config.prediction or _PREDICTIONS.get(shape.process["name"], "v_prediction")
+    prediction: dict[str, Any] = {"name": name}
+    if name == "edm":
+        prediction["sigma_data"] = config.sigma_data or round(shape.rms, 4)
+    elif config.sigma_data is not None:
+        raise ValueError(f"sigma_data {config.sigma_data} means nothing to prediction {name}; it belongs to edm")
+    network = {"name": "residual_mlp", "width": config.network.width or 256, "depth": config.network.depth or 4}
+    spec = {
+        "kind": "network",
+        "sample_shape": list(shape.sample_shape),
+        "num_classes": shape.num_classes,
+        "process": shape.process,
+        "prediction": prediction,
+        "network": network,
+    }
+    torch.manual_seed(config.seed)
+    return Checkpoint(spec, checkpoint.pack(model_from_spec(spec)))
+
+
+def check_fits(saved: Checkpoint, shape: Shape, *, name: str) -> None:
+    """Refuse a model that is no network, or one for other data."""
+    if saved.model["kind"] != "network":
+        raise ValueError(f"{name} is a {saved.model['kind']} model without weights to fit; use --init scratch")
+    theirs = (tuple(saved.model["sample_shape"]), saved.model["num_classes"], process_from_spec(saved.model["process"]))
+    ours = (shape.sample_shape, shape.num_classes, process_from_spec(shape.process))
+    for what, there, here in zip(("sample shape", "number of classes", "process"), theirs, ours, strict=True):
+        if there != here:
+            raise ValueError(f"{name} has {what} {there}, the data has {here}; use --init scratch or another model")
+
+
+def check_prediction(saved: Checkpoint) -> None:
+    """Refuse a network that predicts eps: it says little or nothing of x_0 at pure noise. Salimans & Ho 2022, sec. 4."""
+    if saved.model["prediction"]["name"] == "epsilon":
+        raise ValueError("a student of few steps can't predict epsilon; use --init scratch --prediction v_prediction")
+
+
+def check_first_step(denoiser: Denoiser) -> None:
+    """Refuse a prediction that is not finite at t = T, where a student starts."""
+    process, T = denoiser.process, torch.tensor(denoiser.process.T, dtype=torch.float64)
+    finite = not isinstance(denoiser.prediction, Epsilon) or float(process.alpha(T)) > 0
+    if not finite or not torch.isfinite(denoiser.prediction.network_time(process, T)):
+        raise ValueError(f"{denoiser.prediction} is not finite at t = T of {process}; use another --prediction")
+
+
+def with_dropout(saved: Checkpoint, dropout: float) -> Checkpoint:
+    """The same weights in a network that drops units with this probability while it is fitted."""
+    network = {**saved.model["network"], "dropout": dropout}
+    return Checkpoint({**saved.model, "network": network}, saved.weights)
+
+
+def find_student(run_or_folder: str | Path, steps: int) -> Checkpoint:
+    """The student that samples in `steps` jumps: the model in a folder, or the right one of a run."""
+    folders = _models(run_or_folder)
+    for folder in folders:
+        saved = checkpoint.load(folder)
+        if steps in saved.grids:
+            return saved
+    served = ", ".join(map(str, student_steps(run_or_folder))) or "no number of them"
+    raise ValueError(f"{run_or_folder} was not fitted for {steps} steps; it serves {served}")
+
+
+def student_steps(run_or_folder: str | Path) -> tuple[int, ...]:
+    """Numbers of steps that a run's students were fitted for, ascending."""
+    return tuple(sorted({steps for folder in _models(run_or_folder) for steps in checkpoint.load(folder).grids}))
+
+
+def _models(run_or_folder: str | Path) -> list[Path]:
+    root = Path(run_or_folder)
+    candidates = [root, root / "model", *sorted(root.glob("stages/*-step"))]
+    found = [folder for folder in candidates if (folder / checkpoint.MODEL_FILE).is_file()]
+    if not found:
+        raise FileNotFoundError(f"{root} holds no student; name the --out folder of a finished fit, or a saved model")
+    return found
+
+
+def recipe_process(recipe_process_spec: dict[str, Any], times: list[float], alphas: list[float], sigmas: list[float]) -> Process:
+    """The recipe's process, once its alpha and sigma at the recipe's times are the recorded ones. Raises ValueError."""
+    process = process_from_spec(recipe_process_spec)
+    t = torch.tensor(times, dtype=torch.float64)
+    for name, recorded, ours in (("alpha", alphas, process.alpha(t)), ("sigma", sigmas, process.sigma(t))):
+        for time, there, here in zip(times, recorded, ours.tolist(), strict=True):
+            if not math.isclose(there, here, rel_tol=1e-9, abs_tol=1e-12):
+                raise ValueError(
+                    f"the recipe says {name} {there} at t = {time}, its process gives {here}; generate the data again"
+                )
+    return process
