@@ -21,7 +21,7 @@ DEAD_ON_ARRIVAL = 3
 """Workers in a row that may die before their teacher is loaded."""
 
 
-class WorkerFailed(UserError):
+class WorkerError(UserError):
     """No worker can do this job."""
 
 
@@ -155,12 +155,12 @@ def _lost(backlog: Backlog, task: Task, reason: str) -> Iterator[Failure]:
 
 def _check_ready(problem: Problem | None) -> None:
     if problem:
-        raise WorkerFailed(f"a worker on {problem.machine} can't start: {problem.error}")
+        raise WorkerError(f"a worker on {problem.machine} can't start: {problem.error}")
 
 
 def _one_more(stillborn: int, reason: str) -> int:
     if stillborn + 1 == DEAD_ON_ARRIVAL:
-        raise WorkerFailed(
+        raise WorkerError(
             f"{DEAD_ON_ARRIVAL} workers in a row died while they loaded the teacher ({reason}): "
             "give them more memory, or fewer --workers"
         )

@@ -92,25 +92,11 @@ def fulfil(run: Run, goal: Goal, *, started: float) -> int:
         print(f"nothing new: {_told(goal.parent)}, still missing {_names(missing)}, {time.monotonic() - started:.1f} s")
         return DONE
     new = ShardTable.of([run.shards[task.name] for task in needed if task.name in run.shards])
-    draft = ManifestDraft(
-        dataset=goal.dataset,
-        parent=goal.parent,
-        writer=run.job,
-        recipe_id=goal.recipe_id,
-        layout=goal.layout,
-        window=goal.window,
-        missing=missing,
-    )
-    manifest = seal(run.store, draft, listed.plus(new))
-    bad = _quarantined(new, manifest)
+    manifest = seal(run.store, _draft(run, goal, missing), listed.plus(new))
     print(
         f"sealed {_told(manifest)}, {len(to_solve)} of {len(needed)} tasks run here, {time.monotonic() - started:.1f} s"
     )
-    if missing:
-        print(f"missing and named in the manifest: {_names(missing)}; generate again to retry")
-    if bad:
-        print(f"quarantined, because they were not finite: {len(bad)} samples ({_names(tuple(map(str, bad)))})")
-    return QUARANTINED if bad else DONE
+    return _exit_code(manifest, new)
 
 
 def adopt(run: Run, needed: list[Task]) -> None:
@@ -194,6 +180,28 @@ def _load(uri: str) -> Teacher:
         raise UsageError(f"teacher {uri} can't be loaded: {type(error).__name__}: {error}") from error
 
 
+def _draft(run: Run, goal: Goal, missing: tuple[str, ...]) -> ManifestDraft:
+    return ManifestDraft(
+        dataset=goal.dataset,
+        parent=goal.parent,
+        writer=run.job,
+        recipe_id=goal.recipe_id,
+        layout=goal.layout,
+        window=goal.window,
+        missing=missing,
+    )
+
+
+def _exit_code(manifest: Manifest, new: ShardTable) -> int:
+    """Tells what is wanting, too."""
+    if manifest.missing:
+        print(f"missing, and named in the manifest: {_names(manifest.missing)}; generate again to retry")
+    bad = _quarantined(new, manifest)
+    if bad:
+        print(f"quarantined, because they are not finite: {len(bad)} samples ({_names(bad)})")
+    return QUARANTINED if bad else DONE
+
+
 def _refuse(run: Run, missing: tuple[str, ...]) -> int:
     first = run.failures.get(missing[0])
     why = f" ({missing[0]}: {first.error})" if first else ""
@@ -204,10 +212,10 @@ def _refuse(run: Run, missing: tuple[str, ...]) -> int:
     return FAILED
 
 
-def _quarantined(new: ShardTable, manifest: Manifest) -> list[int]:
-    """Ids of the window that these shards lack because they were not finite."""
-    bounds = {split: manifest.window.bounds(split) for split in SPLITS}
-    return [i for shard in new for i in shard.quarantined if bounds[shard.split][0] <= i < bounds[shard.split][1]]
+def _quarantined(new: ShardTable, manifest: Manifest) -> tuple[str, ...]:
+    """Samples of the window that these shards lack because they were not finite: train 17, holdout 3, ..."""
+    bounds = {split: range(*manifest.window.bounds(split)) for split in SPLITS}
+    return tuple(f"{shard.split} {i}" for shard in new for i in shard.quarantined if i in bounds[shard.split])
 
 
 def _told(manifest: Manifest | None) -> str:

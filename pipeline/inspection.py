@@ -99,10 +99,11 @@ def _told_recipe(recipe_id: str, recipe: dict[str, Any], nfe: int | None) -> lis
     grid = ", ".join(f"{name} {value}" for name, value in solver["grid"].items() if name != "name")
     shape = "x".join(map(str, recipe["sample_shape"]))
     return [
-        f"teacher    {teacher['uri']}, weights {teacher['weights_sha256'][:12]}, guidance {recipe['guidance']['scale']}",
+        f"teacher    {teacher['uri']}, weights {teacher['weights_sha256'][:12]}",
+        f"guidance   {recipe['guidance']['scale']}",
         f"solver     {solver['name']}, {solver['steps']} steps, {nfe} calls a sample, {solver['frame']} frame",
         f"grid       {solver['grid']['name']}{' (' + grid + ')' if grid else ''}, stored at {list(recipe['states'])}",
-        f"samples    {shape} as {recipe['storage_dtype']}, solved in {recipe['solve_dtype']} by {recipe['micro_batch']}",
+        f"samples    {shape} {recipe['storage_dtype']}, solved in {recipe['solve_dtype']} by {recipe['micro_batch']}",
         f"recipe     {recipe_id}, seed {recipe['noise']['seed']}",
     ]
 

@@ -27,7 +27,7 @@ def run_verify(config: VerifyConfig) -> int:
         figures = {"manifest": dataset.manifest.number, "shards": len(dataset.table), "bytes": size}
         print(json.dumps(figures | {"problems": problems}))
     else:
-        print("\n".join(problems + [_summary(dataset, size, len(problems))]))
+        print("\n".join([*problems, _summary(dataset, size, len(problems))]))
     return 1 if problems else 0
 
 

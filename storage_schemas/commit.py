@@ -1,9 +1,10 @@
 """A task is one whole shard's range of ids; a commit is what makes the shard exist."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 from pydantic import AfterValidator, Field
@@ -145,9 +146,18 @@ def column_statistics(fields: Sequence[record.Field], columns: Columns) -> dict[
 def _statistics(field: record.Field, stored: np.ndarray) -> ColumnStatistics:
     if not stored.size:
         return ColumnStatistics(mean=None, std=None, min=None, max=None)
-    values = from_storage(stored, field.dtype).astype(np.float64)
-    figures: dict[str, Any] = {"mean": values.mean(), "std": values.std(), "min": values.min(), "max": values.max()}
-    return ColumnStatistics(**{name: float(figure) for name, figure in figures.items()})
+    mean = math.fsum(block.sum() for block in _blocks(field, stored)) / stored.size
+    variance = math.fsum(np.square(block - mean).sum() for block in _blocks(field, stored)) / stored.size
+    low = min(float(block.min()) for block in _blocks(field, stored))
+    high = max(float(block.max()) for block in _blocks(field, stored))
+    return ColumnStatistics(mean=mean, std=math.sqrt(variance), min=low, max=high)
+
+
+def _blocks(field: record.Field, stored: np.ndarray) -> Iterator[np.ndarray]:
+    """The values in float64, about a million at a time: a shard of large samples need not fit in memory again."""
+    rows = max(1, (1 << 20) * len(stored) // stored.size)
+    for first in range(0, len(stored), rows):
+        yield from_storage(stored[first : first + rows], field.dtype).astype(np.float64)
 
 
 def utc_now() -> str:

@@ -104,7 +104,7 @@ def _check_missing(draft: ManifestDraft, kept: ShardTable) -> None:
 
 def _ids(shards: ShardTable, window: Window, split: Split) -> IdSet:
     start, stop = window.bounds(split)
-    return id_set(start, stop, shards.inside(split, start, stop).gaps(start, stop))
+    return id_set(start, stop, shards.of_split(split).gaps(start, stop))
 
 
 def put_recipe(store: Store, recipe: Recipe) -> None:

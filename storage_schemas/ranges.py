@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import xxhash
 
 from storage_schemas.commit import Chunk, Commit
-from storage_schemas.errors import CorruptShard
+from storage_schemas.errors import CorruptShard, StoreError
 from storage_schemas.store import MissingFile, Store
 
 
@@ -15,8 +15,19 @@ def fetch(store: Store, commit: Commit, chunks: Sequence[Chunk]) -> list[memoryv
     whole = map_shard(store, commit)
     if whole is not None:
         return [whole[chunk.offset : chunk.offset + chunk.length] for chunk in chunks]
-    found = store.read_ranges(commit.path, [(chunk.offset, chunk.length) for chunk in chunks])
+    try:
+        found = store.read_ranges(commit.path, [(chunk.offset, chunk.length) for chunk in chunks])
+    except StoreError:
+        _refuse_other_size(store, commit)  # S3 answers a range past a cut object's end with an error
+        raise
     return [memoryview(piece) for piece in found]
+
+
+def _refuse_other_size(store: Store, commit: Commit) -> None:
+    size = store.size(commit.path)
+    if size is not None and size != commit.bytes:
+        missing = f"{commit.bytes - size} bytes are missing: restore the file or generate it anew"
+        raise CorruptShard(f"{store.uri}/{commit.path} has {size} bytes, its commit says {commit.bytes}, {missing}")
 
 
 def map_shard(store: Store, commit: Commit) -> memoryview | None:

@@ -63,7 +63,8 @@ class Store:
         if data is None:
             raise StoreError(f"{store.uri} is not a store (no {paths.STORE}): `python -m pipeline generate` makes one")
         document = StoreDocument.from_bytes(data, f"{store.uri}/{paths.STORE}")
-        return cls(uri, single_writer=document.single_writer)
+        store.single_writer = document.single_writer
+        return store
 
     @classmethod
     def create(cls, uri: str, *, single_writer: bool = False) -> "Store":
@@ -231,8 +232,12 @@ class Store:
         reason = str(error).strip().split("\n")[0] or "no reason given"
         for secret in self._secrets:
             reason = reason.replace(secret, "***")
-        way_out = ": check the credentials and their rights" if isinstance(error, PermissionError) else ""
-        return StoreError(f"{self.uri}/{path}: {type(error).__name__}: {reason}{way_out}")
+        return StoreError(f"{self.uri}/{path}: {type(error).__name__}: {reason}{self._way_out(error)}")
+
+    def _way_out(self, error: Exception) -> str:
+        if isinstance(error, PermissionError):
+            return ": check the credentials and their rights"
+        return "" if self.protocol == "file" else ": check the address, the network and the credentials"
 
 
 def _reopen(uri: str, single_writer: bool) -> Store:

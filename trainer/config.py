@@ -53,7 +53,7 @@ class ObjectiveConfig(Config):
                 if getattr(self, option) is not None:
                     raise ValueError(f"objective.{option} means nothing to {self.name}; it belongs to {owner}")
         if (self.distance == "pseudo_huber") != (self.c is not None):
-            raise ValueError(f"objective.distance {self.distance} with c {self.c}; pseudo_huber needs c, the others don't")
+            raise ValueError(f"objective.distance {self.distance} with c {self.c}; pseudo_huber needs c, others don't")
         if self.schedule is not None:
             halves = all(longer == 2 * shorter for longer, shorter in pairwise(self.schedule))
             if not self.schedule or min(self.schedule) < 1 or not halves:
@@ -89,7 +89,9 @@ class FitConfig(Config):
     prediction: PredictionName | None = Field(
         None, description="From scratch: what the network predicts; by the process unless told (ve: edm)."
     )
-    sigma_data: float | None = Field(None, gt=0, description="From scratch, for edm: the data's rms; measured unless told.")
+    sigma_data: float | None = Field(
+        None, gt=0, description="From scratch, for edm: rms of the data; measured unless told."
+    )
 
     steps: int = Field(3000, ge=1, description="Optimizer steps; of each stage, where there are several.")
     batch_size: int = Field(256, ge=1, description="Samples a step.")
@@ -134,9 +136,12 @@ class FitConfig(Config):
         self._check_input()
         self._check_network()
         if self.micro_batch is not None and self.batch_size % self.micro_batch:
-            raise ValueError(f"micro_batch {self.micro_batch} does not divide batch_size {self.batch_size}; choose a divisor")
+            told = f"micro_batch {self.micro_batch} does not divide batch_size {self.batch_size}"
+            raise ValueError(f"{told}; choose a divisor")
         if self.warmup >= self.steps and self.decay != "none":
-            raise ValueError(f"warmup {self.warmup} leaves none of {self.steps} steps to decay; give fewer, or --warmup 0")
+            raise ValueError(
+                f"warmup {self.warmup} leaves none of {self.steps} steps to decay; give fewer, or --warmup 0"
+            )
         return self
 
     def _check_input(self) -> None:

@@ -7,6 +7,7 @@ is in the package. The folder is a native checkpoint (diffusion/checkpoint.py) o
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def load_classifier(folder: str | Path) -> tuple[Classifier, Checkpoint]:
     """A saved classifier, in evaluation mode and without gradients, and its checkpoint."""
     saved = checkpoint.load(folder)
     if saved.model.get("kind") != "classifier":
-        raise UsageError(f"{folder} holds a {saved.model.get('kind')!r} model; name one of python -m trainer classifier")
+        raise UsageError(f"{folder} is a {saved.model.get('kind')!r} model; name one of python -m trainer classifier")
     classifier = _build(saved.model)
     classifier.load_state_dict(safetensors.torch.load(saved.weights))
     return classifier.eval().requires_grad_(False), saved
@@ -135,11 +136,20 @@ def load_classifier(folder: str | Path) -> tuple[Classifier, Checkpoint]:
 
 def shipped_classifier(images: str, sample_shape: tuple[int, ...]) -> tuple[Classifier, Checkpoint] | None:
     """The classifier in this package for an image source and a shape, or None where there is none."""
-    for path in sorted(_BUILTIN.glob(f"*/{checkpoint.MODEL_FILE}")):
-        model = json.loads(path.read_text())["model"]
+    for folder, model in _shipped():
         if (model["images"], tuple(model["sample_shape"])) == (images, sample_shape):
-            return load_classifier(path.parent)
+            return load_classifier(folder)
     return None
+
+
+def shipped_image_source(sample_shape: tuple[int, ...]) -> str | None:
+    """The image source that a classifier in this package was fitted on, for samples of this shape; None without one."""
+    return next((model["images"] for _, model in _shipped() if tuple(model["sample_shape"]) == sample_shape), None)
+
+
+def _shipped() -> Iterator[tuple[Path, dict[str, Any]]]:
+    for path in sorted(_BUILTIN.glob(f"*/{checkpoint.MODEL_FILE}")):
+        yield path.parent, json.loads(path.read_text())["model"]
 
 
 def _build(spec: dict[str, Any]) -> Classifier:

@@ -1,6 +1,5 @@
 """`python -m trainer fit`: stages of optimizer steps, from a plan to a saved model."""
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -9,15 +8,20 @@ import torch
 
 from diffusion import checkpoint
 from diffusion.checkpoint import Checkpoint, pack
+from diffusion.denoiser import Denoiser
 from diffusion.flow_map import FlowMap
-from storage_schemas.errors import usage_errors
+from diffusion.spec import model_from_spec
+from storage_schemas.errors import ManifestMismatch, usage_errors
 from trainer import checkpoints
 from trainer.config import FitConfig
 from trainer.logs import RunLog
 from trainer.loop import Stepper, StopRequest, check_device, step_seed, stop_on_signals
+from trainer.pins import ManifestPin
 from trainer.plan import Plan, Stage, pick_device, plan_images
-from trainer.run import earlier_run, new_record
+from trainer.run import RunRecord, earlier_run, new_record
 from trainer.stream import Stream
+from trainer.student import with_dropout
+from trainer.trajectories import plan_trajectories
 
 __all__ = ["FitConfig", "run_fit"]
 
@@ -26,50 +30,92 @@ def run_fit(config: FitConfig) -> int:
     """Fit to the end, or to a signal: 0, or 128 + the signal after saving."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    record = earlier_run(config)
+    earlier = earlier_run(config)
     with usage_errors():
         device = pick_device(config.device)
         check_device(config, device)
-        plan = plan_images(config)
-    for warning in plan.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    if record is None:
-        record = new_record(config, plan.reads, plan.start.model)
-        record.save(config.out)
-    state = checkpoints.load_last(config.out, device=device)
+        plan = make_plan(config, earlier)
+        state = checkpoints.load_last(config.out, device=device) if earlier else None
+        record, denoiser = (earlier, _built(earlier.model)) if earlier and state else _start(config, plan)
+    record.save(config.out)
     with stop_on_signals() as stop:
-        return Fit(config, plan, device, stop).run(state)
+        return Fit(config, plan, record, device, stop).run(FlowMap(denoiser.to(device)), state)
+
+
+def make_plan(config: FitConfig, earlier: RunRecord | None) -> Plan:
+    """The plan of a new run, or of an earlier one on the manifest that it reads."""
+    if config.objective.name == "denoising":
+        plan = plan_images(config)
+    else:
+        plan = plan_trajectories(config, number=earlier.reads["manifest"] if earlier else config.manifest)
+    if earlier and earlier.reads != plan.reads:
+        raise ManifestMismatch(f"{config.out} was reading {earlier.reads}, now {plan.reads}: choose another --out")
+    return plan
+
+
+def _start(config: FitConfig, plan: Plan) -> tuple[RunRecord, Denoiser]:
+    """The record of a new run, and its student as --init says."""
+    start = plan.start()
+    model = with_dropout(start.model, config.network.dropout)
+    denoiser = _built(model)
+    denoiser.load_state_dict(start.build().state_dict())
+    return new_record(config, plan.reads, model), denoiser
+
+
+def _built(model: dict[str, Any]) -> Denoiser:
+    denoiser = model_from_spec(model)
+    assert isinstance(denoiser, Denoiser)
+    return denoiser
 
 
 class Fit:
     """One run over its stages."""
 
-    def __init__(self, config: FitConfig, plan: Plan, device: torch.device, stop: StopRequest) -> None:
-        self.config, self.plan, self.device, self.stop = config, plan, device, stop
+    def __init__(
+        self, config: FitConfig, plan: Plan, record: RunRecord, device: torch.device, stop: StopRequest
+    ) -> None:
+        self.config, self.plan, self.record, self.device, self.stop = config, plan, record, device, stop
         self.total = config.steps * len(plan.stages)
+        self.pin = (
+            None
+            if plan.store is None
+            else ManifestPin(plan.store, run=record.name, dataset=plan.reads["dataset"], number=plan.reads["manifest"])
+        )
 
-    def run(self, state: dict[str, Any] | None) -> int:
+    def run(self, student: FlowMap, state: dict[str, Any] | None) -> int:
         """From a checkpoint's state, or from the start."""
-        first = state["stage"] if state else 0
-        start = state["stage"] * self.config.steps + state["step"] if state else 0
-        student = FlowMap(self.plan.start.build(device=self.device))  # type: ignore[arg-type]
+        first, step = (state["stage"], state["step"]) if state else (0, 0)
+        start = first * self.config.steps + step
         stream_state = state["stream"] if state else None
         with RunLog(self.config.out, step=start, total=self.total) as self.log:
-            if state:
-                self.log.say(f"{self.config.out}: going on from step {start} of {self.total}")
+            self._greet(start)
             for index in range(first, len(self.plan.stages)):
                 stepper = Stepper(student, self.config, self.device)
-                if state and index == first:
+                if state:
                     stepper.load_state_dict(state["stepper"])
-                step = state["step"] if state and index == first else 0
                 stream_state = self._stage(index, stepper, step, stream_state)
                 if self.stop:
                     self.log.say(f"{self.config.out}: saved on signal {self.stop.signal}; the same command goes on")
                     return self.stop.exit_code
                 self._save_model(index, stepper)
                 student.denoiser.load_state_dict(stepper.served.state_dict())
+                state, step = None, 0
+            if self.pin:
+                self.pin.drop()
             self.log.say(f"{self.config.out / 'model'}: fitted in {self.total} steps")
         return 0
+
+    def _greet(self, start: int) -> None:
+        for warning in self.plan.warnings:
+            self.log.say(f"warning: {warning}")
+        if start:
+            self.log.say(f"{self.config.out}: going on from step {start} of {self.total}")
+        self._renew_pin()
+
+    def _renew_pin(self) -> None:
+        refused = self.pin.renew() if self.pin else None
+        if refused:
+            self.log.say(f"warning: {refused}")
 
     def _stage(self, index: int, stepper: Stepper, step: int, stream_state: dict[str, Any] | None) -> dict[str, Any]:
         """Steps of one stage; the stream's state after the last."""
@@ -95,12 +141,13 @@ class Fit:
             return stream.state_dict()
 
     def _report(self, stage: Stage, stepper: Stepper, meter: "Meter", total_step: int, *, last: bool) -> None:
-        config, figures = self.config, {}
+        config, figures = self.config, dict[str, float | int | str]()
         if total_step % config.log_every == 0 or last:
-            figures = {"stage": stage.name, **meter.take(), "lr": stepper.scheduler.get_last_lr()[0]}
+            figures = {"stage": stage.name, **meter.take(), "lr": float(stepper.scheduler.get_last_lr()[0])}
         due = config.validate_every and (total_step % config.validate_every == 0 or last)
         if due and self.plan.holdout_error is not None:
-            figures["holdout_error"] = self.plan.holdout_error(FlowMap(stepper.served), stage)  # type: ignore[arg-type]
+            with stepper.evaluating() as served:
+                figures["holdout_error"] = self.plan.holdout_error(FlowMap(served), stage)
         if figures:
             self.log.write(total_step, figures)
 
@@ -108,11 +155,12 @@ class Fit:
         state = {"stage": index, "step": step, "stepper": stepper.state_dict(), "stream": stream.state_dict()}
         total_step = index * self.config.steps + step
         checkpoints.save(self.config.out, total_step, state, keep_last=self.config.keep_last)
+        self._renew_pin()
 
     def _save_model(self, index: int, stepper: Stepper) -> None:
         stage, last = self.plan.stages[index], index == len(self.plan.stages) - 1
         saved = Checkpoint(
-            model=self.plan.start.model,
+            model=self.record.model,
             weights=pack(stepper.served, dtype=getattr(torch, self.config.save_dtype)),
             grids={stage.num_steps: stage.times} if stage.times else {},
             about={

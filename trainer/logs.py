@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -71,8 +71,8 @@ class _Bar:
     """A rich bar on a terminal."""
 
     def __init__(self, total: int) -> None:
-        columns = (BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn(), TextColumn("{task.description}"))
-        self._progress = Progress(*columns, console=Console(stderr=True))
+        count, figures = TextColumn("{task.completed}/{task.total}"), TextColumn("{task.description}")
+        self._progress = Progress(BarColumn(), count, TimeRemainingColumn(), figures, console=Console(stderr=True))
         self._task = self._progress.add_task("", total=total)
 
     def start(self) -> None:
@@ -132,5 +132,5 @@ def _board(folder: Path, *, purge_step: int) -> _Board | None:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError:
         return None
-    writer: Any = SummaryWriter(str(folder), purge_step=purge_step)
-    return writer  # type: ignore[no-any-return]
+    writer: _Board = SummaryWriter(str(folder), purge_step=purge_step)
+    return writer

@@ -4,7 +4,7 @@ import hashlib
 import math
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from diffusion.denoiser import Denoiser
 from diffusion.flow_map import FlowMap
 from trainer.config import FitConfig
 from trainer.objectives import Objective
@@ -38,7 +39,8 @@ def check_device(config: FitConfig, device: torch.device) -> None:
     """Refuse a precision that the device does not have."""
     if config.autocast == "float16" and device.type == "cpu":
         raise ValueError("autocast float16 needs a GPU; use bfloat16 or none on the CPU")
-    if config.autocast == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    on_gpu = device.type == "cuda"
+    if config.autocast == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ValueError(f"autocast bfloat16: {torch.cuda.get_device_name(device)} lacks it; use float16 or none")
 
 
@@ -52,14 +54,25 @@ class Stepper:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.autocast == "float16")
         self.average: AveragedModel | None = None
         if config.ema:
-            self.average = AveragedModel(student.denoiser, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+            self.average = AveragedModel(student.denoiser, multi_avg_fn=_averaging(config.ema))
         if config.compile:
             student.denoiser.network.compile()
 
     @property
-    def served(self) -> nn.Module:
+    def served(self) -> Denoiser:
         """The denoiser that is validated, saved, and the start of the next stage."""
-        return self.student.denoiser if self.average is None else self.average.module
+        if self.average is None:
+            return self.student.denoiser
+        averaged = self.average.module
+        assert isinstance(averaged, Denoiser)
+        return averaged
+
+    @contextmanager
+    def evaluating(self) -> Iterator[Denoiser]:
+        """The served denoiser without its dropout."""
+        served = self.served
+        yield served.eval()
+        served.train()
 
     def step(self, objective: Objective, batch: Batch, *, seed: int) -> tuple[Tensor, Tensor]:
         """One optimizer step; (loss, norm of the gradient before clipping), on the device."""
@@ -101,6 +114,18 @@ class Stepper:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
+
+
+_Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
+def _averaging(decay: float) -> Callable[[_Tensors, _Tensors, Tensor | int], None]:
+    """An exponential average that starts short, min(decay, (1 + n)/(10 + n)) after n steps, to forget its start."""
+
+    def update(averaged: _Tensors, current: _Tensors, n: Tensor | int) -> None:
+        get_ema_multi_avg_fn(min(decay, (1 + int(n)) / (10 + int(n))))(averaged, current, n)
+
+    return update
 
 
 class StopRequest:

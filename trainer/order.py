@@ -40,12 +40,10 @@ class Permutation:
         return self._walk(values, forward=False)
 
     def _walk(self, values: Ints, *, forward: bool) -> Ints:
-        values = self._feistel(values.astype(np.uint64), forward=forward)
-        outside = values >= self.size
-        while outside.any():
-            values[outside] = self._feistel(values[outside], forward=forward)
-            outside = values >= self.size
-        return values.astype(np.int64)
+        walked = self._feistel(values.astype(np.uint64), forward=forward)
+        while (outside := walked >= self.size).any():
+            walked[outside] = self._feistel(walked[outside], forward=forward)
+        return walked.astype(np.int64)
 
     def _feistel(self, values: NDArray[np.uint64], *, forward: bool) -> NDArray[np.uint64]:
         """One pass over [0, 4^k), the smallest such domain that holds `size`."""
@@ -121,7 +119,7 @@ class EpochOrder:
 
     @cached_property
     def _short_blocks(self) -> tuple[Ints, Ints]:
-        """Where blocks with fewer than BLOCK rows come, ascending: [n]; rows missing before each, and in all: [n + 1]."""
+        """Places of blocks with fewer than BLOCK rows: [n] ascending; rows missing before each, and in all: [n + 1]."""
         first, last = self._first_block * BLOCK, (self._first_block + self._num_blocks) * BLOCK
         outside = [(first, self.ids.start), *self.ids.gaps.tolist(), (self.ids.stop, last)]
         blocks = np.unique(np.concatenate([_blocks_of(start, stop) for start, stop in outside]))

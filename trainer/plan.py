@@ -2,21 +2,21 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusion import checkpoint
 from diffusion.checkpoint import Checkpoint
 from diffusion.flow_map import FlowMap
+from storage_schemas.store import Store
 from trainer.config import FitConfig
 from trainer.images import load_images
 from trainer.objectives import Objective
 from trainer.objectives.denoising import Denoising
 from trainer.stream import ArraySource, Source
-from trainer.student import Shape, check_fits, scratch, with_dropout
+from trainer.student import Shape, check_fits, saved_model, scratch
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """A fit in full. `reads` says what data it is, in a few words and digests, for the run's own record."""
+    """A fit in full. reads: what data it is, in a few words and digests; store: where it lies, if in one."""
 
-    start: Checkpoint
+    start: Callable[[], Checkpoint]
     stages: tuple[Stage, ...]
     source: Callable[[tuple[str, ...]], Source]
     reads: dict[str, Any]
     holdout_error: Callable[[FlowMap, Stage], float] | None = None
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
+    store: Store | None = None
 
 
 def plan_images(config: FitConfig) -> Plan:
@@ -54,8 +55,6 @@ def plan_images(config: FitConfig) -> Plan:
         process=_PROCESSES[config.process or "ve"],
         rms=float(images.double().square().mean().sqrt()),
     )
-    start = scratch(config, shape) if config.init == "scratch" else checkpoint.load(config.init or "")
-    check_fits(start, shape, name=str(config.init))
     options = config.objective
     objective = Denoising(
         sample_shape=shape.sample_shape,
@@ -65,11 +64,18 @@ def plan_images(config: FitConfig) -> Plan:
     )
     digest = images_digest(images, labels)
     return Plan(
-        start=with_dropout(start, config.network.dropout),
+        start=lambda: _start(config, shape),
         stages=(Stage("denoising", objective),),
         source=lambda columns: ArraySource(images, labels, digest),
         reads={"images": config.images, "split": "train", "count": len(images), "content_digest": digest},
     )
+
+
+def _start(config: FitConfig, shape: Shape) -> Checkpoint:
+    """A fresh network, or a saved model that fits the images."""
+    start = scratch(config, shape) if config.init == "scratch" else saved_model(config.init or "")
+    check_fits(start, shape, name=str(config.init))
+    return start
 
 
 _PROCESSES: dict[str, dict[str, Any]] = {

@@ -7,6 +7,7 @@ Each is a native checkpoint whose `grids` name the time grids it was fitted for,
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from diffusion.denoiser import Denoiser
 from diffusion.prediction import Epsilon
 from diffusion.process import Process
 from diffusion.spec import model_from_spec, process_from_spec
+from storage_schemas.errors import ManifestMismatch
 from trainer.config import FitConfig
 
 # By process: one step from pure noise needs a prediction that says something of x_0 there.
@@ -67,24 +69,31 @@ def check_fits(saved: Checkpoint, shape: Shape, *, name: str) -> None:
             raise ValueError(f"{name} has {what} {there}, the data has {here}; use --init scratch or another model")
 
 
-def check_prediction(saved: Checkpoint) -> None:
-    """Refuse a network that predicts eps: it says little or nothing of x_0 at pure noise. Salimans & Ho 2022, sec. 4."""
-    if saved.model["prediction"]["name"] == "epsilon":
+def check_few_steps(saved: Checkpoint, first_time: float) -> None:
+    """Refuse a network that can't jump from the first time of a grid.
+
+    One that predicts eps says little or nothing of x_0 at pure noise (Salimans & Ho 2022, section 4), and one that is
+    told log(sigma/alpha) is told infinity where alpha is 0.
+    """
+    denoiser = saved.build()
+    assert isinstance(denoiser, Denoiser)
+    if isinstance(denoiser.prediction, Epsilon):
         raise ValueError("a student of few steps can't predict epsilon; use --init scratch --prediction v_prediction")
+    told = denoiser.prediction.network_time(denoiser.process, torch.tensor(first_time, dtype=torch.float64))
+    if not torch.isfinite(told):
+        raise ValueError(
+            f"{denoiser.prediction} is told {told} at the first step; use --init scratch --prediction sample"
+        )
 
 
-def check_first_step(denoiser: Denoiser) -> None:
-    """Refuse a prediction that is not finite at t = T, where a student starts."""
-    process, T = denoiser.process, torch.tensor(denoiser.process.T, dtype=torch.float64)
-    finite = not isinstance(denoiser.prediction, Epsilon) or float(process.alpha(T)) > 0
-    if not finite or not torch.isfinite(denoiser.prediction.network_time(process, T)):
-        raise ValueError(f"{denoiser.prediction} is not finite at t = T of {process}; use another --prediction")
+def with_dropout(model: dict[str, Any], dropout: float) -> dict[str, Any]:
+    """The spec of the same network, dropping units with this probability while it is fitted."""
+    return {**model, "network": {**model["network"], "dropout": dropout}}
 
 
-def with_dropout(saved: Checkpoint, dropout: float) -> Checkpoint:
-    """The same weights in a network that drops units with this probability while it is fitted."""
-    network = {**saved.model["network"], "dropout": dropout}
-    return Checkpoint({**saved.model, "network": network}, saved.weights)
+def saved_model(folder: str | Path) -> Checkpoint:
+    """The model in a folder, or the final one of a run."""
+    return checkpoint.load(_models(folder)[0])
 
 
 def find_student(run_or_folder: str | Path, steps: int) -> Checkpoint:
@@ -112,14 +121,15 @@ def _models(run_or_folder: str | Path) -> list[Path]:
     return found
 
 
-def recipe_process(recipe_process_spec: dict[str, Any], times: list[float], alphas: list[float], sigmas: list[float]) -> Process:
-    """The recipe's process, once its alpha and sigma at the recipe's times are the recorded ones. Raises ValueError."""
-    process = process_from_spec(recipe_process_spec)
+def recipe_process(
+    spec: dict[str, Any], times: Sequence[float], alphas: Sequence[float], sigmas: Sequence[float]
+) -> Process:
+    """The recipe's process, once its alpha and sigma at the recipe's times are the recorded ones, else refused."""
+    process = process_from_spec(spec)
     t = torch.tensor(times, dtype=torch.float64)
     for name, recorded, ours in (("alpha", alphas, process.alpha(t)), ("sigma", sigmas, process.sigma(t))):
         for time, there, here in zip(times, recorded, ours.tolist(), strict=True):
             if not math.isclose(there, here, rel_tol=1e-9, abs_tol=1e-12):
-                raise ValueError(
-                    f"the recipe says {name} {there} at t = {time}, its process gives {here}; generate the data again"
-                )
+                told = f"the recipe says {name} {there} at t = {time}, its process gives {here}"
+                raise ManifestMismatch(f"{told}: another release wrote it; generate the data anew")
     return process

@@ -1,1 +1,120 @@
-"""Teachers that misbehave, for `python:strange_teachers:NAME`. They tell tasks apart by how often they were called."""
+"""Teachers that misbehave, for `python:strange_teachers:NAME`.
+
+Each is builtin:gaussian until it meets a certain x_T, which it knows by its bits: a solve's first call shows x_T itself.
+What the environment says changes when they misbehave, never what they answer.
+"""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffusion import noise
+from diffusion.gaussian import GaussianTeacher
+from diffusion.process import VE
+
+BAD_ID = 70
+"""Meets task train-00000001 of 64 samples a shard."""
+
+
+class Strange(GaussianTeacher):
+    sample_shape = (2,)
+
+    def __init__(self, misbehave) -> None:
+        super().__init__(VE(), mean=0.5, variance=0.25)
+        self.misbehave = misbehave
+
+    def forward(self, x_t, t, condition=None):
+        x_0 = super().forward(x_t, t, condition)
+        bad = (x_t == x_T_of(BAD_ID)).all(1) if t == self.process.T else torch.zeros(len(x_t), dtype=torch.bool)
+        return self.misbehave(x_0, bad)
+
+
+def x_T_of(sample_id):
+    eps = noise.standard_normal(0, "train", [sample_id], (2,))
+    return torch.from_numpy((80.0 * eps).astype(np.float16)).float()
+
+
+def says(value):
+    return lambda x_0, bad: torch.where(bad[:, None], torch.tensor(value, dtype=x_0.dtype), x_0)
+
+
+def nan_teacher():
+    return Strange(says(float("nan")))
+
+
+def overflowing_teacher():
+    """Finite in float32, past float16."""
+    return Strange(says(1e6))
+
+
+def raising_teacher():
+    def misbehave(x_0, bad):
+        if bad.any():
+            raise ArithmeticError("this teacher can't see sample 70")
+        return x_0
+
+    return Strange(misbehave)
+
+
+def recovering_teacher():
+    """Raises at the bad sample the first time that any process meets it."""
+
+    def misbehave(x_0, bad):
+        if bad.any() and first_time():
+            raise ArithmeticError("not today")
+        return x_0
+
+    return Strange(misbehave)
+
+
+def killed_teacher():
+    """Its process is killed at the bad sample the first time that any process meets it."""
+
+    def misbehave(x_0, bad):
+        if bad.any() and first_time():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x_0
+
+    return Strange(misbehave)
+
+
+def deadly_teacher():
+    """Its process is killed at the bad sample every time."""
+
+    def misbehave(x_0, bad):
+        if bad.any():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x_0
+
+    return Strange(misbehave)
+
+
+def slow_teacher():
+    def misbehave(x_0, bad):
+        time.sleep(float(os.environ.get("STRANGE_DELAY", "0")))
+        return x_0
+
+    return Strange(misbehave)
+
+
+def broken_teacher():
+    raise RuntimeError("no such accelerator")
+
+
+def picky_teacher():
+    """Loads in the process that planned, and nowhere else."""
+    if os.environ.get("STRANGE_PLANNER") != str(os.getpid()):
+        raise RuntimeError("no such accelerator")
+    return Strange(lambda x_0, bad: x_0)
+
+
+def first_time():
+    try:
+        Path(os.environ["STRANGE_MARKER"]).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True

@@ -135,7 +135,8 @@ def s3_server() -> Iterator[str]:
     try:
         deadline = time.monotonic() + 30
         while socket.socket().connect_ex(("127.0.0.1", port)):
-            assert process.poll() is None and time.monotonic() < deadline, "moto_server did not start"
+            assert process.poll() is None, "moto_server ended"
+            assert time.monotonic() < deadline, "moto_server did not start"
             time.sleep(0.1)
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -155,6 +156,7 @@ def s3_uri(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     }
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # a cached client keeps its first environment
     bucket = f"bucket-{os.getpid()}-{secrets.token_hex(4)}"
-    fsspec.filesystem("s3", use_listings_cache=False, skip_instance_cache=True).mkdir(bucket)
+    fsspec.filesystem("s3", use_listings_cache=False).mkdir(bucket)
     return f"s3://{bucket}/folder/store"

@@ -70,12 +70,15 @@ def test_a_table_comes_back_from_its_file_in_order() -> None:
     shards = [shard(3), shard(0, (4,)), shard(1, split="holdout")]
     table = ShardTable.from_bytes(ShardTable.of(shards).to_bytes())
     assert list(table) == [shards[1], shards[0], shards[2]]
-    assert table[-1] == shards[2] and list(table[1:]) == [shards[0], shards[2]]
+    assert table[-1] == shards[2]
+    assert list(table[1:]) == [shards[0], shards[2]]
     assert list(table.of_split("holdout")) == [shards[2]]
-    assert list(table.inside("train", 9, 30)) == [shards[1]] and len(table.inside("train", 10, 30)) == 0
+    assert list(table.inside("train", 9, 30)) == [shards[1]]
+    assert len(table.inside("train", 10, 30)) == 0
     more = ShardTable.of([shard(2), shard(3, (31,))])
     assert list(more.plus(table)) == [shards[1], shard(2), shard(3, (31,)), shards[2]]
-    assert len(ShardTable.of([]).plus(table)) == 3 and ShardTable.of([]).tasks == frozenset()
+    assert len(ShardTable.of([]).plus(table)) == 3
+    assert ShardTable.of([]).tasks == frozenset()
 
 
 def test_two_hundred_thousand_shards_open_quickly() -> None:

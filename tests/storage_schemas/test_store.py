@@ -19,10 +19,13 @@ from storage_schemas.store import Store
 
 
 def test_files_come_back_whole_and_in_ranges(store: Store, tmp_path: Path) -> None:
-    assert store.read("a/b.bin") is None and store.size("a/b.bin") is None and not store.exists("a/b.bin")
+    assert store.read("a/b.bin") is None
+    assert store.size("a/b.bin") is None
+    assert not store.exists("a/b.bin")
     (tmp_path / "source").write_bytes(b"0123456789")
     store.upload(tmp_path / "source", "a/b.bin")
-    assert store.read("a/b.bin") == b"0123456789" and store.size("a/b.bin") == 10
+    assert store.read("a/b.bin") == b"0123456789"
+    assert store.size("a/b.bin") == 10
     assert store.read_range("a/b.bin", 3, 4) == b"3456"
     assert list(store.read_ranges("a/b.bin", [(8, 4), (0, 1)])) == [b"89", b"0"]
     assert list(store.read_many(["a/b.bin", "a/c.bin"])) == [b"0123456789", None]
@@ -119,7 +122,9 @@ def test_credentials_in_a_uri_are_never_shown(uri: str) -> None:
         shown = f"{store.uri} {store!r} {told} {store.put_if_absent.__self__}"
         assert store.uri == "s3://bucket/folder"
         assert pickle.loads(pickle.dumps(store))._fs.secret == "s3cr3t/with+slash"
-    assert "s3cr3t" not in shown and "AKIAKEY" not in shown and "\n" not in shown
+    assert "s3cr3t" not in shown
+    assert "AKIAKEY" not in shown
+    assert "\n" not in shown
 
 
 def test_storage_that_lets_two_writers_win_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,9 +134,21 @@ def test_storage_that_lets_two_writers_win_is_refused(monkeypatch: pytest.Monkey
     with pytest.raises(StoreError, match="not a store"):
         Store.open("memory://leaky")
     alone = Store.create("memory://leaky", single_writer=True)
-    assert alone.single_writer and Store.open("memory://leaky").single_writer
+    assert alone.single_writer
+    assert Store.open("memory://leaky").single_writer
     assert alone.put_if_absent("x", b"1") == alone.put_if_absent("x", b"2") == b"1"
     fsspec.filesystem("memory").rm("/leaky", recursive=True)
+
+
+def test_refused_credentials_are_one_line(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(path: str) -> bytes:
+        raise PermissionError("Forbidden\nrequest id 17")
+
+    monkeypatch.setattr(store, "_cat", forbidden)
+    with pytest.raises(
+        StoreError, match=r"store.json: PermissionError: Forbidden: check the credentials and their rights$"
+    ):
+        store.read(STORE)
 
 
 class Unsure:
@@ -223,7 +240,8 @@ def test_one_process_of_eight_wins(tmp_path: Path) -> None:
     assert all(whole for *_, whole in seen)
     for round_ in range(rounds):
         winners = {there for number, _, there, _ in seen if number == round_}
-        assert len(winners) == 1 and winners <= set(range(8))
+        assert len(winners) == 1
+        assert winners <= set(range(8))
     assert not [name for name in os.listdir(tmp_path / "race") if name.startswith(".")], "no temporary file stays"
 
 
@@ -239,7 +257,8 @@ def test_a_killed_writer_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(KeyboardInterrupt):
         store.put_if_absent("commits/a.json", b"half")
     monkeypatch.setattr(os, "link", original)
-    assert list(store.list("commits")) == [] and store.read("commits/a.json") is None
+    assert list(store.list("commits")) == []
+    assert store.read("commits/a.json") is None
     assert store.put_if_absent("commits/a.json", b"whole") == b"whole"
 
 

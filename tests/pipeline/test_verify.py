@@ -1,0 +1,113 @@
+"""`verify` names what is wrong, `inspect` and `status` tell what is there."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffusion import noise
+from storage_schemas.dataset import open_dataset
+from storage_schemas.store import Store
+
+
+@pytest.fixture
+def store(generate, tmp_path):
+    generate(tmp_path / "store")
+    return tmp_path / "store"
+
+
+def shard(store, task):
+    (path,) = Path(store).glob(f"recipes/*/*/shards/{task}-*")
+    return path
+
+
+@pytest.mark.parametrize("words", [(), ("--format", "webdataset")])
+def test_a_flipped_bit_a_cut_file_and_a_missing_one_are_each_named(generate, pipeline, tmp_path, words):
+    generate(tmp_path, *words)
+    assert pipeline("verify", tmp_path)[0] == 0
+    flipped, cut, gone = (shard(tmp_path, f"train-0000000{index}") for index in range(3))
+    data = bytearray(flipped.read_bytes())
+    data[len(data) // 3] ^= 4
+    flipped.write_bytes(data)
+    cut.write_bytes(cut.read_bytes()[:-100])
+    gone.unlink()
+    code, out, _ = pipeline("verify", tmp_path)
+    lines = out.splitlines()
+    assert (code, len(lines)) == (1, 4)
+    assert lines[0].startswith("train-00000000: ")
+    assert "does not match its checksum" in lines[0]
+    assert f"has {cut.stat().st_size} bytes" in lines[1]
+    assert lines[2] == f"train-00000002: {gone} is missing"
+    assert lines[3].endswith("3 problems")
+    code, out, _ = pipeline("verify", tmp_path, "--json")
+    assert (code, len(json.loads(out)["problems"])) == (1, 3)
+
+
+def test_a_missing_commit_is_named(store, pipeline):
+    (commit,) = store.glob("recipes/*/*/commits/train-00000001.json")
+    commit.unlink()
+    code, out, _ = pipeline("verify", store)
+    assert (code, out.startswith("train-00000001: "), "is missing" in out) == (1, True, True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("rows", {"train": 159, "holdout": 40}, "counts other rows than its shards have"),
+        ("missing", ["train-00000002"], "does not name all its missing tasks"),
+        ("content_digest", "0" * 64, "has another content than its digest"),
+        ("window", {"train": [0, 300], "holdout": [0, 40]}, "does not name all its missing tasks"),
+    ],
+)
+def test_a_manifest_that_lies_is_caught(store, pipeline, field, value, told):
+    path = store / "datasets/main/manifests/000001.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {field: value}))
+    code, out, _ = pipeline("verify", store)
+    assert (code, f"manifest 1 {told}" in out) == (1, True)
+
+
+def test_a_manifest_with_another_parent_is_caught(generate, pipeline, tmp_path):
+    generate(tmp_path)
+    generate(tmp_path, count=300)
+    assert pipeline("verify", tmp_path)[0] == 0
+    first = tmp_path / "datasets/main/manifests/000001.json"
+    first.write_text(json.dumps(json.loads(first.read_bytes()) | {"writer": "somebody else"}))
+    code, out, _ = pipeline("verify", tmp_path)
+    assert (code, "manifest 2 does not follow from its parent" in out) == (1, True)
+
+
+def test_inspect_tells_counts_sizes_and_statistics(store, pipeline, hashes):
+    code, out, _ = pipeline("inspect", store, "--json")
+    found = json.loads(out)
+    assert (code, found["samples"], found["shards"], found["nfe"]) == (0, {"train": 160, "holdout": 40}, 4, 7)
+    assert found["bytes"] == sum(path.stat().st_size for path in store.glob("recipes/*/*/shards/*"))
+    ids = {"train": range(192), "holdout": range(64)}
+    eps = np.concatenate([noise.standard_normal(0, split, ids[split], (2,)) for split in ids])
+    stored = (80.0 * eps).astype(np.float16).astype(np.float64)
+    told = found["statistics"]["noise"]
+    expected = {"mean": stored.mean(), "std": stored.std(), "min": stored.min(), "max": stored.max()}
+    assert told == pytest.approx(expected, rel=1e-12)
+    assert list(found["statistics"]) == ["noise", "state_002", "output"]
+    code, out, _ = pipeline("inspect", store)
+    assert (code, "heun, 4 steps, 7 calls a sample, sigma frame" in out) == (0, True)
+
+
+def test_inspect_draws(store, pipeline, tmp_path):
+    assert pipeline("inspect", store, "--picture", tmp_path / "p.png")[0] == 0
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_status_of_a_sealed_job(store, pipeline):
+    code, out, _ = pipeline("status", store, "--json")
+    found = json.loads(out)
+    assert (code, found["state"], found["tasks_done"], found["tasks"]) == (0, "sealed as manifest 1", 4, 4)
+    assert (found["samples_done"], found["failures"], found["manifest"]) == (256, [], 1)
+
+
+def test_an_older_manifest_can_be_asked_for(generate, pipeline, tmp_path):
+    generate(tmp_path)
+    generate(tmp_path, count=300)
+    _, out, _ = pipeline("inspect", tmp_path, "--manifest", 1, "--json")
+    assert json.loads(out)["samples"]["train"] == 160
+    assert open_dataset(Store.open(str(tmp_path))).manifest.number == 2

@@ -1,0 +1,86 @@
+"""How far samples are from real data, and a student's outputs from its teacher's. Everything is summed in float64."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from diffusion import noise
+from trainer.features import Classifier
+
+_PROJECTIONS = 128
+_SEED = 0
+
+
+def holdout_error(outputs: Tensor, targets: Tensor) -> float:
+    """Mean squared error per dimension against the teacher's outputs for the same noise, both [n, ...]."""
+    return (outputs.double() - targets.double()).square().mean().item()
+
+
+def variance(samples: Tensor) -> float:
+    """Variance per dimension of [n, ...]: the holdout error of always answering the mean."""
+    return samples.double().var(dim=0, unbiased=False).mean().item()
+
+
+class Frechet:
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) between `reference` and images, of a classifier's features.
+
+    Heusel et al. 2017 (FID), with a small classifier of the same data in place of Inception.
+    """
+
+    def __init__(self, classifier: Classifier, reference: Tensor) -> None:
+        self._distance = FrechetInceptionDistance(feature=_Features(classifier), reset_real_features=False)
+        self._update(reference, real=True)
+
+    def __call__(self, images: Tensor) -> float:
+        """The distance of images [n, C, H, W], n >= 2."""
+        self._distance.reset()
+        self._update(images, real=False)
+        return float(self._distance.compute())
+
+    @torch.no_grad()
+    def _update(self, images: Tensor, *, real: bool) -> None:
+        for batch in images.split(1024):
+            self._distance.update(batch, real=real)
+
+
+class _Features(nn.Module):
+    """What torchmetrics asks of a feature network: its width and float64 features."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.num_features = classifier.num_features
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier.features(images.float()).double()
+
+
+def sliced_wasserstein(a: Tensor, b: Tensor) -> float:
+    """SW_2 between samples [n, ...] and [m, ...]: sqrt(mean over directions of W_2^2 of their projections).
+
+    The directions are fixed, so that one number can be compared with another. In up to 128 dimensions they are whole
+    orthonormal bases, so that a set translated by c is at exactly |c|/sqrt(d). Rabin et al. 2011; Bonneel et al. 2015.
+    """
+    directions = _directions(a[0].numel())
+    squares = wasserstein_squared(a.flatten(1).double() @ directions, b.flatten(1).double() @ directions)
+    return squares.mean().sqrt().item()
+
+
+def wasserstein_squared(a: Tensor, b: Tensor) -> Tensor:
+    """W_2^2 of each column's two one-dimensional samples, [n, k] and [m, k] -> [k]: the integral of (F^-1 - G^-1)^2."""
+    n, m = len(a), len(b)
+    # Both quantile functions are steps; in units of 1/(n m) every step ends at a whole number.
+    ends = torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]).unique()
+    widths = ends.diff(prepend=ends.new_zeros(1)).double() / (n * m)
+    gaps = a.sort(dim=0).values[(ends - 1) // m] - b.sort(dim=0).values[(ends - 1) // n]
+    return (widths[:, None] * gaps.square()).sum(dim=0)
+
+
+def _directions(size: int) -> Tensor:
+    """At least 128 unit vectors in `size` dimensions, in orthonormal sets: float64 [size, k]."""
+    together = min(size, _PROJECTIONS)
+    sets = math.ceil(_PROJECTIONS / together)
+    normal = torch.from_numpy(noise.standard_normal(_SEED, "train", range(sets), (size, together)))
+    return torch.cat([torch.linalg.qr(block).Q for block in normal], dim=1)

@@ -1,0 +1,111 @@
+"""`python -m trainer sample`: new samples of a student, as a picture and as tensors."""
+
+import math
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import tyro
+from PIL import Image
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn.functional import pad
+
+from diffusion import noise
+from diffusion.checkpoint import Checkpoint
+from diffusion.flow_map import FlowMap
+from storage_schemas.command_line import Config
+from storage_schemas.errors import UsageError, usage_errors
+from trainer.plan import pick_device
+from trainer.student import find_student
+
+_CELL = 64
+_GAP = 2
+_BATCH = 512
+
+
+class SampleConfig(Config):
+    """Draw samples of a student: a PNG grid of images, and the tensors if asked."""
+
+    run: tyro.conf.Positional[Path] = Field(description="Folder of a fit, or of a saved model.")
+    nfe: int = Field(ge=1, description="Network calls a sample: a number of steps that the student was fitted for.")
+    count: int = Field(64, ge=1, description="Number of samples.")
+    out: Path | None = Field(None, description="PNG file for a grid of the images.")
+    tensors: Path | None = Field(None, description="Safetensors file for noise, output and condition.")
+    seed: int = Field(0, ge=0, lt=2**64, description="Seed of the noise; its holdout line is used.")
+    label: int | None = Field(None, ge=0, description="One class for all; every class in turn unless told.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+
+    @model_validator(mode="after")
+    def _check(self) -> "SampleConfig":
+        if self.out is None and self.tensors is None:
+            raise ValueError("nothing to write; give --out FILE.png, --tensors FILE.safetensors or both")
+        return self
+
+
+def run_sample(config: SampleConfig) -> int:
+    """The command: sample, write, say."""
+    with usage_errors():
+        saved = find_student(config.run, config.nfe)
+        device = pick_device(config.device)
+    labels = sample_labels(saved, config.count, config.label)
+    if config.out is not None:
+        _check_images(saved, config.run)
+    tensors = draw(saved, config.nfe, config.seed, labels, config.count, device=device)
+    for path in filter(None, (config.out, config.tensors)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if config.tensors is not None:
+        safetensors.torch.save_file(tensors, config.tensors)
+    if config.out is not None:
+        in_turn = labels is not None and config.label is None
+        columns = saved.model["num_classes"] if in_turn else math.isqrt(config.count - 1) + 1
+        image_grid(tensors["output"], columns=columns).save(config.out, format="PNG")
+    print(" ".join(str(path) for path in (config.out, config.tensors) if path is not None))
+    return 0
+
+
+@torch.no_grad()
+def draw(
+    saved: Checkpoint, steps: int, seed: int, labels: Tensor | None, count: int, *, device: torch.device
+) -> dict[str, Tensor]:
+    """As stored: noise = sigma_T eps of the holdout ids 0 .. count-1, output = x_0, and condition, if any."""
+    flow_map = FlowMap(saved.build(device=device))  # type: ignore[arg-type]
+    times = torch.tensor(saved.grids[steps], dtype=torch.float64)
+    eps = torch.from_numpy(noise.standard_normal(seed, "holdout", range(count), tuple(saved.model["sample_shape"])))
+    x_T = (flow_map.process.sigma(times[0]) * eps).float()
+    outputs = []
+    for rows in torch.arange(count).split(_BATCH):
+        condition = None if labels is None else labels[rows].to(device)
+        outputs.append(flow_map.sample(x_T[rows].to(device), times, condition).cpu())
+    return {"noise": x_T, "output": torch.cat(outputs)} | ({} if labels is None else {"condition": labels})
+
+
+def sample_labels(saved: Checkpoint, count: int, label: int | None) -> Tensor | None:
+    """0, 1, ..., 0, 1, ... or `label` throughout, int64 [count]; None for a student without classes."""
+    classes = saved.model["num_classes"]
+    if label is not None and (classes is None or label >= classes):
+        has = "none" if classes is None else f"0 to {classes - 1}"
+        raise UsageError(f"label {label} is no class of this student, which has {has}; choose another or leave it out")
+    if classes is None:
+        return None
+    return torch.arange(count) % classes if label is None else torch.full((count,), label)
+
+
+def image_grid(images: Tensor, *, columns: int) -> Image.Image:
+    """Images [n, C, H, W] in [-1, 1], C 1 or 3, row by row; small ones enlarged so that each pixel shows."""
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    scale = max(1, _CELL // max(pixels.shape[2:]))
+    cells = pixels.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+    rows = -(-len(cells) // columns)
+    # White below and right of each cell, and white cells to fill the last row.
+    cells = pad(cells, (0, _GAP, 0, _GAP), value=255)
+    cells = pad(cells, (0, 0, 0, 0, 0, 0, 0, rows * columns - len(cells)), value=255)
+    sheet = cells.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+    sheet = pad(sheet, (_GAP, 0, _GAP, 0), value=255)
+    return Image.fromarray(sheet[0].numpy() if len(sheet) == 1 else sheet.permute(1, 2, 0).contiguous().numpy())
+
+
+def _check_images(saved: Checkpoint, run: Path) -> None:
+    shape = saved.model["sample_shape"]
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise UsageError(f"{run} makes samples {shape}, no images [1 or 3, H, W]; use --tensors FILE in place of --out")
