@@ -30,7 +30,7 @@ class Checkpoint:
 
     model: dict[str, Any]
     weights: bytes
-    grids: dict[int, Sequence[float]] = field(default_factory=dict)
+    grids: Mapping[int, Sequence[float]] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -49,15 +49,17 @@ class Guided:
     nfe_per_call = 2
 
     def __init__(self, denoiser: nn.Module, scale: float) -> None:
-        if getattr(denoiser, "num_classes", None) is None:
+        num_classes = getattr(denoiser, "num_classes", None)
+        if num_classes is None:
             raise ValueError(f"guidance scale {scale} needs a class-conditional teacher; leave it at 1")
         self.denoiser = denoiser
+        self.null_label = int(num_classes)
         self.scale = scale
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         if condition is None:
             raise ValueError(f"guidance scale {self.scale} needs class labels; give a condition")
-        null = torch.full_like(condition, self.denoiser.num_classes)
+        null = torch.full_like(condition, self.null_label)
         times = t if t.ndim == 0 else torch.cat([t, t])
         both = self.denoiser(torch.cat([x_t, x_t]), times, torch.cat([null, condition]))
         uncond, cond = both.chunk(2)

@@ -50,7 +50,7 @@ def prediction_from_spec(spec: Spec) -> Prediction:
 def model_from_spec(spec: Spec) -> nn.Module:
     """The denoiser (x_t, t, condition) -> x_0 that `spec` describes, with fresh weights where it has any."""
     builders = {"network": _network_denoiser, "gaussian": _gaussian, "mixture": _mixture}
-    kind = spec.get("kind")
+    kind = spec.get("kind", "")
     if kind not in builders:
         raise ValueError(f"model kind {kind!r} is unknown; use one of {', '.join(builders)}")
     return builders[kind](spec)
@@ -63,7 +63,7 @@ def _network_denoiser(spec: Spec) -> Denoiser:
 
 
 def _build_network(spec: Spec, sample_shape: tuple[int, ...], num_classes: int | None) -> nn.Module:
-    name = spec.get("name")
+    name = spec.get("name", "")
     if name not in NETWORKS:
         raise ValueError(f"network {name!r} is unknown; use one of {', '.join(NETWORKS)}")
     options = {key: value for key, value in spec.items() if key != "name"}
@@ -83,7 +83,7 @@ def _mixture(spec: Spec) -> MixtureTeacher:
 
 
 def _build(what: str, table: Mapping[str, Any], spec: Spec) -> Any:
-    name = spec.get("name")
+    name = spec.get("name", "")
     if name not in table:
         raise ValueError(f"{what} {name!r} is unknown; use one of {', '.join(table)}")
     allowed = [field.name for field in dataclasses.fields(table[name])]

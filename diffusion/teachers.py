@@ -86,29 +86,33 @@ def builtin_checkpoint(name: str) -> Checkpoint:
 
 def _from_factory(uri: str, path: str, *, device: str | torch.device) -> Teacher:
     module_name, _, factory_name = path.partition(":")
-    factory: Callable[[], nn.Module] | None = getattr(importlib.import_module(module_name), factory_name or "_", None)
+    module = importlib.import_module(module_name)
+    factory: Callable[[], nn.Module] | None = getattr(module, factory_name or "_", None)
     if factory is None:
         raise ValueError(f"{uri}: {module_name} has no {factory_name!r}; write python:MODULE:FACTORY")
     denoiser = factory().to(device).eval().requires_grad_(False)
-    missing = [name for name in ("process", "sample_shape") if not hasattr(denoiser, name)]
-    if missing:
-        raise ValueError(f"{uri}: its denoiser has no attribute {missing[0]!r}; set it to what diffusion.process describes")
+    process, shape = (_attribute(uri, denoiser, name) for name in ("process", "sample_shape"))
     num_classes: int | None = getattr(denoiser, "num_classes", None)
-    shape = tuple(int(size) for size in denoiser.sample_shape)
-    model = {
+    model: dict[str, Any] = {
         "kind": "python",
-        "sample_shape": list(shape),
+        "sample_shape": [int(size) for size in shape],
         "num_classes": num_classes,
-        "process": process_spec(denoiser.process),
+        "process": process_spec(process),
     }
     return Teacher(
         uri=uri,
         denoiser=denoiser,
-        process=denoiser.process,
+        process=process,
         # Through JSON once, so that tuples compare as the lists that a recipe gives back.
         model=json.loads(json.dumps(model)),
         weights_sha256=hashlib.sha256(checkpoint.pack(denoiser)).hexdigest(),
-        sample_shape=shape,
+        sample_shape=tuple(model["sample_shape"]),
         num_classes=num_classes,
-        source_sha256=hashlib.sha256(inspect.getsource(inspect.getmodule(factory)).encode()).hexdigest(),
+        source_sha256=hashlib.sha256(inspect.getsource(module).encode()).hexdigest(),
     )
+
+
+def _attribute(uri: str, denoiser: nn.Module, name: str) -> Any:
+    if not hasattr(denoiser, name):
+        raise ValueError(f"{uri}: its denoiser has no attribute {name!r}; set it to what diffusion.process describes")
+    return getattr(denoiser, name)

@@ -65,7 +65,9 @@ class GenerateConfig(Config):
     runner: Literal["ray", "local"] = Field("ray", description="ray, or processes on this machine")
     workers: int = Field(1, ge=1, description="workers, each with a teacher of its own")
     threads: int = Field(1, ge=1, description="CPU threads of each worker")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$", description="auto, cpu, cuda, cuda:1, ..."
+    )
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")

@@ -125,8 +125,8 @@ def solve_missing(run: Run, goal: Goal, tasks: list[Task]) -> None:
         workers=workers,
         started_at=utc_now(),
     )
-    run.store.put_if_absent(paths.job_path(run.job), job.to_bytes())
-    with Progress(len(tasks)) as progress, _fleet(run, workers) as fleet:
+    with _fleet(run, workers) as fleet, Progress(len(tasks)) as progress:
+        run.store.put_if_absent(paths.job_path(run.job), job.to_bytes())
         for outcome in dispatch(fleet, tasks, workers=workers, max_attempts=config.max_attempts):
             progress.count(outcome)
             _record(run, outcome)

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,9 @@ from storage_schemas.errors import UsageError
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """Of a cluster that is started here. Tensors never enter it."""
+
+
+KNOCK_SECONDS = 10.0
 
 
 class _Worker:
@@ -114,8 +118,9 @@ def _connect(ray: Any, config: RayConfig, *, workers: int) -> None:
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address:
         try:
+            _knock(address)
             ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             reason = _first_line(error)
             raise UsageError(f"no Ray cluster at {address} ({reason}): mend the address, or leave it out") from None
         return
@@ -128,6 +133,13 @@ def _connect(ray: Any, config: RayConfig, *, workers: int) -> None:
         include_dashboard=False,
         **quiet,
     )
+
+
+def _knock(address: str) -> None:
+    """OSError at once where nobody listens at host:port; Ray itself would wait for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
 
 
 def _first_line(error: Exception) -> str:

@@ -26,10 +26,10 @@ def commands_in(text: str) -> list[tuple[str, list[str]]]:
 
 
 def test_every_command_of_the_readme_parses():
-    from pipeline.__main__ import COMMANDS as pipeline_commands
-    from trainer.__main__ import COMMANDS as trainer_commands
+    from pipeline.__main__ import COMMANDS
+    from trainer.__main__ import commands as trainer_commands
 
-    programs: dict[str, dict[str, Command]] = {"pipeline": pipeline_commands, "trainer": trainer_commands}
+    programs: dict[str, dict[str, Command]] = {"pipeline": COMMANDS, "trainer": trainer_commands(None)}
     commands = commands_in(README)
     assert len(commands) >= 6
     for program, (command, *words) in commands:

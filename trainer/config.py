@@ -67,8 +67,11 @@ class ObjectiveConfig(Config):
 
 
 class NetworkConfig(Config):
-    """The student's network. width and depth belong to --init scratch; other students keep their teacher's."""
+    """The student's network. All but dropout belongs to --init scratch; other students keep their teacher's."""
 
+    name: Literal["residual_mlp", "affine"] | None = Field(
+        None, description="residual_mlp, or affine: one line a coordinate and time, whose best fit is known."
+    )
     width: int | None = Field(None, ge=1, description="Width of the residual MLP; 256 unless told.")
     depth: int | None = Field(None, ge=1, description="Blocks of the residual MLP; 4 unless told.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout while fitting, whatever the student starts from.")
@@ -157,9 +160,13 @@ class FitConfig(Config):
             raise ValueError(f"process {self.process}: a student has its teacher's process; leave --process out")
 
     def _check_network(self) -> None:
+        given = {name for name in ("width", "depth", "dropout") if getattr(self.network, name)}
+        if self.network.name == "affine" and given:
+            raise ValueError(f"network.{given.pop()} means nothing to affine; it belongs to residual_mlp")
         if self.init == "scratch":
             return
         for name, value in (
+            ("network.name", self.network.name),
             ("network.width", self.network.width),
             ("network.depth", self.network.depth),
             ("prediction", self.prediction),

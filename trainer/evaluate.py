@@ -216,10 +216,12 @@ def show(evaluation: Mapping[str, Any], console: Console) -> None:
         cells = [_figure(row[name]) for name in figures]
         table.add_row(row["name"], str(row["steps"]), str(row["nfe"]), *cells, end_section=last)
     floor = evaluation["floor"]
-    table.add_row(f"floor: {floor['of']}", "", "", *(_figure(floor.get(name)) for name in figures))
+    table.add_row("floor", "", "", *(_figure(floor.get(name)) for name in figures))
     console.print(table)
-    console.print(f"holdout error: per dimension, of a variance of {_figure(evaluation['output_variance'])}")
-    console.print(f"floor: {' samples against '.join(map(str, floor['counts']))}")
+    console.print(
+        f"holdout error: per dimension, of a variance of {_figure(evaluation['output_variance'])}", highlight=False
+    )
+    console.print(f"floor: {floor['of']}, {' samples against '.join(map(str, floor['counts']))}", highlight=False)
     for note in evaluation["notes"]:
         print(f"note: {note}", file=sys.stderr)
 

@@ -14,6 +14,7 @@ _LABELS = {
     "sliced_wasserstein": "sliced Wasserstein distance",
     "holdout_error": "holdout error per dimension",
 }
+_MARKERS = "o^sDvP"
 
 
 def plot_quality(evaluation: Mapping[str, Any], path: Path) -> None:
@@ -34,10 +35,11 @@ def plot_quality(evaluation: Mapping[str, Any], path: Path) -> None:
 def _panel(axes: Axes, name: str, rows: Sequence[Mapping[str, Any]], floor: Mapping[str, Any]) -> None:
     # A stored output's error against itself is 0, which has no place on a logarithmic axis.
     shown = [row for row in rows if row[name]]
-    for curve in dict.fromkeys((row["kind"], row["name"]) for row in rows):
+    for index, curve in enumerate(dict.fromkeys((row["kind"], row["name"]) for row in rows)):
         points = sorted((row["nfe"], row[name]) for row in shown if (row["kind"], row["name"]) == curve)
-        style = {"student": "o-", "teacher": "s--", "stored": "*"}[curve[0]]
-        axes.plot([nfe for nfe, _ in points], [value for _, value in points], style, label=curve[1])
+        style = {"student": "-", "teacher": "--", "stored": " "}[curve[0]]
+        marker = "*" if curve[0] == "stored" else _MARKERS[index % len(_MARKERS)]
+        axes.plot([nfe for nfe, _ in points], [value for _, value in points], style, marker=marker, label=curve[1])
     if floor.get(name):
         axes.axhline(floor[name], color="grey", linestyle=":", label=f"floor: {floor['of']}")
     axes.set_xscale("log")

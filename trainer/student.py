@@ -38,14 +38,16 @@ class Shape:
 
 
 def scratch(config: FitConfig, shape: Shape) -> Checkpoint:
-    """A fresh residual MLP for data of this shape; its weights follow from the seed."""
+    """A fresh network for data of this shape; its weights follow from the seed."""
     name = config.prediction or _PREDICTIONS.get(shape.process["name"], "v_prediction")
     prediction: dict[str, Any] = {"name": name}
     if name == "edm":
         prediction["sigma_data"] = config.sigma_data or round(shape.rms, 4)
     elif config.sigma_data is not None:
         raise ValueError(f"sigma_data {config.sigma_data} means nothing to prediction {name}; it belongs to edm")
-    network = {"name": "residual_mlp", "width": config.network.width or 256, "depth": config.network.depth or 4}
+    network: dict[str, Any] = {"name": config.network.name or "residual_mlp"}
+    if network["name"] == "residual_mlp":
+        network |= {"width": config.network.width or 256, "depth": config.network.depth or 4}
     spec = {
         "kind": "network",
         "sample_shape": list(shape.sample_shape),
@@ -88,6 +90,8 @@ def check_few_steps(saved: Checkpoint, first_time: float) -> None:
 
 def with_dropout(model: dict[str, Any], dropout: float) -> dict[str, Any]:
     """The spec of the same network, dropping units with this probability while it is fitted."""
+    if model["network"]["name"] == "affine":
+        return model
     return {**model, "network": {**model["network"], "dropout": dropout}}
 
 

@@ -1,6 +1,6 @@
 """Teachers that misbehave, for `python:strange_teachers:NAME`.
 
-Each is builtin:gaussian until it meets a certain x_T, which it knows by its bits: a solve's first call shows x_T itself.
+Each is builtin:gaussian until it meets a certain x_T, which it knows by its bits: the first call shows it.
 What the environment says changes when they misbehave, never what they answer.
 """
 

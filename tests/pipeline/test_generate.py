@@ -18,6 +18,7 @@ from storage_schemas.dataset import latest_manifest
 from storage_schemas.manifest import ManifestDraft, Window
 from storage_schemas.store import Store
 
+SMALL = ["--solver.steps", 4, "--states", 2, "--samples-per-shard", 64, "--micro-batch", 32]
 SLOW = "python:strange_teachers:slow_teacher"
 
 
@@ -52,9 +53,9 @@ def test_nothing_to_do_costs_few_requests_and_no_ray(generate, tmp_path, monkeyp
         "import sys; from pipeline.__main__ import COMMANDS, main; code = main('pipeline', COMMANDS); "
         "sys.exit(99 if 'ray' in sys.modules else code)"
     )
-    words = ["generate", "--teacher", "builtin:gaussian", "--store", tmp_path, "--count", 160, "--holdout", 40]
-    words += ["--solver.steps", 4, "--states", 2, "--samples-per-shard", 64, "--micro-batch", 32, "--runner", "ray"]
-    assert subprocess.run([sys.executable, "-c", script, *map(str, words)], check=False).returncode == 0
+    words = ["--teacher", "builtin:gaussian", "--store", tmp_path, "--count", 160, "--holdout", 40, "--runner", "ray"]
+    command = [sys.executable, "-c", script, "generate", *words, *SMALL]
+    assert subprocess.run([*map(str, command)], check=False).returncode == 0
 
 
 def test_growing_solves_only_what_is_new(generate, commits, ids_of, tmp_path):
@@ -191,7 +192,7 @@ def test_a_worker_process_that_is_killed_is_replaced(generate, hashes, tmp_path,
 @pytest.mark.faults
 def test_a_task_that_kills_every_worker_is_set_aside(generate, commits, tmp_path):
     teacher = "python:strange_teachers:deadly_teacher"
-    code, out, err = generate(tmp_path, "--workers", 2, teacher=teacher)
+    code, _, err = generate(tmp_path, "--workers", 2, teacher=teacher)
     assert (code, "its worker died: exit code -9" in err) == (1, True)
     assert sorted(commits(tmp_path)) == ["holdout-00000000", "train-00000000", "train-00000002"]
 
@@ -205,9 +206,8 @@ def test_a_worker_that_can_not_load_its_teacher_ends_the_job_in_one_line(generat
 
 
 def test_a_job_that_is_killed_goes_on_where_it_was(generate, start, pipeline, commits, ids_of, tmp_path, monkeypatch):
-    words = ["--solver.steps", 4, "--states", 2, "--samples-per-shard", 64, "--micro-batch", 32, "--runner", "local"]
-    job = start("generate", "--teacher", SLOW, "--store", tmp_path, "--count", 400, "--holdout", 40, "--workers", 2, *words,
-                STRANGE_DELAY="0.05")  # fmt: skip
+    given = ["--teacher", SLOW, "--store", tmp_path, "--count", 400, "--holdout", 40]
+    job = start("generate", *given, *SMALL, "--runner", "local", "--workers", 2, STRANGE_DELAY="0.05")
     wait_until(lambda: len(commits(tmp_path)) >= 2)
     workers = children_of(job.pid)
     job.send_signal(signal.SIGKILL)
@@ -226,9 +226,8 @@ def test_a_job_that_is_killed_goes_on_where_it_was(generate, start, pipeline, co
 
 
 def test_two_jobs_at_once_make_one_dataset(start, pipeline, commits, ids_of, tmp_path):
-    words = ["--solver.steps", 4, "--states", 2, "--samples-per-shard", 64, "--micro-batch", 32, "--runner", "local"]
-    given = ["generate", "--teacher", SLOW, "--store", tmp_path, "--count", 300, "--holdout", 40, *words]
-    jobs = [start(*given, STRANGE_DELAY="0.01") for _ in range(2)]
+    given = ["--teacher", SLOW, "--store", tmp_path, "--count", 300, "--holdout", 40, "--runner", "local"]
+    jobs = [start("generate", *given, *SMALL, STRANGE_DELAY="0.01") for _ in range(2)]
     told = [job.communicate()[0] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], told
     assert (len(commits(tmp_path)), manifest(tmp_path).number) == (6, 1)

@@ -1,0 +1,116 @@
+"""Small stores, written straight with storage_schemas: the exact flow of a closed-form teacher, no pipeline."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion import noise
+from diffusion.grids import karras
+from diffusion.teachers import builtin_checkpoint
+from storage_schemas import paths
+from storage_schemas.commit import Commit, Task, put_commit, utc_now
+from storage_schemas.dataset import put_recipe, seal
+from storage_schemas.formats import encode_shard
+from storage_schemas.layout import Layout
+from storage_schemas.manifest import ManifestDraft, Window
+from storage_schemas.recipe import NoiseRecord, Recipe, SolverRecord, TeacherRecord
+from storage_schemas.record import NO_CONDITION, Columns, from_storage, state_column, to_storage
+from storage_schemas.shards import ShardTable
+from storage_schemas.store import Store
+
+MakeStore = Callable[..., Store]
+
+
+@pytest.fixture
+def make_store(tmp_path) -> MakeStore:
+    def make(name: str = "pairs", **options) -> Store:
+        return write_store(tmp_path / name, **options)
+
+    return make
+
+
+def write_store(
+    folder: Path,
+    *,
+    count: int = 256,
+    holdout: int = 64,
+    steps: int = 8,
+    states: tuple[int, ...] = (2, 4, 6),
+    dtype: str = "float32",
+    format: str = "parquet",
+    samples_per_shard: int = 64,
+    teacher: str = "gaussian",
+    quarantined: tuple[int, ...] = (),
+    missing: tuple[str, ...] = (),
+    window_start: int = 0,
+) -> Store:
+    store = Store.create(str(folder))
+    recipe = gaussian_recipe(teacher=teacher, steps=steps, states=states, dtype=dtype)
+    layout = Layout(format=format, samples_per_shard=samples_per_shard)
+    put_recipe(store, recipe)
+    window = Window(train=(window_start, count), holdout=(0, holdout))
+    commits = [
+        put_commit(store, make_commit(store, recipe, layout, task, quarantined))
+        for task in window.tasks(samples_per_shard)
+        if task.name not in missing
+    ]
+    draft = ManifestDraft(
+        dataset="main", parent=None, writer=paths.new_attempt(), recipe_id=recipe.id, layout=layout, window=window,
+        missing=missing,
+    )  # fmt: skip
+    seal(store, draft, ShardTable.of_commits(commits))
+    return store
+
+
+def gaussian_recipe(*, teacher: str, steps: int, states: tuple[int, ...], dtype: str) -> Recipe:
+    saved = builtin_checkpoint(teacher)
+    process = saved.build().process
+    times = karras(process, steps)
+    return Recipe(
+        teacher=TeacherRecord(uri=f"builtin:{teacher}", weights_sha256=saved.weights_sha256, model=saved.model),
+        solver=SolverRecord(name="exact", steps=steps, frame="sigma", grid={"name": "karras"}),
+        times=tuple(times.tolist()),
+        alphas=tuple(process.alpha(times).tolist()),
+        sigmas=tuple(process.sigma(times).tolist()),
+        states=tuple(sorted({0, *states, steps})),
+        noise=NoiseRecord(algorithm=noise.ALGORITHM, version=noise.VERSION, seed=0),
+        sample_shape=tuple(saved.model["sample_shape"]),
+        storage_dtype=dtype,
+        micro_batch=16,
+        numerics_version=1,
+    )
+
+
+def exact_columns(recipe: Recipe, task: Task, ids: np.ndarray) -> Columns:
+    """Every stored state of `ids`, by the teacher's own flow map from the rounded noise."""
+    flow = builtin_checkpoint(recipe.teacher.uri.removeprefix("builtin:")).build().flow_map
+    times = torch.tensor(recipe.times, dtype=torch.float64)
+    noise_T = recipe.sigmas[0] * noise.standard_normal(0, task.split, ids, recipe.sample_shape)
+    stored = to_storage(noise_T, recipe.storage_dtype)
+    x_T = torch.from_numpy(from_storage(stored, recipe.storage_dtype).astype(np.float64))
+    columns = {"sample_id": ids, "condition": np.full(len(ids), NO_CONDITION), "noise": stored}
+    for index in recipe.states[1:]:
+        state = flow(x_T, times[0], times[index]).numpy()
+        columns[state_column(index, recipe.num_steps)] = to_storage(state, recipe.storage_dtype)
+    return columns
+
+
+def make_commit(store: Store, recipe: Recipe, layout: Layout, task: Task, quarantined: tuple[int, ...]) -> Commit:
+    ids = np.arange(task.start, task.stop)
+    lost = [i for i in quarantined if task.split == "train" and task.start <= i < task.stop]
+    columns = exact_columns(recipe, task, np.setdiff1d(ids, lost))
+    attempt = paths.new_attempt()
+    path = paths.shard_path(recipe.id, layout.id, task.name, attempt, layout.suffix)
+    with tempfile.TemporaryDirectory() as scratch:
+        local = Path(scratch) / "shard"
+        encoded = encode_shard(local, recipe.fields, columns, task=task, recipe_id=recipe.id, layout=layout)
+        store.upload(local, path)
+    return Commit(
+        split=task.split, index=task.index, samples_per_shard=task.samples_per_shard, recipe_id=recipe.id,
+        layout_id=layout.id, attempt=attempt, path=path, bytes=encoded.bytes, sha256=encoded.sha256, rows=encoded.rows,
+        quarantined=tuple(lost), chunks=encoded.chunks, seconds=0.1, nfe=1, machine={}, committed_at=utc_now(),
+    )  # fmt: skip

@@ -1,0 +1,278 @@
+"""Whole runs by the command's own function, small ones."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusion import checkpoint
+from diffusion.flow_map import FlowMap
+from diffusion.teachers import builtin_checkpoint
+from storage_schemas.command_line import Command, main
+from storage_schemas.store import Store
+from trainer.config import FitConfig
+from trainer.fit import run_fit
+from trainer.student import find_student, student_steps
+
+REPOSITORY = Path(__file__).parents[2]
+TINY = ["--init", "scratch", "--network.width", "16", "--network.depth", "1", "--warmup", "2", "--batch-size", "32", "--threads", "1"]
+
+
+def fit(*arguments: str) -> int:
+    return main("trainer", {"fit": Command(FitConfig, run_fit)}, ["fit", *map(str, arguments)])
+
+
+def knowledge(store: Store, out: Path, *more: str) -> list[str]:
+    return ["--data", store.uri, "--out", str(out), *TINY, "--steps", "30", "--objective.name", "knowledge", *more]
+
+
+def progressive(store: Store, out: Path, *more: str) -> list[str]:
+    options = ["--objective.name", "progressive", "--objective.schedule", "4", "2", "1", "--steps", "20"]
+    return ["--data", store.uri, "--out", str(out), *TINY, *options, "--network.dropout", "0.2", *more]
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def steady(out: Path) -> list[dict]:
+    """Metrics without what depends on the clock."""
+    return [{key: value for key, value in line.items() if key not in ("samples_per_s", "data_wait")} for line in metrics(out)]
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def refused(capsys, *arguments: str) -> str:
+    """The one line that a refused command prints."""
+    assert fit(*arguments) in (1, 2)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_knowledge_reaches_the_exact_flow(make_store, tmp_path):
+    store, out = make_store(count=1024, holdout=256, samples_per_shard=256), tmp_path / "kd"
+    options = ["--steps", "600", "--batch-size", "128", "--lr", "5e-3", "--ema", "0.98", "--network.width", "32"]
+    assert fit(*knowledge(store, out), *options[:0], *options) == 0
+    student = FlowMap(find_student(out, 1).build())
+    teacher = builtin_checkpoint("gaussian").build()
+    times = torch.tensor(find_student(out, 1).grids[1], dtype=torch.float64)
+    x_T = 80 * torch.randn(512, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        error = student.sample(x_T.float(), times) - teacher.flow_map(x_T, times[0], times[1])
+    # The flow is affine, so the network can say it; the output's variance is 0.25.
+    assert error.square().mean().item() < 0.01 * 0.25
+    last = metrics(out)[-1]
+    assert last["step"] == 600 and last["holdout_error"] < 0.01 * 0.25 and last["lr"] == 0.0
+    assert Store.open(store.uri).list("pins") == []
+
+
+def test_progressive_serves_each_stage(make_store, tmp_path):
+    store, out = make_store(), tmp_path / "pd"
+    assert fit(*progressive(store, out)) == 0
+    assert student_steps(out) == (1, 2, 4)
+    times = find_student(out, 4).grids[4]
+    assert find_student(out, 2).grids[2] == times[::2] and find_student(out, 1).grids[1] == (times[0], 0.0)
+    assert weights(out / "model") == weights(out / "stages" / "1-step")
+    assert [line["stage"] for line in metrics(out)] == ["4-step", "2-step", "1-step"]
+    assert [line["step"] for line in metrics(out)] == [20, 40, 60]
+
+
+def test_a_schedule_that_the_states_cannot_serve_names_the_states(make_store, tmp_path, capsys):
+    line = refused(capsys, *progressive(make_store(states=(4,)), tmp_path / "pd"))
+    assert "stores states 0 4 8, this schedule needs also 2 6: generate with --states 2 4 6" in line
+    assert not (tmp_path / "pd").exists()
+
+
+def test_storage_too_coarse_for_a_stage_is_told(make_store, tmp_path, capsys):
+    store = make_store(dtype="bfloat16", steps=64, states=tuple(range(1, 64)))
+    options = ["--objective.schedule", "64", "32", "--steps", "3", "--warmup", "0"]
+    assert "generate with --dtype float32" in refused(capsys, *progressive(store, tmp_path / "a"), *options)
+    options[1:3] = ["16", "8"]
+    assert fit(*progressive(store, tmp_path / "b"), *options) == 0
+    assert "bfloat16 storage puts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--steps", "7"], ["--objective.c", "1"], ["--autocast", "float16"], ["--device", "cuda:9"]])
+def test_refusals_are_one_line(make_store, tmp_path, capsys, options):
+    store, out = make_store(), tmp_path / "kd"
+    if options[0] == "--steps":
+        assert fit(*knowledge(store, out)) == 0
+        capsys.readouterr()
+    arguments = knowledge(store, out, "--batch-size", "32", *options)
+    assert refused(capsys, *arguments)
+
+
+def test_impossible_configs_are_refused():
+    def config(**options):
+        return FitConfig(**{"out": "run", "data": "pairs", **options})
+
+    for options, told in [
+        ({"micro_batch": 100}, "does not divide"),
+        ({"steps": 10, "warmup": 10}, "leaves none"),
+        ({"images": "sklearn:digits"}, "leave --images out"),
+        ({"network": {"width": 8}}, "has its own"),
+        ({"objective": {"name": "progressive", "distance": "l1"}}, "belongs to knowledge"),
+        ({"objective": {"name": "progressive", "schedule": (8, 3)}}, "does not halve"),
+        ({"objective": {"name": "denoising"}}, "needs --images"),
+        ({"process": "ve"}, "has its teacher's process"),
+        ({"nonsense": 1}, "Extra inputs"),
+    ]:
+        with pytest.raises(ValueError, match=told):
+            config(**options)
+
+
+def test_defaults_follow_the_objective():
+    few = FitConfig(out="run", data="pairs", objective={"name": "progressive"})
+    assert (few.init, few.decay, few.ema, few.objective.schedule) == ("teacher", "linear", 0.0, (8, 4, 2, 1))
+    one = FitConfig(out="run", data="pairs")
+    assert (one.init, one.decay, one.ema, one.objective.distance) == ("teacher", "cosine", 0.999, "l2")
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(monkeypatch, saves: int) -> None:
+    """The process dies right after its n-th checkpoint."""
+    from trainer import checkpoints
+
+    save, count = checkpoints.save, iter(range(saves))
+
+    def dying(*arguments, **options):
+        save(*arguments, **options)
+        if next(count, None) == saves - 1:
+            raise Stopped
+
+    monkeypatch.setattr(checkpoints, "save", dying)
+
+
+@pytest.mark.parametrize("saves", [1, 4, 6])
+def test_resume_at_any_checkpoint_is_bit_identical(make_store, tmp_path, monkeypatch, saves):
+    store = make_store(dtype="float16")
+    options = ["--checkpoint-every", "7", "--log-every", "5", "--validate-every", "10", "--ema", "0.9"]
+    assert fit(*progressive(store, tmp_path / "whole", *options)) == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, saves)
+        with pytest.raises(Stopped):
+            fit(*progressive(store, tmp_path / "cut", *options))
+    assert fit(*progressive(store, tmp_path / "cut", *options)) == 0
+    for folder in ("model", "stages/4-step", "stages/2-step", "stages/1-step"):
+        assert weights(tmp_path / "cut" / folder) == weights(tmp_path / "whole" / folder)
+    steps = [line["step"] for line in metrics(tmp_path / "cut")]
+    assert steps == sorted(set(steps)) and steps[-1] == 60
+    # A mean over steps that a restart interrupted starts anew; every other figure is the same.
+    assert steady(tmp_path / "cut")[-1] == steady(tmp_path / "whole")[-1]
+
+
+def run_command(arguments: list[str]) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "trainer", "fit", *arguments], cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while not condition() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    assert condition()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_process_goes_on_to_the_same_weights(make_store, tmp_path, number):
+    store = make_store(dtype="float16")
+    options = ["--steps", "300", "--checkpoint-every", "20"]
+    assert fit(*progressive(store, tmp_path / "whole", *options)) == 0
+    out = tmp_path / "cut"
+    process = run_command(progressive(store, out, *options))
+    wait_for(lambda: any((out / "checkpoints").glob("step-000004*")), process)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGKILL), told
+    assert not (out / "model").exists()
+    assert fit(*progressive(store, out, *options)) == 0
+    assert weights(out / "model") == weights(tmp_path / "whole" / "model")
+
+
+def test_a_finished_run_does_nothing_and_no_resume_starts_anew(make_store, tmp_path, capsys):
+    store, out = make_store(), tmp_path / "kd"
+    assert fit(*knowledge(store, out)) == 0
+    before = weights(out / "model")
+    (out / "notes.txt").write_text("mine")
+    assert fit(*knowledge(store, out)) == 0
+    assert weights(out / "model") == before
+    assert fit(*knowledge(store, out, "--seed", "1", "--no-resume")) == 0
+    assert weights(out / "model") != before
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_keeps_its_manifest_when_a_newer_one_is_sealed(make_store, tmp_path, monkeypatch):
+    from storage_schemas.dataset import latest_manifest, read_shard_table, seal
+    from storage_schemas.manifest import ManifestDraft, Window
+
+    store, out = make_store(), tmp_path / "kd"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        with pytest.raises(Stopped):
+            fit(*knowledge(store, out, "--checkpoint-every", "10"))
+    parent = latest_manifest(store, "main")
+    draft = ManifestDraft(
+        dataset="main", parent=parent, writer="w", recipe_id=parent.recipe_id, layout=parent.layout,
+        window=Window(train=(64, 256), holdout=(0, 64)),
+    )  # fmt: skip
+    seal(store, draft, read_shard_table(store, parent))
+    assert fit(*knowledge(store, out, "--checkpoint-every", "10")) == 0
+    assert checkpoint.load(out / "model").about["reads"]["manifest"] == 1
+
+
+def test_a_read_only_store_is_said_in_a_line(make_store, tmp_path, capsys, monkeypatch):
+    from storage_schemas.errors import StoreError
+
+    def refuse(self, path, data):
+        raise StoreError("read-only")
+
+    store = make_store()
+    monkeypatch.setattr(Store, "write", refuse)
+    assert fit(*knowledge(store, tmp_path / "kd")) == 0
+    assert "manifest 1 is not pinned (read-only)" in capsys.readouterr().err
+
+
+def test_a_pin_stands_while_a_run_is_under_way(make_store, tmp_path, monkeypatch):
+    store = make_store()
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        with pytest.raises(Stopped):
+            fit(*knowledge(store, tmp_path / "kd"))
+    (name,) = store.list("pins")
+    pin = json.loads(store.read(f"pins/{name}"))
+    assert (pin["dataset"], pin["number"]) == ("main", 1) and name.startswith("kd-")
+
+
+def test_denoising_makes_a_teacher(tmp_path):
+    out = tmp_path / "teacher"
+    options = ["--objective.name", "denoising", "--images", "sklearn:digits", "--steps", "40", "--save-dtype", "float16"]
+    assert fit("--out", out, *TINY, *options) == 0
+    saved = checkpoint.load(out / "model")
+    assert saved.grids == {} and saved.model["num_classes"] == 10 and saved.model["prediction"]["name"] == "edm"
+    lines = metrics(out)
+    assert lines[-1]["loss"] < 1.0
+    assert len(saved.weights) < 2.5 * sum(p.numel() for p in saved.build().parameters())
+
+
+def test_a_fit_needs_neither_ray_nor_the_pipeline(make_store, tmp_path):
+    code = (
+        "import sys; sys.modules['ray'] = sys.modules['pipeline'] = None; "
+        "from trainer.__main__ import commands, main; sys.exit(main('trainer', commands('fit')))"
+    )
+    arguments = [sys.executable, "-c", code, "fit", *knowledge(make_store(), tmp_path / "kd")]
+    done = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "kd" / "model" / "model.json").is_file()

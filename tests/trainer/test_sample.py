@@ -1,0 +1,111 @@
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from diffusion import checkpoint, noise
+from diffusion.checkpoint import Checkpoint, pack
+from diffusion.flow_map import FlowMap
+from diffusion.spec import model_from_spec
+from diffusion.teachers import builtin_checkpoint
+from storage_schemas.errors import UsageError
+from trainer.sample import SampleConfig, image_grid, run_sample
+
+GRIDS = {1: (80.0, 0.0), 2: (80.0, 1.5, 0.0)}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run whose students have random weights, so that time and class both matter."""
+    torch.manual_seed(0)
+    spec = {
+        "kind": "network",
+        "sample_shape": [1, 8, 8],
+        "num_classes": 10,
+        "process": {"name": "ve", "sigma_max": 80.0},
+        "prediction": {"name": "edm", "sigma_data": 0.8},
+        "network": {"name": "residual_mlp", "width": 16, "depth": 1},
+    }
+    module = model_from_spec(spec)
+    torch.nn.init.normal_(module.network.leave.weight)
+    checkpoint.save(Checkpoint(spec, pack(module), grids=GRIDS), tmp_path / "run" / "model")
+    return tmp_path / "run"
+
+
+def drawn(path, **options):
+    assert run_sample(SampleConfig(tensors=path, **options)) == 0
+    return safetensors.torch.load_file(path)
+
+
+def test_tensors_are_the_holdout_noise_the_labels_in_turn_and_the_students_jumps(run, tmp_path):
+    tensors = drawn(tmp_path / "t.safetensors", run=run, nfe=2, count=13, seed=5)
+    eps = noise.standard_normal(5, "holdout", range(13), (1, 8, 8))
+    np.testing.assert_array_equal(tensors["noise"], (80.0 * eps).astype(np.float32))
+    assert tensors["condition"].tolist() == [*range(10), 0, 1, 2]
+    student = FlowMap(checkpoint.load(run / "model").build())
+    with torch.no_grad():
+        middle = student.jump(tensors["noise"], *torch.tensor([80.0, 1.5]).double(), tensors["condition"])
+        expected = student.jump(middle, *torch.tensor([1.5, 0.0]).double(), tensors["condition"])
+    assert torch.equal(tensors["output"], expected)
+
+
+def test_a_sample_does_not_depend_on_how_many_are_drawn(run, tmp_path):
+    few, many = (drawn(tmp_path / "t.safetensors", run=run, nfe=1, count=count) for count in (600, 1100))
+    assert torch.equal(few["noise"], many["noise"][:600])
+    torch.testing.assert_close(few["output"], many["output"][:600], rtol=1e-5, atol=1e-5)
+
+
+def test_one_label_for_all(run, tmp_path):
+    assert drawn(tmp_path / "t.safetensors", run=run, nfe=1, count=3, label=7)["condition"].tolist() == [7, 7, 7]
+
+
+def test_grid_puts_every_pixel_where_it_belongs():
+    images = torch.linspace(-1, 1, 3 * 4 * 4).reshape(3, 1, 4, 4)
+    pixels = np.asarray(image_grid(images, columns=2))
+    # Cells of 4 pixels enlarged 16 times, with 2 white pixels around each.
+    assert pixels.shape == (2 * 66 + 2, 2 * 66 + 2)
+    for index, (top, left) in enumerate([(2, 2), (2, 68), (68, 2)]):
+        expected = np.round((images[index, 0].numpy() + 1) * 127.5).repeat(16, 0).repeat(16, 1)
+        np.testing.assert_array_equal(pixels[top : top + 64, left : left + 64], expected)
+    assert (pixels[68:, 68:] == 255).all()
+    assert (pixels[:2] == 255).all()
+
+
+def test_colours_keep_their_channels():
+    red = torch.tensor([1.0, -1, -1]).reshape(1, 3, 1, 1).expand(1, 3, 64, 64)
+    assert image_grid(red, columns=1).getpixel((30, 30)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(("label", "columns"), [(None, 10), (3, 4)])
+def test_the_picture_has_a_column_a_class_or_is_square(run, tmp_path, label, columns):
+    run_sample(SampleConfig(run=run, nfe=1, count=16, label=label, out=tmp_path / "grids" / "grid.png"))
+    with Image.open(tmp_path / "grids" / "grid.png") as picture:
+        assert picture.size == (columns * 66 + 2, -(-16 // columns) * 66 + 2)
+
+
+def test_what_can_not_be_drawn_is_refused_in_one_line(run, tmp_path):
+    cases = [
+        ({"run": run, "nfe": 3}, "serves 1, 2"),
+        ({"run": run, "nfe": 1, "label": 10}, "which has 0 to 9"),
+        ({"run": tmp_path / "nothing", "nfe": 1}, "nothing"),
+    ]
+    for options, told in cases:
+        with pytest.raises(UsageError, match=told) as error:
+            run_sample(SampleConfig(out=tmp_path / "x.png", **options))
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="nothing to write"):
+        SampleConfig(run=run, nfe=1)
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_samples_that_are_no_images_are_only_written_as_tensors(tmp_path):
+    saved = builtin_checkpoint("gaussian")
+    checkpoint.save(Checkpoint(saved.model, b"", grids=GRIDS), tmp_path / "model")
+    with pytest.raises(UsageError, match="use --tensors"):
+        run_sample(SampleConfig(run=tmp_path, nfe=1, out=tmp_path / "x.png"))
+    tensors = drawn(tmp_path / "t.safetensors", run=tmp_path, nfe=1, count=4)
+    # One DDIM step from sigma = 80 to 0 is the denoiser itself: m + v/(v + 80^2) (x - m).
+    gain = 0.25 / (0.25 + 6400)
+    torch.testing.assert_close(tensors["output"], 0.5 + gain * (tensors["noise"] - 0.5))
+    assert "condition" not in tensors
