@@ -1,5 +1,7 @@
 """A student: a denoiser read as a flow map."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +37,7 @@ class FlowMap(nn.Module):
     def sample(self, x_T: Tensor, times: Tensor, condition: Tensor | None = None) -> Tensor:
         """x at the last of `times` (float64 [N+1], descending) by N jumps from x_T at the first."""
         x = x_T
-        for s, t in zip(times[:-1], times[1:], strict=True):
+        for s, t in pairwise(times):
             x = self.jump(x, s, t, condition)
         return x
 

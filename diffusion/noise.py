@@ -92,7 +92,7 @@ def _horner(coefficients: Sequence[float], x: NDArray[np.float64]) -> NDArray[np
 
 
 def _log(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """log x without the machine's own log, whose last bit differs between libraries: 2 artanh((m - 1)/(m + 1)) + e log 2."""
+    """log x = 2 artanh((m - 1)/(m + 1)) + e log 2; the machine's own log differs between libraries in its last bit."""
     mantissa, exponent = np.frexp(x)
     low = mantissa < math.sqrt(0.5)
     mantissa, exponent = np.where(low, 2 * mantissa, mantissa), exponent - low

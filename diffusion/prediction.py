@@ -7,7 +7,7 @@ perfect network would give. The formulas hold for every (alpha, sigma), not only
     sample         x_0
     v_prediction   alpha eps - sigma x_0            Salimans & Ho 2022, app. D
     velocity       eps - x_0                        Liu et al. 2023 (dx/dt of a rectified flow)
-    edm            (x_0 - c_skip y)/c_out, y = x_t/alpha, a unit-variance mix of signal and noise. Karras et al. 2022, table 1
+    edm            (x_0 - c_skip y)/c_out, y = x_t/alpha    Karras et al. 2022, table 1; a unit-variance mix of both
 """
 
 from dataclasses import dataclass
@@ -91,7 +91,7 @@ class Velocity(_Plain):
 
 @dataclass(frozen=True)
 class EDM:
-    """F with x_0 = c_skip y + c_out F(c_in y, log(r)/4), y = x_t/alpha, r = sigma/alpha; sigma_data is the data's rms."""
+    """F, x_0 = c_skip y + c_out F(c_in y, log(r)/4), with y = x_t/alpha, r = sigma/alpha; sigma_data: the data rms."""
 
     sigma_data: float = 0.5
 

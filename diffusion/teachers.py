@@ -1,11 +1,11 @@
 """Teachers by URI.
 
-    builtin:digits            a small class-conditional EDM network, trained on scikit-learn's digits, in this package
-    builtin:gaussian          N(0.5, 0.25) in two dimensions, in closed form: its exact flow map is known
-    builtin:mixture           a product of two-component mixtures in two dimensions, likewise
-    python:MODULE:FACTORY     FACTORY() returns an nn.Module (x_t, t, condition) -> x_0 with the attributes
-                              process, sample_shape and, where it has classes, num_classes
-    FOLDER                    a native checkpoint: a teacher trained here, or any student
+builtin:digits            a small class-conditional EDM network, trained on scikit-learn's digits, in this package
+builtin:gaussian          N(0.5, 0.25) in two dimensions, in closed form: its exact flow map is known
+builtin:mixture           a product of two-component mixtures in two dimensions, likewise
+python:MODULE:FACTORY     FACTORY() returns an nn.Module (x_t, t, condition) -> x_0 with the attributes
+                          process, sample_shape and, where it has classes, num_classes
+FOLDER                    a native checkpoint: a teacher trained here, or any student
 """
 
 import hashlib
@@ -53,11 +53,15 @@ class Teacher:
 def load_teacher(uri: str, *, device: str | torch.device = "cpu") -> Teacher:
     """The teacher at `uri`. Raises ValueError or FileNotFoundError in one line where there is none."""
     scheme, _, rest = uri.partition(":")
-    if scheme == "builtin":
-        return from_checkpoint(uri, builtin_checkpoint(rest), device=device)
     if scheme == "python":
         return _from_factory(uri, rest, device=device)
-    return from_checkpoint(uri, checkpoint.load(uri), device=device)
+    return from_checkpoint(uri, load_checkpoint(uri), device=device)
+
+
+def load_checkpoint(uri: str) -> Checkpoint:
+    """The native checkpoint at `builtin:NAME` or in a folder. Raises ValueError or FileNotFoundError in one line."""
+    scheme, _, rest = uri.partition(":")
+    return builtin_checkpoint(rest) if scheme == "builtin" else checkpoint.load(uri)
 
 
 def from_checkpoint(uri: str, saved: Checkpoint, *, device: str | torch.device = "cpu") -> Teacher:
@@ -80,7 +84,9 @@ def builtin_checkpoint(name: str) -> Checkpoint:
         return Checkpoint(spec, b"")
     if not (_BUILTIN / name / checkpoint.MODEL_FILE).is_file():
         known = sorted(path.parent.name for path in _BUILTIN.glob(f"*/{checkpoint.MODEL_FILE}"))
-        raise ValueError(f"builtin:{name} is not shipped; use one of builtin:{', builtin:'.join([*known, *_CLOSED_FORMS])}")
+        raise ValueError(
+            f"builtin:{name} is not shipped; use one of builtin:{', builtin:'.join([*known, *_CLOSED_FORMS])}"
+        )
     return checkpoint.load(_BUILTIN / name)
 
 

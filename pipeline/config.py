@@ -100,6 +100,12 @@ class GenerateConfig(Config):
         return self
 
 
+class RegenerateConfig(GenerateConfig):
+    """Slide the train window: solve some new trajectories, drop as many of the oldest, seal the next manifest."""
+
+    refresh: float = Field(0.1, gt=0, le=1, description="share of the train window that is new; as much is dropped")
+
+
 PrintJson = Annotated[bool, arg(name="json"), Field(description="print JSON")]
 StoreArgument = Annotated[Positional[str], Field(description="the store's URI")]
 

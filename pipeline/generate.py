@@ -1,18 +1,18 @@
-"""`generate`: make a window exist. Resolve, plan, run what is missing, seal; with nothing missing, end quickly."""
+"""`generate` and `regenerate`: make a window exist. Resolve, plan, run what is missing, seal; else end quickly."""
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from diffusion import checkpoint
 from diffusion.checkpoint import Checkpoint
-from diffusion.teachers import Teacher, builtin_checkpoint, load_teacher
-from pipeline.config import GenerateConfig
+from diffusion.teachers import Teacher, load_checkpoint, load_teacher
+from pipeline.config import GenerateConfig, RegenerateConfig
 from pipeline.dispatch import Fleet, dispatch
 from pipeline.local import local_fleet
-from pipeline.plan import Goal, grow, missing_tasks
+from pipeline.plan import Goal, grow, missing_tasks, slide
 from pipeline.produce import Order
 from pipeline.progress import Progress
 from pipeline.recipe import build_layout, build_recipe
@@ -22,7 +22,7 @@ from storage_schemas.dataset import LostRace, latest_manifest, put_recipe, read_
 from storage_schemas.errors import UsageError, UserError, usage_errors
 from storage_schemas.job import Failure, Job
 from storage_schemas.layout import Layout
-from storage_schemas.manifest import Manifest, ManifestDraft
+from storage_schemas.manifest import Manifest, ManifestDraft, Window
 from storage_schemas.recipe import Recipe
 from storage_schemas.record import SPLITS
 from storage_schemas.shards import Shard, ShardTable
@@ -45,14 +45,37 @@ class Run:
     failures: dict[str, Failure] = field(default_factory=dict)
 
 
+Aim = Callable[[Manifest | None, str], Window]
+"""(latest manifest, recipe id) -> the window to bring about; asked again after a lost race."""
+
+
 def run_generate(config: GenerateConfig) -> int:
     """The exit code."""
+    return bring_about(config, lambda parent, recipe_id: _grown(config, parent, recipe_id))
+
+
+def run_regenerate(config: RegenerateConfig) -> int:
+    """The exit code. A dataset that this recipe has not begun yet is generated, and slides from the next run on."""
+
+    def aim(parent: Manifest | None, recipe_id: str) -> Window:
+        window = _grown(config, parent, recipe_id)
+        continues = parent is not None and parent.recipe_id == recipe_id
+        return slide(window, config.refresh) if continues else window
+
+    return bring_about(config, aim)
+
+
+def _grown(config: GenerateConfig, parent: Manifest | None, recipe_id: str) -> Window:
+    return grow(parent, recipe_id, count=config.count, holdout=config.holdout)
+
+
+def bring_about(config: GenerateConfig, aim: Aim) -> int:
+    """Plan on the latest manifest and seal the next one; who loses that race plans again from the new latest."""
     started = time.monotonic()
     run = prepare(config)
     while True:
         parent = latest_manifest(run.store, config.dataset)
-        window = grow(parent, run.recipe.id, count=config.count, holdout=config.holdout)
-        goal = Goal(config.dataset, parent, run.recipe.id, run.layout, window)
+        goal = Goal(config.dataset, parent, run.recipe.id, run.layout, aim(parent, run.recipe.id))
         if goal.reached:
             print(f"nothing to do: {_told(goal.parent)}, {time.monotonic() - started:.1f} s")
             return DONE
@@ -165,10 +188,9 @@ def keep_weights(store: Store, recipe: Recipe, weights: Checkpoint) -> None:
 
 
 def _weights_of(teacher: Teacher) -> Checkpoint:
-    scheme, _, name = teacher.uri.partition(":")
-    if scheme == "python":
+    if teacher.source_sha256:
         raise UsageError(f"--with-weights: {teacher.uri} is code, which a store can't keep; save it as a model first")
-    return builtin_checkpoint(name) if scheme == "builtin" else checkpoint.load(teacher.uri)
+    return load_checkpoint(teacher.uri)
 
 
 def _load(uri: str) -> Teacher:

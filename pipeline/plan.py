@@ -41,6 +41,13 @@ def grow(parent: Manifest | None, recipe_id: str, *, count: int, holdout: int) -
     return Window(train=_at_least(parent.window.train, count), holdout=_at_least(parent.window.holdout, holdout))
 
 
+def slide(window: Window, fraction: float) -> Window:
+    """The same number of train ids, `fraction` of them new: the oldest are dropped. Holdout never slides."""
+    start, stop = window.train
+    fresh = max(1, round(fraction * (stop - start)))
+    return Window(train=(start + fresh, stop + fresh), holdout=window.holdout)
+
+
 def missing_tasks(goal: Goal, listed: Collection[str]) -> list[Task]:
     """Tasks of the goal's window that are not among the names that the parent lists, train first, ids ascending."""
     tasks = goal.window.tasks(goal.layout.samples_per_shard)

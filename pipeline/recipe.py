@@ -31,7 +31,7 @@ _GRID_DEFAULTS: dict[str, dict[str, float]] = {
 def build_recipe(config: GenerateConfig, teacher: Teacher) -> Recipe:
     """How the samples that `config` asks for are made. ValueError for what the teacher can't serve."""
     grid = grid_options(config.solver)
-    times = make_grid(config.solver.grid, teacher.process, config.solver.steps, **grid)
+    times = _rounded(make_grid(config.solver.grid, teacher.process, config.solver.steps, **grid))
     frame = frame_for(teacher.process, times)
     last = config.solver.steps
     return Recipe(
@@ -45,9 +45,9 @@ def build_recipe(config: GenerateConfig, teacher: Teacher) -> Recipe:
         solver=SolverRecord(
             name=config.solver.name, steps=last, frame=frame, grid={"name": config.solver.grid, **grid}
         ),
-        times=_floats(times),
-        alphas=_floats(teacher.process.alpha(times)),
-        sigmas=_floats(teacher.process.sigma(times)),
+        times=tuple(times.tolist()),
+        alphas=tuple(_rounded(teacher.process.alpha(times)).tolist()),
+        sigmas=tuple(_rounded(teacher.process.sigma(times)).tolist()),
         states=tuple(sorted({0, *config.states, last})),
         condition=_condition(config, teacher),
         noise=NoiseRecord(algorithm=noise.ALGORITHM, version=noise.VERSION, seed=config.seed),
@@ -89,5 +89,6 @@ def _condition(config: GenerateConfig, teacher: Teacher) -> Condition:
     return UniformLabels(num_classes=teacher.num_classes)
 
 
-def _floats(values: torch.Tensor) -> tuple[float, ...]:
-    return tuple(values.tolist())
+def _rounded(values: torch.Tensor) -> torch.Tensor:
+    """To 13 digits, so that machines whose pow or exp differ in the last bit still name one recipe."""
+    return torch.tensor([float(f"{value:.13g}") for value in values.tolist()], dtype=torch.float64)

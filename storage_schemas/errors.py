@@ -30,7 +30,7 @@ class CorruptShard(UserError):
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """While a configuration is turned into objects, a refused value is the user's to correct: ValueError -> UsageError."""
+    """While a configuration becomes objects, a refused value is the user's to correct: ValueError -> UsageError."""
     try:
         yield
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:

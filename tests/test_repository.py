@@ -45,11 +45,7 @@ def test_files_that_the_readme_names_exist():
 @pytest.mark.parametrize("package", ["diffusion", "storage_schemas", "trainer", "trainer.stream", "trainer.fit"])
 def test_the_trainer_needs_no_ray(package):
     """With ray and the pipeline not to be had, everything that a trainer imports still imports."""
-    program = (
-        "import sys\n"
-        "for name in ('ray', 'pipeline'): sys.modules[name] = None\n"
-        f"import {package}\n"
-    )
+    program = f"import sys\nfor name in ('ray', 'pipeline'): sys.modules[name] = None\nimport {package}\n"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 

@@ -49,7 +49,9 @@ class Stepper:
 
     def __init__(self, student: FlowMap, config: FitConfig, device: torch.device) -> None:
         self.student, self.config, self.device = student.train(), config, device
-        self.optimizer = torch.optim.AdamW(student.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            student.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+        )
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, config))
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.autocast == "float16")
         self.average: AveragedModel | None = None

@@ -37,7 +37,8 @@ class ShardSource:
         for shard, places in _groups(shards):
             condition[places] = found[shard]["condition"][rows[places]]
             for name, out in states.items():
-                out[places] = found[shard][name].take(rows[places], axis=0)
+                # A tar's column is a strided view, which `take` would first copy whole.
+                out[places] = found[shard][name][rows[places]]
         return torch.from_numpy(condition), {name: self._tensor(name, array) for name, array in states.items()}
 
     def _load(self, shards: list[int]) -> dict[int, Columns]:

@@ -1,11 +1,13 @@
 """The teacher of a recipe: from the store that keeps its weights, else from its uri, and only if its hash agrees."""
 
 import json
+from typing import Any
 
 import torch
 
 from diffusion import checkpoint
-from diffusion.teachers import Teacher, from_checkpoint, load_teacher
+from diffusion.checkpoint import Checkpoint
+from diffusion.teachers import Teacher, from_checkpoint, load_checkpoint, load_teacher
 from storage_schemas import paths
 from storage_schemas.canonical import digest
 from storage_schemas.errors import UsageError, usage_errors
@@ -20,20 +22,37 @@ def recipe_teacher(
 
     A recipe may come from anybody, so the code that a `python:` teacher names runs only if the user names it too.
     """
-    kept = None if uri else stored_teacher(store, recipe, device=device)
+    kept = None if uri else stored_checkpoint(store, recipe)
     if kept is not None:
-        return kept
+        return from_checkpoint(recipe.teacher.uri, kept, device=device)
     source = uri or recipe.teacher.uri
     if uri is None and source.startswith("python:"):
         raise UsageError(f"the teacher {source} is code and isn't in the store; allow it to run by --teacher {source}")
     with usage_errors():
         teacher = load_teacher(source, device=device)
-    _check(recipe, source, teacher)
+    _check(recipe, source, teacher.model, teacher.weights_sha256, teacher.source_sha256)
     return teacher
 
 
-def stored_teacher(store: Store, recipe: Recipe, *, device: str | torch.device = "cpu") -> Teacher | None:
-    """The teacher whose weights `generate --with-weights` kept, or None."""
+def recipe_checkpoint(store: Store, recipe: Recipe) -> Checkpoint:
+    """The teacher's spec and weights, for a student to start from. Raises UsageError where they can't be had."""
+    kept = stored_checkpoint(store, recipe)
+    if kept is not None:
+        return kept
+    uri = recipe.teacher.uri
+    if uri.startswith("python:"):
+        raise UsageError(f"the teacher {uri} is code, not a saved model; use --init scratch or the folder of a model")
+    try:
+        saved = load_checkpoint(uri)
+    except (ValueError, FileNotFoundError) as error:
+        told = f"the teacher's weights are neither in the store nor at {uri} ({error})"
+        raise UsageError(f"{told}; generate --with-weights, or use --init scratch or a folder") from error
+    _check(recipe, uri, saved.model, saved.weights_sha256, None)
+    return saved
+
+
+def stored_checkpoint(store: Store, recipe: Recipe) -> Checkpoint | None:
+    """The weights that `generate --with-weights` kept, or None."""
     folder = paths.weights_folder(recipe.id)
     document = store.read(f"{folder}/{checkpoint.MODEL_FILE}")
     weights = store.read(f"{folder}/{checkpoint.WEIGHTS_FILE}")
@@ -41,17 +60,16 @@ def stored_teacher(store: Store, recipe: Recipe, *, device: str | torch.device =
         return None
     with usage_errors():
         saved = checkpoint.unpack(json.loads(document), weights)
-        teacher = from_checkpoint(recipe.teacher.uri, saved, device=device)
-    _check(recipe, f"{store.uri}/{folder}", teacher)
-    return teacher
+    _check(recipe, f"{store.uri}/{folder}", saved.model, saved.weights_sha256, recipe.teacher.source_sha256)
+    return saved
 
 
-def _check(recipe: Recipe, source: str, teacher: Teacher) -> None:
+def _check(recipe: Recipe, source: str, model: dict[str, Any], weights: str, code: str | None) -> None:
     told = recipe.teacher
     for what, here, there in (
-        ("weights", teacher.weights_sha256, told.weights_sha256),
-        ("description", digest(teacher.model), digest(told.model)),
-        ("source code", teacher.source_sha256, told.source_sha256),
+        ("weights", weights, told.weights_sha256),
+        ("description", digest(model), digest(told.model)),
+        ("source code", code, told.source_sha256),
     ):
         if here != there:
             differs = f"{source} has {what} {str(here)[:12]}..., the recipe says {str(there)[:12]}..."

@@ -1,18 +1,14 @@
 """What a fit on stored trajectories will do: checks the data against the objective, and cuts the run into stages."""
 
-import json
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from diffusion import checkpoint
 from diffusion.checkpoint import Checkpoint
 from diffusion.flow_map import FlowMap
 from diffusion.grids import subset_indices
 from diffusion.process import Process
-from diffusion.teachers import builtin_checkpoint
-from storage_schemas import paths
 from storage_schemas.dataset import Dataset, open_dataset
 from storage_schemas.errors import ManifestMismatch
 from storage_schemas.recipe import Recipe
@@ -26,6 +22,7 @@ from trainer.plan import Plan, Stage
 from trainer.shards import ShardSource
 from trainer.stream import Source
 from trainer.student import Shape, check_few_steps, check_fits, recipe_process, saved_model, scratch
+from trainer.teacher import recipe_checkpoint
 
 # Rounding in the targets, as a share of the data's rms.
 _WARN, _REFUSE = 0.05, 0.5
@@ -64,41 +61,13 @@ def start_student(config: FitConfig, dataset: Dataset, shape: Shape) -> Checkpoi
     if config.init == "scratch":
         start = scratch(config, shape)
     elif config.init == "teacher":
-        start = teacher_checkpoint(dataset)
+        start = recipe_checkpoint(dataset.store, dataset.recipe)
     else:
         start = saved_model(config.init or "")
     name = dataset.recipe.teacher.uri if config.init == "teacher" else str(config.init)
     check_fits(start, shape, name=name)
     check_few_steps(start, dataset.recipe.times[0])
     return start
-
-
-def teacher_checkpoint(dataset: Dataset) -> Checkpoint:
-    """The recipe's teacher: from the store where it was kept, else from its uri; its hash must be the recipe's."""
-    teacher = dataset.recipe.teacher
-    folder = paths.weights_folder(dataset.recipe.id)
-    document = dataset.store.read(f"{folder}/{checkpoint.MODEL_FILE}")
-    weights = dataset.store.read(f"{folder}/{checkpoint.WEIGHTS_FILE}")
-    if document is not None and weights is not None:
-        found = checkpoint.unpack(json.loads(document), weights)
-    else:
-        found = _checkpoint_at(teacher.uri)
-    if found.weights_sha256 != teacher.weights_sha256:
-        told, here = teacher.weights_sha256[:12], found.weights_sha256[:12]
-        raise ValueError(f"{teacher.uri} has weights {here}, the recipe says {told}; use --init scratch or a folder")
-    return found
-
-
-def _checkpoint_at(uri: str) -> Checkpoint:
-    if uri.startswith("python:"):
-        raise ValueError(f"teacher {uri} is code, not a saved model; use --init scratch or the folder of a model")
-    if uri.startswith("builtin:"):
-        return builtin_checkpoint(uri.removeprefix("builtin:"))
-    try:
-        return checkpoint.load(uri)
-    except FileNotFoundError as error:
-        told = f"teacher {uri} is not here"
-        raise ValueError(f"{told}; generate --with-weights, or use --init scratch or a folder") from error
 
 
 def _stages(config: FitConfig, dataset: Dataset) -> tuple[Stage, ...]:

@@ -62,7 +62,9 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
         load_teacher(str(tmp_path))
 
 
-@pytest.mark.parametrize("process", [LinearVP(0.2, 15.0), CosineVP(), VE(40.0), RectifiedFlow(), DiscreteVP((0.1, 0.2))])
+@pytest.mark.parametrize(
+    "process", [LinearVP(0.2, 15.0), CosineVP(), VE(40.0), RectifiedFlow(), DiscreteVP((0.1, 0.2))]
+)
 def test_a_process_goes_through_json(process):
     assert process_from_spec(json.loads(json.dumps(process_spec(process)))) == process
 
@@ -74,7 +76,10 @@ def test_a_process_goes_through_json(process):
         ({"process": {"name": "vq"}}, "process 'vq' is unknown; use one of linear_vp"),
         ({"process": {"name": "ve", "beta": 1}}, "process ve has no field 'beta'; its fields are: sigma_max"),
         ({"network": {"name": "unet"}}, "network 'unet' is unknown"),
-        ({"network": {"name": "residual_mlp", "heads": 8}}, "network residual_mlp has no field .heads.; its fields are: bandwidth"),
+        (
+            {"network": {"name": "residual_mlp", "heads": 8}},
+            "network residual_mlp has no field .heads.; its fields are: bandwidth",
+        ),
     ],
 )
 def test_a_wrong_spec_is_told(change, message):

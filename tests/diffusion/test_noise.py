@@ -9,7 +9,6 @@ from scipy.special import ndtri
 
 from diffusion.noise import labels, normal_quantile, standard_normal, uniform
 
-
 GOLDEN_FIRST = "-0x1.22cd198aad6f0p+1"
 GOLDEN_DIGEST = "ecc4610c86238e9ba28793a0458339f843ac978a9cd563535cd3a03e9340bd19"
 

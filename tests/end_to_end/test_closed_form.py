@@ -32,8 +32,12 @@ DIMENSIONS = 2
 def pairs(tmp_path_factory):
     """A store of closed-form trajectories, as the command line makes it."""
     store = tmp_path_factory.mktemp("closed_form") / "pairs"
-    words = f"generate --teacher builtin:mixture --store {store} --count {TRAIN} --holdout {HOLDOUT} --solver.steps {STEPS}"
-    words += " --solver.name rk4 --states 2 4 6 --dtype float32 --samples-per-shard 2048 --micro-batch 512 --runner local"
+    words = (
+        f"generate --teacher builtin:mixture --store {store} --count {TRAIN} --holdout {HOLDOUT} --solver.steps {STEPS}"
+    )
+    words += (
+        " --solver.name rk4 --states 2 4 6 --dtype float32 --samples-per-shard 2048 --micro-batch 512 --runner local"
+    )
     assert main("pipeline", PIPELINE, words.split()) == 0
     return store
 
@@ -98,7 +102,7 @@ def holdout_errors(pairs, run, steps):
 
 
 def assert_reaches(error, standard_error, bound, *, parameters):
-    """The population bound, to sampling error: four standard errors, and the excess risk of least squares on TRAIN rows."""
+    """The population bound, to four standard errors and the excess risk of least squares on TRAIN rows."""
     excess = 2 * bound * parameters / (TRAIN * DIMENSIONS)
     assert abs(error - bound) < 4 * standard_error + excess, (error, bound, standard_error, excess)
 

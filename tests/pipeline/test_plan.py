@@ -1,6 +1,6 @@
 import pytest
 
-from pipeline.plan import Goal, grow, missing_tasks
+from pipeline.plan import Goal, grow, missing_tasks, slide
 from storage_schemas.layout import Layout
 from storage_schemas.manifest import Manifest, ShardTableRecord, Window
 
@@ -45,6 +45,14 @@ def goal(parent, window, *, layout=LAYOUT):
 )
 def test_the_window_only_ever_grows(parent, train, holdout):
     assert grow(parent, RECIPE, count=100, holdout=10) == Window(train=train, holdout=holdout)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "train"), [(0.1, (80, 180)), (1.0, (170, 270)), (0.25, (95, 195)), (0.001, (71, 171))]
+)
+def test_a_window_slides_and_keeps_its_size(fraction, train):
+    window = Window(train=(70, 170), holdout=(0, 10))
+    assert slide(window, fraction) == Window(train=train, holdout=(0, 10))
 
 
 def test_the_tasks_of_a_window_are_whole_shards_in_a_fixed_order():

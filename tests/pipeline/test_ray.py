@@ -28,9 +28,9 @@ def ray_generate(generate, cluster):
 
 
 def test_two_actors_write_the_same_bytes_as_this_process(ray_generate, generate, hashes, ids_of, tmp_path):
-    code, out, _ = ray_generate(tmp_path / "ray", "--workers", 2, teacher="builtin:mixture")
+    code, out, _ = ray_generate(tmp_path / "ray", "--workers", 2, teacher="builtin:digits")
     assert (code, "4 of 4 tasks run here" in out) == (0, True)
-    generate(tmp_path / "local", teacher="builtin:mixture")
+    generate(tmp_path / "local", teacher="builtin:digits")
     assert hashes(tmp_path / "ray") == hashes(tmp_path / "local")
     assert ids_of(tmp_path / "ray") == {"train": list(range(160)), "holdout": list(range(40))}
 
@@ -55,6 +55,19 @@ def test_an_actor_that_can_not_load_its_teacher_ends_the_job_in_one_line(ray_gen
     code, _, err = ray_generate(tmp_path, teacher="python:strange_teachers:picky_teacher")
     assert (code, err.count("\n")) == (1, 1)
     assert "can't start: RuntimeError: no such accelerator" in err
+
+
+def test_a_running_cluster_is_joined_by_its_address(cluster, start, ids_of, tmp_path):
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    words = ["--teacher", "builtin:gaussian", "--store", tmp_path, "--count", 160, "--holdout", 0, "--runner", "ray"]
+    small = ["--solver.steps", 4, "--samples-per-shard", 64, "--micro-batch", 32]
+    job = start("generate", *words, *small, RAY_ADDRESS=address)
+    out, _ = job.communicate(timeout=60)
+    assert (job.returncode, "3 of 3 tasks run here" in out) == (0, True), out
+    assert ids_of(tmp_path)["train"] == list(range(160))
+    assert ray.is_initialized()  # and it is left running
 
 
 @pytest.mark.faults

@@ -119,3 +119,18 @@ def test_the_recipe_fills_in_defaults_and_refuses_what_the_teacher_lacks(gaussia
     ):
         with pytest.raises(ValueError, match=r"leave it|use condition none"):
             recipe_of(gaussian, **fields)
+
+
+@pytest.mark.parametrize(("fields", "nfe"), [({}, 7), ({"guidance": 2.0}, 14), ({"autocast": "bfloat16"}, 7)])
+def test_a_class_conditional_network(fields, nfe):
+    """Labels are the sample's own, the recipe holds every option, and the network's calls are counted."""
+    digits = load_teacher("builtin:digits")
+    recipe = recipe_of(digits, solver={"steps": 4}, **fields)
+    assert recipe.condition.num_classes == 10
+    found = solved(digits, recipe, Task("holdout", 0, 32))
+    assert (found.nfe, found.quarantined) == (nfe, ())
+    assert np.array_equal(found.columns["condition"], noise.labels(0, "holdout", range(32), 10))
+    plain = solved(digits, recipe_of(digits, solver={"steps": 4}), Task("holdout", 0, 32))
+    assert np.array_equal(found.columns["output"], plain.columns["output"]) is (not fields)
+    unconditional = solved(digits, recipe_of(digits, condition="none"), Task("holdout", 0, 32))
+    assert set(unconditional.columns["condition"]) == {-1}

@@ -48,12 +48,26 @@ def yaml_file(tmp_path):
 
 
 def test_yaml_is_flags(yaml_file):
-    flags = read("s", "--states", "2", "4", "--solver.name", "ddim", "--solver.steps", "8", "--with-weights", "--max-missing", "3")
+    flags = read(
+        "s",
+        "--states",
+        "2",
+        "4",
+        "--solver.name",
+        "ddim",
+        "--solver.steps",
+        "8",
+        "--with-weights",
+        "--max-missing",
+        "3",
+    )
     assert read("s", "--config", yaml_file) == flags == read(f"--config={yaml_file}", "s")
 
 
 def test_flags_win_over_yaml(yaml_file):
-    job = read("s", "--config", yaml_file, "--states", "6", "--solver.steps=9", "--no-with-weights", "--max_missing", "1")
+    job = read(
+        "s", "--config", yaml_file, "--states", "6", "--solver.steps=9", "--no-with-weights", "--max_missing", "1"
+    )
     assert (job.states, job.solver, job.with_weights, job.max_missing) == ((6,), Solver(name="ddim", steps=9), False, 1)
 
 

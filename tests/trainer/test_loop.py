@@ -50,7 +50,12 @@ def test_learning_rate_schedule():
     linear = config(decay="linear", steps=105, warmup=5)
     assert [lr_factor(step, linear) for step in (0, 4, 5, 55, 105)] == [0.2, 1.0, 1.0, 0.5, 0.0]
     cosine = config(decay="cosine", steps=105, warmup=5)
-    assert [round(lr_factor(step, cosine), 12) for step in (5, 30, 55, 105)] == [1.0, round((1 + 0.5**0.5) / 2, 12), 0.5, 0.0]
+    assert [round(lr_factor(step, cosine), 12) for step in (5, 30, 55, 105)] == [
+        1.0,
+        round((1 + 0.5**0.5) / 2, 12),
+        0.5,
+        0.0,
+    ]
     assert lr_factor(1000, config(decay="none")) == 1.0
 
 
@@ -80,7 +85,8 @@ def test_clipping_bounds_the_gradient():
     clipped = stepper(clip=1e-3)
     _, norm = clipped.step(OBJECTIVE, batch(0), seed=0)
     now = torch.stack([p.grad.norm() for p in clipped.student.parameters() if p.grad is not None]).norm()
-    assert norm > 1e-3 and now.item() == pytest.approx(1e-3, rel=1e-3)
+    assert norm > 1e-3
+    assert now.item() == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_average_is_the_recursion_it_claims():
@@ -129,5 +135,6 @@ def test_signals_are_noted_and_handlers_put_back():
     with stop_on_signals() as stop:
         assert not stop
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop and stop.exit_code == 143
+        assert stop
+        assert stop.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) is before

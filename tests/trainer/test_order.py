@@ -41,7 +41,10 @@ def test_any_slice_is_a_part_of_the_whole(ids, data):
     ("ids", "sha256"),
     [
         (id_set(0, 100, []), "64b85c39f7b961c227de2e5ab4a007a9f0e99565f413291747437e8d6e832f5a"),
-        (id_set(700, 20000, [(1000, 1003), (5000, 9000)]), "c5ca4a82887911c4e6e2e31eb44c36ee50328320577fcd6bdc3279c10c44d12a"),
+        (
+            id_set(700, 20000, [(1000, 1003), (5000, 9000)]),
+            "c5ca4a82887911c4e6e2e31eb44c36ee50328320577fcd6bdc3279c10c44d12a",
+        ),
     ],
 )
 def test_golden(ids, sha256):

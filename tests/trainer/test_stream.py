@@ -28,9 +28,11 @@ def take(source, number: int, *, batch_size=48, seed=0, num_uniforms=1, state=No
 def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
-        assert a.first == b.first and a.states.keys() == b.states.keys()
+        assert a.first == b.first
+        assert a.states.keys() == b.states.keys()
         for x, y in zip(tensors(a), tensors(b), strict=True):
-            assert x.dtype == y.dtype and torch.equal(x, y)
+            assert x.dtype == y.dtype
+            assert torch.equal(x, y)
 
 
 def tensors(batch: Batch) -> list[torch.Tensor]:
@@ -123,7 +125,9 @@ def flip(store, byte: int) -> Path:
 def test_a_flipped_bit_ends_the_stream_in_one_line(make_store, format):
     store = make_store(format=format, count=64)
     column = "noise" if format == "parquet" else "*"
-    chunk = next(c for c in open_dataset(store).commit(open_dataset(store).shards("train")[0]).chunks if c.column == column)
+    chunk = next(
+        c for c in open_dataset(store).commit(open_dataset(store).shards("train")[0]).chunks if c.column == column
+    )
     flip(store, chunk.offset + chunk.length // 2)
     with pytest.raises(CorruptShard, match="checksum"):
         take(source_of(store), 1)
@@ -141,7 +145,8 @@ def test_a_shard_that_reads_well_the_second_time_is_used(make_store, monkeypatch
 
     monkeypatch.setattr(type(dataset), "read", flaky)
     (batch,), _ = take(ShardSource(dataset, "train", ("output",), cache_bytes=0), 1)
-    assert len(batch) == 48 and not failures
+    assert len(batch) == 48
+    assert not failures
 
 
 def test_reading_ahead_is_bounded_in_bytes():
@@ -180,6 +185,7 @@ def test_split_and_move_keep_the_rows():
     states = {"output": torch.arange(6, dtype=torch.float16)[:, None]}
     batch = Batch(10, torch.arange(6), torch.arange(6), states, torch.rand(6, 2))
     parts = list(batch.split(4))
-    assert [part.first for part in parts] == [10, 14] and [len(part) for part in parts] == [4, 2]
+    assert [part.first for part in parts] == [10, 14]
+    assert [len(part) for part in parts] == [4, 2]
     assert parts[1].to(torch.device("cpu")).states["output"].tolist() == [[4.0], [5.0]]
     assert parts[1].to(torch.device("cpu")).states["output"].dtype == torch.float32

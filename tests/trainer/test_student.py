@@ -8,7 +8,7 @@ from diffusion.checkpoint import Checkpoint, pack
 from diffusion.spec import model_from_spec
 from storage_schemas import paths
 from storage_schemas.dataset import open_dataset
-from storage_schemas.errors import ManifestMismatch
+from storage_schemas.errors import ManifestMismatch, UsageError
 from trainer.config import FitConfig, NetworkConfig
 from trainer.student import (
     Shape,
@@ -20,7 +20,8 @@ from trainer.student import (
     scratch,
     student_steps,
 )
-from trainer.trajectories import start_student, teacher_checkpoint
+from trainer.teacher import recipe_checkpoint
+from trainer.trajectories import start_student
 
 VE = {"name": "ve", "sigma_max": 80.0}
 
@@ -36,7 +37,8 @@ def shape(**options) -> Shape:
 
 def test_scratch_follows_from_the_seed_and_the_data():
     first, again, other = (scratch(config(seed=seed), shape()) for seed in (1, 1, 2))
-    assert first == again and first.weights != other.weights
+    assert first == again
+    assert first.weights != other.weights
     assert first.model["prediction"] == {"name": "edm", "sigma_data": 0.7123}
     assert scratch(config(sigma_data=0.5), shape()).model["prediction"]["sigma_data"] == 0.5
     flow = scratch(config(), shape(process={"name": "rectified_flow"}))
@@ -45,7 +47,11 @@ def test_scratch_follows_from_the_seed_and_the_data():
 
 @pytest.mark.parametrize(
     ("wrong", "told"),
-    [({"sample_shape": (3,)}, "sample shape"), ({"num_classes": 4}, "classes"), ({"process": {**VE, "sigma_max": 2.0}}, "process")],
+    [
+        ({"sample_shape": (3,)}, "sample shape"),
+        ({"num_classes": 4}, "classes"),
+        ({"process": {**VE, "sigma_max": 2.0}}, "process"),
+    ],
 )
 def test_a_model_for_other_data_is_refused(wrong, told):
     with pytest.raises(ValueError, match=told):
@@ -64,7 +70,11 @@ def test_predictions_that_say_nothing_at_pure_noise_are_refused(process, predict
 
 def test_students_of_a_run_are_found_by_their_steps(tmp_path):
     saved = scratch(config(), shape())
-    for folder, grid in (("stages/2-step", {2: (80.0, 1.0, 0.0)}), ("stages/1-step", {1: (80.0, 0.0)}), ("model", {1: (80.0, 0.0)})):
+    for folder, grid in (
+        ("stages/2-step", {2: (80.0, 1.0, 0.0)}),
+        ("stages/1-step", {1: (80.0, 0.0)}),
+        ("model", {1: (80.0, 0.0)}),
+    ):
         checkpoint.save(Checkpoint(saved.model, saved.weights, grid), tmp_path / folder)
     assert student_steps(tmp_path) == (1, 2)
     assert find_student(tmp_path, 2).grids == {2: (80.0, 1.0, 0.0)}
@@ -98,8 +108,8 @@ def store_with_teacher(make_store, monkeypatch, saved: Checkpoint):
 def test_a_teacher_kept_in_the_store_is_the_start(make_store, monkeypatch):
     saved = scratch(config(), shape())
     store, dataset = store_with_teacher(make_store, monkeypatch, saved)
-    with pytest.raises(ValueError, match="is not here; generate --with-weights"):
-        teacher_checkpoint(dataset)
+    with pytest.raises(UsageError, match=r"neither in the store nor at /nowhere/teacher .*; generate --with-weights"):
+        recipe_checkpoint(dataset.store, dataset.recipe)
     folder = paths.weights_folder(dataset.recipe.id)
     store.write(f"{folder}/model.safetensors", saved.weights)
     store.write(f"{folder}/model.json", json.dumps(saved.document()).encode())
@@ -112,8 +122,8 @@ def test_a_teacher_with_other_weights_is_refused(make_store, monkeypatch, tmp_pa
     checkpoint.save(other, tmp_path / "other")
     moved = dataset.recipe.teacher.model_copy(update={"uri": str(tmp_path / "other")})
     monkeypatch.setitem(dataset.__dict__, "recipe", dataset.recipe.model_copy(update={"teacher": moved}))
-    with pytest.raises(ValueError, match="the recipe says"):
-        teacher_checkpoint(dataset)
+    with pytest.raises(UsageError, match="the recipe says"):
+        recipe_checkpoint(dataset.store, dataset.recipe)
 
 
 def test_a_closed_form_teacher_has_nothing_to_fit(make_store):

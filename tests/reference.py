@@ -1,0 +1,68 @@
+"""The README's table of options, made from the configs themselves: `python tests/reference.py` rewrites it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+from pydantic.fields import FieldInfo
+
+from pipeline.__main__ import COMMANDS
+from storage_schemas.command_line import Command, Config
+from trainer.__main__ import commands
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- options: made by tests/reference.py -->\n", "<!-- end of options -->\n"
+
+
+def reference() -> str:
+    """One table for each command of both programs."""
+    tables = [
+        _table(f"python -m {program} {name}", command)
+        for program, words in (("pipeline", COMMANDS), ("trainer", commands(None)))
+        for name, command in words.items()
+    ]
+    return "\n".join(tables)
+
+
+def with_reference(readme: str) -> str:
+    """The README with its tables made anew."""
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{reference()}\n{END}{after}"
+
+
+def _table(words: str, command: Command) -> str:
+    rows = [f"| `{flag}` | {default} | {help} |" for flag, default, help in _rows(command.config)]
+    return "\n".join([f"**`{words}`** {command.summary}\n", "| option | default | |", "| --- | --- | --- |", *rows, ""])
+
+
+def _rows(config: type[Config], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    for name, field in config.model_fields.items():
+        group = next((kind for kind in (field.annotation, *get_args(field.annotation)) if _is_config(kind)), None)
+        if group is not None:
+            yield from _rows(group, prefix=f"{prefix}{name}.")
+        else:
+            yield _flag(prefix + name, field), _default(field), (field.description or "").replace("|", "/")
+
+
+def _is_config(kind: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Config)
+
+
+def _flag(name: str, field: FieldInfo) -> str:
+    if any("Positional" in str(mark) or "POSITIONAL" in str(mark) for mark in field.metadata):
+        return name.upper()
+    renamed = next((mark.name for mark in field.metadata if getattr(mark, "name", None)), name)
+    return f"--{renamed.replace('_', '-')}"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    if isinstance(field.default, bool):
+        return "on" if field.default else "off"
+    return "" if field.default in (None, ()) else f"{field.default}"
+
+
+if __name__ == "__main__":
+    README.write_text(with_reference(README.read_text()))
