@@ -1,4 +1,4 @@
-"""The README's table of options, made from the configs themselves: `python tests/reference.py` rewrites it."""
+"""The README's table of options, made from the configs themselves: `python -m tests.reference` rewrites it."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,54 +1,90 @@
-"""What the repository says of itself holds."""
+"""What the repository says of itself holds: the README's commands, code, links and tables, and who imports what."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from storage_schemas.command_line import Command, parse
+from pipeline.__main__ import COMMANDS
+from storage_schemas.command_line import Command, main, parse
+from tests.reference import with_reference
+from trainer.__main__ import commands
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PROGRAMS: dict[str, dict[str, Command]] = {"pipeline": COMMANDS, "trainer": commands(None)}
 
 
-def commands_in(text: str) -> list[tuple[str, list[str]]]:
-    """(program, words) of every `python -m pipeline|trainer ...` line in fenced code."""
-    found = []
-    for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", text, flags=re.DOTALL):
-        joined = re.sub(r"\\\n\s*", " ", block)
-        for line in joined.splitlines():
-            match = re.match(r"\s*(?:torchrun\s.*-m|python -m)\s+(pipeline|trainer)\s+(.*)", line.split("  #")[0])
-            if match:
-                found.append((match[1], match[2].split()))
-    return found
+def code_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_every_command_of_the_readme_parses():
-    from pipeline.__main__ import COMMANDS
-    from trainer.__main__ import commands as trainer_commands
-
-    programs: dict[str, dict[str, Command]] = {"pipeline": COMMANDS, "trainer": trainer_commands(None)}
-    commands = commands_in(README)
-    assert len(commands) >= 6
-    for program, (command, *words) in commands:
-        if "--help" not in words:
-            parse(programs[program][command].config, words, program=program)
+def readme_commands():
+    """(program, words) of every `python -m pipeline|trainer ...` line of the README."""
+    lines = re.sub(r"\\\n\s*", " ", "\n".join(code_blocks("bash"))).splitlines()
+    found = [re.match(r"python -m (pipeline|trainer) (.*)", line.split("  #")[0]) for line in lines]
+    return [(match[1], match[2].split()) for match in found if match]
 
 
-def test_files_that_the_readme_names_exist():
-    for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / path).exists(), path
+@pytest.mark.parametrize(("program", "words"), readme_commands(), ids=lambda value: value[0])
+def test_a_command_of_the_readme_parses(program, words):
+    command, *options = words
+    parse(PROGRAMS[program][command].config, options, program=program)
 
 
-@pytest.mark.parametrize("package", ["diffusion", "storage_schemas", "trainer", "trainer.stream", "trainer.fit"])
+def test_the_readme_shows_every_part_of_the_main_job():
+    assert {words[0] for _, words in readme_commands()} >= {
+        "generate",
+        "verify",
+        "inspect",
+        "fit",
+        "evaluate",
+        "sample",
+    }
+
+
+def test_the_readmes_options_are_the_programs():
+    assert with_reference(README) == README, "run python -m tests.reference"
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\((?!https?:)([^)#]+)\)", README))
+def test_a_file_that_the_readme_names_is_there(path):
+    assert (ROOT / path).exists()
+
+
+def test_the_readmes_python_reads_our_shards(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = (
+        "--teacher builtin:gaussian --count 60 --holdout 20 --solver.steps 2 --samples-per-shard 32 --micro-batch 32"
+    )
+    for store in ("pairs", "pairs-tar --format webdataset"):
+        assert main("pipeline", COMMANDS, f"generate --runner local {small} --store {store}".split()) == 0
+    blocks = code_blocks("python")
+    names: dict[str, object] = {}
+    for block in blocks:
+        compiled = compile(block, "README.md", "exec")
+        exec(compiled, names)
+    assert len(blocks) == 3
+    assert names["output"].shape == (32, 2)
+    assert names["x_0"].shape == (2,)
+    assert names["noise"].shape == (20, 2)
+
+
+@pytest.mark.parametrize("package", ["diffusion", "storage_schemas", "trainer.stream", "trainer.fit"])
 def test_the_trainer_needs_no_ray(package):
-    """With ray and the pipeline not to be had, everything that a trainer imports still imports."""
-    program = f"import sys\nfor name in ('ray', 'pipeline'): sys.modules[name] = None\nimport {package}\n"
+    program = f"import sys; sys.modules.update(ray=None, pipeline=None); import {package}"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 def test_importing_the_pipeline_does_not_import_ray():
     program = "import sys, pipeline.__main__; sys.exit('ray' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_the_shipped_models_are_small():
+    weights = list(ROOT.glob("*/builtin/*/model.safetensors"))
+    assert len(weights) == 2
+    assert all(path.stat().st_size < 3 * 10**6 for path in weights)
