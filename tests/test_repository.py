@@ -18,18 +18,21 @@ README = (ROOT / "README.md").read_text()
 PROGRAMS: dict[str, dict[str, Command]] = {"pipeline": COMMANDS, "trainer": commands(None)}
 
 
-def code_blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def code_blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def readme_commands():
-    """(program, words) of every `python -m pipeline|trainer ...` line of the README."""
-    lines = re.sub(r"\\\n\s*", " ", "\n".join(code_blocks("bash"))).splitlines()
+def readme_commands(text=README):
+    """(program, words) of every `python -m pipeline|trainer ...` line of a README."""
+    lines = re.sub(r"\\\n\s*", " ", "\n".join(code_blocks("bash", text))).splitlines()
     found = [re.match(r"python -m (pipeline|trainer) (.*)", line.split("  #")[0]) for line in lines]
     return [(match[1], match[2].split()) for match in found if match]
 
 
-@pytest.mark.parametrize(("program", "words"), readme_commands(), ids=lambda value: value[0])
+DEPLOY = (ROOT / "deploy" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("program", "words"), readme_commands() + readme_commands(DEPLOY), ids=lambda value: value[0])
 def test_a_command_of_the_readme_parses(program, words):
     command, *options = words
     parse(PROGRAMS[program][command].config, options, program=program)
@@ -65,8 +68,8 @@ def test_the_readmes_python_reads_our_shards(tmp_path, monkeypatch):
     blocks = code_blocks("python")
     names: dict[str, object] = {}
     for block in blocks:
-        compiled = compile(block, "README.md", "exec")
-        exec(compiled, names)
+        Path("block.py").write_text(block)
+        names |= runpy.run_path("block.py", init_globals=names)
     assert len(blocks) == 3
     assert names["output"].shape == (32, 2)
     assert names["x_0"].shape == (2,)
