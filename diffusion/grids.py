@@ -1,8 +1,8 @@
 """Time grids: float64 [num_steps + 1], descending from t_0 (T, unless r_max is given) to exactly 0.
 
 karras and uniform_logsnr place the points t_0 .. t_{N-1} by their ratio r = sigma/alpha, from r_max down to r_min, and
-put 0 after them. r_max is the process's own largest ratio. Where that is infinite (alpha_T = 0) the points are laid out
-from r = 80, EDM's, and the first is then moved to T.
+put 0 after them. r_max is the process's own largest ratio; r_min is EDM's 0.002, or the first of a table of betas.
+Where r_max is infinite (alpha_T = 0) the points are laid out from r = 80, EDM's, and the first is then moved to T.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffusion.process import Process
+from diffusion.process import DiscreteVP, Process
 
 GridName = Literal["karras", "uniform_time", "uniform_logsnr"]
 
@@ -19,25 +19,35 @@ _FAR_RATIO = 80.0
 _NEAR_RATIO = 0.002
 
 
+def near_ratio(process: Process) -> float:
+    """The r_min of a grid that is not told one. A network over a table of betas was never shown less than its first."""
+    if not isinstance(process, DiscreteVP):
+        return _NEAR_RATIO
+    first = torch.ones((), dtype=torch.float64)
+    return float(f"{(process.sigma(first) / process.alpha(first)).item():.13g}")
+
+
 def karras(
-    process: Process, num_steps: int, *, rho: float = 7.0, r_max: float | None = None, r_min: float = _NEAR_RATIO
+    process: Process, num_steps: int, *, rho: float = 7.0, r_max: float | None = None, r_min: float | None = None
 ) -> Tensor:
     """r^(1/rho) uniform, then 0. Karras et al. 2022, eq. 5."""
     _check_steps(num_steps)
     if rho <= 0:
         raise ValueError(f"rho {rho}: give one above 0 (7 in the paper)")
-    far = _far_ratio(process, r_max, r_min)
-    roots = torch.linspace(far ** (1 / rho), r_min ** (1 / rho), num_steps, dtype=torch.float64)
+    near = near_ratio(process) if r_min is None else r_min
+    far = _far_ratio(process, r_max, near)
+    roots = torch.linspace(far ** (1 / rho), near ** (1 / rho), num_steps, dtype=torch.float64)
     return _grid_at(process, roots**rho, from_end=r_max is None)
 
 
 def uniform_logsnr(
-    process: Process, num_steps: int, *, r_max: float | None = None, r_min: float = _NEAR_RATIO
+    process: Process, num_steps: int, *, r_max: float | None = None, r_min: float | None = None
 ) -> Tensor:
-    """Log r = -lambda uniform, then 0. Lu et al. 2022 (DPM-Solver), section 3.3."""
+    """log r = -lambda uniform, then 0. Lu et al. 2022 (DPM-Solver), section 3.3."""
     _check_steps(num_steps)
-    far = _far_ratio(process, r_max, r_min)
-    logs = torch.linspace(math.log(far), math.log(r_min), num_steps, dtype=torch.float64)
+    near = near_ratio(process) if r_min is None else r_min
+    far = _far_ratio(process, r_max, near)
+    logs = torch.linspace(math.log(far), math.log(near), num_steps, dtype=torch.float64)
     return _grid_at(process, logs.exp(), from_end=r_max is None)
 
 
@@ -62,13 +72,12 @@ def make_grid(
     t_min: float | None = None,
 ) -> Tensor:
     """The named grid; an option left at None has the grid's own default, one that the grid does not have is refused."""
-    near = _NEAR_RATIO if r_min is None else r_min
     if name == "karras":
         _refuse(name, t_min=t_min)
-        return karras(process, num_steps, rho=7.0 if rho is None else rho, r_max=r_max, r_min=near)
+        return karras(process, num_steps, rho=7.0 if rho is None else rho, r_max=r_max, r_min=r_min)
     if name == "uniform_logsnr":
         _refuse(name, rho=rho, t_min=t_min)
-        return uniform_logsnr(process, num_steps, r_max=r_max, r_min=near)
+        return uniform_logsnr(process, num_steps, r_max=r_max, r_min=r_min)
     if name == "uniform_time":
         _refuse(name, rho=rho, r_max=r_max, r_min=r_min)
         return uniform_time(process, num_steps, t_min=t_min)

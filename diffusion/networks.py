@@ -1,9 +1,8 @@
-"""Networks F(x, time, condition) that this package ships: small ones, for small images and vectors.
-
-A larger network (a UNet, a transformer) comes with its own library; see teachers.py.
-"""
+"""Networks F(x, time, condition): small ones of our own, for small images and vectors, and diffusers' UNet."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,4 +100,32 @@ class Affine(nn.Module):
         return (gain * x.flatten(1) + shift).view_as(x)
 
 
-NETWORKS: dict[str, type[ResidualMLP | Affine]] = {"residual_mlp": ResidualMLP, "affine": Affine}
+class DiffusersUNet2D(nn.Module):
+    """diffusers' UNet2DModel, x: [B, C, H, W], time: [B] timesteps; no classes. pip install 'limbeck[diffusers]'."""
+
+    def __init__(
+        self, *, sample_shape: tuple[int, ...], num_classes: int | None, config: Mapping[str, Any], dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        if num_classes is not None:
+            raise ValueError(f"network diffusers_unet2d knows no classes, this model has {num_classes}")
+        self.unet = import_diffusers().UNet2DModel.from_config({**config, "dropout": dropout})
+
+    def forward(self, x: Tensor, time: Tensor, condition: Tensor | None) -> Tensor:
+        return self.unet(x, time).sample
+
+
+def import_diffusers() -> Any:
+    """The package, which only those who name such a model need."""
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ValueError("a diffusers model needs its package: pip install 'limbeck[diffusers]'") from error
+    return diffusers
+
+
+NETWORKS: dict[str, type[ResidualMLP | Affine | DiffusersUNet2D]] = {
+    "residual_mlp": ResidualMLP,
+    "affine": Affine,
+    "diffusers_unet2d": DiffusersUNet2D,
+}

@@ -22,6 +22,7 @@ from torch import nn
 
 from diffusion import checkpoint
 from diffusion.checkpoint import Checkpoint
+from diffusion.diffusers_models import pipeline_checkpoint
 from diffusion.process import VE, Process
 from diffusion.spec import process_from_spec, process_spec
 
@@ -59,9 +60,11 @@ def load_teacher(uri: str, *, device: str | torch.device = "cpu") -> Teacher:
 
 
 def load_checkpoint(uri: str) -> Checkpoint:
-    """The native checkpoint at `builtin:NAME` or in a folder. Raises ValueError or FileNotFoundError in one line."""
+    """The model behind any URI but python:. Raises ValueError or FileNotFoundError in one line where there is none."""
     scheme, _, rest = uri.partition(":")
-    return builtin_checkpoint(rest) if scheme == "builtin" else checkpoint.load(uri)
+    if scheme == "builtin":
+        return builtin_checkpoint(rest)
+    return pipeline_checkpoint(rest) if scheme == "diffusers" else checkpoint.load(uri)
 
 
 def from_checkpoint(uri: str, saved: Checkpoint, *, device: str | torch.device = "cpu") -> Teacher:

@@ -21,7 +21,7 @@ class SolverConfig(Config):
         None, gt=0, description="karras, uniform_logsnr: first sigma/alpha; the process's own if unset"
     )
     r_min: float | None = Field(
-        None, gt=0, description="karras, uniform_logsnr: last sigma/alpha before 0; 0.002 if unset"
+        None, gt=0, description="karras, uniform_logsnr: last sigma/alpha before 0; 0.002 if unset, or a table's first"
     )
     t_min: float | None = Field(None, gt=0, description="uniform_time: last time before 0; evenly spaced if unset")
 
@@ -37,7 +37,7 @@ class RayConfig(Config):
 class GenerateConfig(Config):
     """Solve the teacher's trajectories that a dataset is missing, and seal them as its next manifest."""
 
-    teacher: str = Field(description="builtin:NAME, python:MODULE:FACTORY, or the folder of a saved model")
+    teacher: str = Field(description="builtin:NAME, diffusers:SOURCE, python:MODULE:FACTORY, or a saved model")
     store: str = Field(description="where the dataset lies: a folder, s3://, gs:// or az://")
     dataset: str = Field("main", pattern=r"^[a-z0-9][a-z0-9_-]*$", description="name of the dataset in the store")
     count: int = Field(ge=1, description="train samples that the window holds at least")

@@ -6,7 +6,8 @@ import torch
 
 from diffusion import NUMERICS_VERSION, noise
 from diffusion.frames import frame_for
-from diffusion.grids import make_grid
+from diffusion.grids import make_grid, near_ratio
+from diffusion.process import Process
 from diffusion.teachers import Teacher
 from pipeline.config import GenerateConfig, SolverConfig
 from storage_schemas.layout import Layout, check_layout
@@ -21,16 +22,10 @@ from storage_schemas.recipe import (
     UniformLabels,
 )
 
-_GRID_DEFAULTS: dict[str, dict[str, float]] = {
-    "karras": {"rho": 7.0, "r_min": 0.002},
-    "uniform_logsnr": {"r_min": 0.002},
-    "uniform_time": {},
-}
-
 
 def build_recipe(config: GenerateConfig, teacher: Teacher) -> Recipe:
     """How the samples that `config` asks for are made. ValueError for what the teacher can't serve."""
-    grid = grid_options(config.solver)
+    grid = grid_options(config.solver, teacher.process)
     times = _rounded(make_grid(config.solver.grid, teacher.process, config.solver.steps, **grid))
     frame = frame_for(teacher.process, times)
     last = config.solver.steps
@@ -69,10 +64,12 @@ def build_layout(config: GenerateConfig, recipe: Recipe) -> Layout:
     return layout
 
 
-def grid_options(solver: SolverConfig) -> dict[str, Any]:
+def grid_options(solver: SolverConfig, process: Process) -> dict[str, Any]:
     """The grid's options with its defaults filled in, so that a default given by hand is the same recipe."""
     given = {name: getattr(solver, name) for name in ("rho", "r_max", "r_min", "t_min")}
-    return _GRID_DEFAULTS[solver.grid] | {name: value for name, value in given.items() if value is not None}
+    near = {"r_min": near_ratio(process)}
+    defaults = {"karras": {"rho": 7.0, **near}, "uniform_logsnr": near, "uniform_time": {}}
+    return defaults[solver.grid] | {name: value for name, value in given.items() if value is not None}
 
 
 def _guidance(config: GenerateConfig, teacher: Teacher) -> float:

@@ -41,7 +41,7 @@ class Denoising:
         return (denoiser.output(x_t, t, condition) - target).square().mean()
 
     def times(self, process: Process, u: Tensor) -> Tensor:
-        """T ~ U(0, T), for VE log sigma ~ N(p_mean, p_std^2) up to T, from u in (0, 1): float64 [B]."""
+        """t ~ U(0, T), for VE log sigma ~ N(p_mean, p_std^2) up to T, from u in (0, 1): float64 [B]."""
         if isinstance(process, VE):
             return torch.exp(self.p_mean + self.p_std * standard_normal(u)).clamp(max=process.T)
         return u * process.T

@@ -1,0 +1,39 @@
+"""A saved diffusers pipeline as a checkpoint of ours: its UNet2DModel, its betas, what it predicts."""
+
+import json
+
+from diffusion.checkpoint import Checkpoint, pack
+from diffusion.networks import import_diffusers
+from diffusion.process import DiscreteVP
+from diffusion.spec import model_from_spec, process_spec
+
+
+def pipeline_checkpoint(source: str) -> Checkpoint:
+    """The UNet2DModel and the scheduler of a pipeline, in a folder or under a hub id, with `unet` and `scheduler`.
+
+    The process is DiscreteVP over the scheduler's betas, the prediction its prediction_type. Raises ValueError for
+    another kind of pipeline, and for class labels: a UNet2DModel does not say which label is null.
+    """
+    diffusers = import_diffusers()
+    try:
+        unet = diffusers.UNet2DModel.from_pretrained(source, subfolder="unet", low_cpu_mem_usage=False)
+        scheduler = diffusers.DDPMScheduler.from_pretrained(source, subfolder="scheduler")
+    except (OSError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"diffusers:{source} is no pipeline of a UNet2DModel and a scheduler ({reason})") from error
+    config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    if config["num_class_embeds"] or config["class_embed_type"]:
+        raise ValueError(f"diffusers:{source} takes class labels: wrap it by python:MODULE:FACTORY")
+    size = config["sample_size"]
+    spec = {
+        "kind": "network",
+        "sample_shape": [config["in_channels"], *([size, size] if isinstance(size, int) else size)],
+        "num_classes": None,
+        "process": process_spec(DiscreteVP(tuple(scheduler.betas.double().tolist()))),
+        "prediction": {"name": scheduler.config.prediction_type},
+        "network": {"name": "diffusers_unet2d", "config": config, "dropout": config["dropout"]},
+    }
+    spec = json.loads(json.dumps(spec))
+    denoiser = model_from_spec(spec)
+    denoiser.get_submodule("network.unet").load_state_dict(unet.state_dict())
+    return Checkpoint(spec, pack(denoiser), about={"source": source})
