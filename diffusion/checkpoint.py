@@ -77,10 +77,16 @@ def load(folder: str | Path) -> Checkpoint:
 
 def unpack(document: Mapping[str, Any], weights: bytes) -> Checkpoint:
     """A checkpoint from the contents of its two files, whose hash must agree."""
-    grids = {int(steps): tuple(times) for steps, times in document["grids"].items()}
-    checkpoint = Checkpoint(document["model"], weights, grids, document["about"])
-    if checkpoint.weights_sha256 != document["weights_sha256"]:
-        told, found = document["weights_sha256"][:12], checkpoint.weights_sha256[:12]
+    try:
+        grids = {int(steps): tuple(times) for steps, times in document["grids"].items()}
+        checkpoint = Checkpoint(document["model"], weights, grids, document["about"])
+        weights_sha256 = document["weights_sha256"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{MODEL_FILE} is not one of ours ({error!r}): name the folder of a model saved here"
+        ) from error
+    if checkpoint.weights_sha256 != weights_sha256:
+        told, found = weights_sha256[:12], checkpoint.weights_sha256[:12]
         raise ValueError(f"{WEIGHTS_FILE} has sha256 {found}..., {MODEL_FILE} says {told}...: fetch the model again")
     return checkpoint
 

@@ -30,9 +30,11 @@ class FlowMap(nn.Module):
         return self.denoiser(x_t, t, condition)
 
     def jump(self, x_s: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
-        """x_t from x_s: [B, ...], t <= s, each [] or [B] float64, sigma_s > 0."""
+        """x_t from x_s: [B, ...], t <= s, each [] or [B] float64; where sigma_s = 0, t = s."""
         keep, pull = jump_coefficients(self.process, s, t)
-        return expand(keep, like=x_s) * x_s + expand(pull, like=x_s) * self.denoiser(x_s, s, condition)
+        # At sigma = 0 a network may answer NaN (EDM tells it log 0): it is asked elsewhere, and its answer weighs 0.
+        asked = torch.where(self.process.sigma(s) == 0, self.process.T / 2, s)
+        return expand(keep, like=x_s) * x_s + expand(pull, like=x_s) * self.denoiser(x_s, asked, condition)
 
     def sample(self, x_T: Tensor, times: Tensor, condition: Tensor | None = None) -> Tensor:
         """x at the last of `times` (float64 [N+1], descending) by N jumps from x_T at the first."""

@@ -97,6 +97,10 @@ def solve(
         start = x
         for call in step:
             x_0 = denoise(x, call.time, condition)
+            if x_0.shape != x.shape:
+                raise ValueError(
+                    f"the denoiser answers {list(x_0.shape)} for {list(x.shape)}: return x_0 in x_t's shape"
+                )
             memory.appendleft(_combine((call.on_state, x), (call.on_x0, x_0)))
             x = _combine((call.carry, start), *zip(call.weights, memory, strict=False))
             calls += 1

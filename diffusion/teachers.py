@@ -76,7 +76,8 @@ def from_checkpoint(uri: str, saved: Checkpoint, *, device: str | torch.device =
         model=saved.model,
         weights_sha256=saved.weights_sha256,
         sample_shape=tuple(saved.model["sample_shape"]),
-        num_classes=saved.model["num_classes"],
+        # A student that was fitted without labels knows its null label alone.
+        num_classes=saved.model["num_classes"] if saved.about.get("labels", True) else None,
     )
 
 

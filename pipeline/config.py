@@ -7,6 +7,8 @@ from tyro.conf import Positional, arg
 
 from storage_schemas.command_line import Config
 
+DatasetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="name of the dataset in the store")]
+
 
 class SolverConfig(Config):
     """Which solver, over which grid."""
@@ -39,7 +41,7 @@ class GenerateConfig(Config):
 
     teacher: str = Field(description="builtin:NAME, diffusers:SOURCE, python:MODULE:FACTORY, or a saved model")
     store: str = Field(description="where the dataset lies: a folder, s3://, gs:// or az://")
-    dataset: str = Field("main", pattern=r"^[a-z0-9][a-z0-9_-]*$", description="name of the dataset in the store")
+    dataset: DatasetName = "main"
     count: int = Field(ge=1, description="train samples that the window holds at least")
     holdout: int = Field(2048, ge=0, description="holdout samples that the window holds at least")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of every noise and label")
@@ -122,7 +124,7 @@ class VerifyConfig(Config):
     """Check every byte of a dataset against its checksum, and every id against the manifest."""
 
     store: StoreArgument
-    dataset: str = Field("main", description="name of the dataset in the store")
+    dataset: DatasetName = "main"
     manifest: int | None = Field(None, ge=1, description="number of a manifest; the latest by default")
     as_json: PrintJson = False
 
@@ -131,7 +133,7 @@ class InspectConfig(Config):
     """What is in a dataset: its recipe, counts, sizes, labels and statistics."""
 
     store: StoreArgument
-    dataset: str = Field("main", description="name of the dataset in the store")
+    dataset: DatasetName = "main"
     manifest: int | None = Field(None, ge=1, description="number of a manifest; the latest by default")
     as_json: PrintJson = False
     picture: str | None = Field(None, description="PNG file for a picture of a few trajectories")

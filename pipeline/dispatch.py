@@ -119,10 +119,7 @@ def dispatch(fleet: Fleet, tasks: Sequence[Task], *, workers: int, max_attempts:
     while backlog or any(loads.values()):
         for _ in range(min(workers, len(backlog)) - len(starting) - len(loads)):
             starting.add(fleet.start())
-        for worker, load in loads.items():
-            while task := backlog.take(load):
-                load.append(task)
-                fleet.submit(worker, task)
+        _hand_out(fleet, backlog, loads, starting=len(starting))
         for event in fleet.wait():
             match event:
                 case Ready(worker, problem):
@@ -138,6 +135,16 @@ def dispatch(fleet: Fleet, tasks: Sequence[Task], *, workers: int, max_attempts:
                 case Died(worker, reason):
                     for task in loads.pop(worker):
                         yield from _lost(backlog, task, reason)
+
+
+def _hand_out(fleet: Fleet, backlog: Backlog, loads: dict[int, list[Task]], *, starting: int) -> None:
+    """A first task for every idle worker, then second ones, but for those that workers still starting will need."""
+    for depth in range(IN_FLIGHT):
+        for worker, load in loads.items():
+            wanted = len(load) <= depth and (depth == 0 or len(backlog) > starting)
+            if wanted and (task := backlog.take(load)):
+                load.append(task)
+                fleet.submit(worker, task)
 
 
 def _ended(backlog: Backlog, task: Task, outcome: Commit | Problem) -> Iterator[Commit | Failure]:

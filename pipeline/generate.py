@@ -78,7 +78,7 @@ def bring_about(config: GenerateConfig, aim: Aim) -> int:
         goal = Goal(config.dataset, parent, run.recipe.id, run.layout, aim(parent, run.recipe.id))
         if goal.reached:
             print(f"nothing to do: {_told(goal.parent)}, {time.monotonic() - started:.1f} s")
-            return DONE
+            return QUARANTINED if goal.parent and lacks_samples(goal.parent) else DONE
         try:
             return fulfil(run, goal, started=started)
         except LostRace as lost:
@@ -212,6 +212,12 @@ def _draft(run: Run, goal: Goal, missing: tuple[str, ...]) -> ManifestDraft:
         window=goal.window,
         missing=missing,
     )
+
+
+def lacks_samples(manifest: Manifest) -> bool:
+    """Whether a manifest without missing tasks shows fewer samples than its window has ids: some are quarantined."""
+    bounds = [manifest.window.bounds(split) for split in SPLITS]
+    return sum(manifest.rows.values()) < sum(stop - start for start, stop in bounds)
 
 
 def _exit_code(manifest: Manifest, new: ShardTable) -> int:

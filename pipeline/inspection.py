@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -119,7 +120,7 @@ def draw(dataset: Dataset, path: str) -> None:
     are_images = len(recipe.sample_shape) == 3 and recipe.sample_shape[0] in (1, 3)
     figure = _images(states) if are_images else _lines(states, recipe.states)
     figure.savefig(path, dpi=120)
-    print(f"drew {len(states[0])} trajectories into {path}")
+    print(f"drew {len(states[0])} trajectories into {path}", file=sys.stderr)
 
 
 def _images(states: list[np.ndarray]) -> Any:

@@ -1,6 +1,7 @@
 """Workers as Ray actors: the only file that knows Ray. Only tasks go out and only commits come back."""
 
 import itertools
+import math
 import os
 import socket
 from collections.abc import Sequence
@@ -127,12 +128,24 @@ def _connect(ray: Any, config: RayConfig, *, workers: int) -> None:
     # Ray may otherwise turn token authentication on by itself and write a token to the home folder.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     ray.init(
-        num_cpus=max(1, round(workers * config.num_cpus)),
+        num_cpus=max(1, math.ceil(workers * config.num_cpus)),
         num_gpus=None if config.num_gpus else 0,
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,
         **quiet,
     )
+    _refuse_no_room(ray, config)
+
+
+def _refuse_no_room(ray: Any, config: RayConfig) -> None:
+    """UsageError where no worker will ever fit: a cluster of this machine alone gets no other one to wait for."""
+    gpus = ray.cluster_resources().get("GPU", 0.0)
+    if config.num_gpus > gpus:
+        ray.shutdown()
+        raise UsageError(
+            f"a worker takes {config.num_gpus:g} GPUs, this machine has {gpus:g}: lower --ray.num-gpus, "
+            "or name a cluster by --ray.address"
+        )
 
 
 def _knock(address: str) -> None:

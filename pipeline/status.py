@@ -20,6 +20,9 @@ RECENT = 64
 STALLED = 10
 """A job without a commit for this many times its usual interval is called stalled."""
 
+FIRST_SECONDS = 600.0
+"""So is one without its first commit for this long: it has no usual interval yet."""
+
 
 @dataclass(frozen=True)
 class Status:
@@ -72,10 +75,12 @@ def job_status(store: Store, job: Job, *, now: datetime) -> Status:
     failures = read_failures(store, job.job)
     sealed = _sealed_by(store, job)
     age = (now - last).total_seconds() if last else None
+    quiet = (now - (last or datetime.fromisoformat(job.started_at))).total_seconds()
+    patience = max(60.0, STALLED * elapsed / done) if done else FIRST_SECONDS
     return Status(
         job=job.job,
         dataset=job.dataset,
-        state=_state(sealed, failures, left, stalled=bool(age and done and age > max(60.0, STALLED * elapsed / done))),
+        state=_state(sealed, failures, left, stalled=quiet > patience),
         tasks_done=done,
         tasks=job.tasks_missing,
         samples_done=samples,
@@ -134,8 +139,8 @@ def _writer(manifest: Manifest | None) -> str | None:
 def _state(sealed: int | None, failures: list[Failure], left: list[Task], *, stalled: bool) -> str:
     if sealed:
         return f"sealed as manifest {sealed}"
-    if failures and {task.name for task in left} <= {failure.task for failure in failures}:
-        return f"ended with {len(left)} tasks missing, nothing sealed"
     if not left:
         return "all tasks committed, not sealed"
+    if {task.name for task in left} <= {failure.task for failure in failures}:
+        return f"ended with {len(left)} tasks missing, nothing sealed"
     return "stalled: it may be dead, generate again goes on from here" if stalled else "running"

@@ -1,11 +1,14 @@
 """`verify`: every byte against its checksum, every id against the manifest."""
 
+import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from diffusion.checkpoint import WEIGHTS_FILE
 from pipeline.config import VerifyConfig
+from storage_schemas import paths
 from storage_schemas.commit import Task
 from storage_schemas.dataset import Dataset, open_dataset, read_manifest
 from storage_schemas.errors import UserError
@@ -35,7 +38,17 @@ def check_dataset(dataset: Dataset) -> list[str]:
     """Everything that is wrong with a dataset, one line each."""
     with ThreadPoolExecutor(THREADS) as threads:
         of_shards = threads.map(lambda shard: check_listed(dataset, shard), dataset.table)
-        return check_manifest(dataset) + [problem for problems in of_shards for problem in problems]
+        found = [problem for problems in of_shards for problem in problems]
+        return check_manifest(dataset) + check_weights(dataset) + found
+
+
+def check_weights(dataset: Dataset) -> list[str]:
+    """The teacher's weights against the recipe, where `generate --with-weights` kept them."""
+    folder = paths.weights_folder(dataset.recipe.id)
+    weights = dataset.store.read(f"{folder}/{WEIGHTS_FILE}")
+    if weights is None or hashlib.sha256(weights).hexdigest() == dataset.recipe.teacher.weights_sha256:
+        return []
+    return [f"{dataset.store.uri}/{folder}/{WEIGHTS_FILE} does not match the recipe's sha256 of the teacher's weights"]
 
 
 def check_listed(dataset: Dataset, shard: Shard) -> list[str]:

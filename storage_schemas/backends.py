@@ -18,7 +18,7 @@ from urllib.parse import unquote
 
 from fsspec.core import url_to_fs
 
-from storage_schemas.errors import StoreError
+from storage_schemas.errors import StoreError, UsageError
 
 LOCAL = ("file", "local")
 CONDITIONAL = ("memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
@@ -30,7 +30,10 @@ def split_uri(uri: str) -> tuple[str, str, dict[str, str]]:
     """Protocol, uri without credentials, credentials as fsspec options; a local uri becomes an absolute path."""
     protocol, separator, rest = uri.partition("://")
     if not separator or protocol in LOCAL:
-        return "file", os.path.abspath(os.path.expanduser(rest if separator else uri)), {}
+        path = rest if separator else uri
+        if not path:  # abspath would make it the working directory
+            raise UsageError(f"{uri!r} names no store: give a folder, s3://, gs:// or az://")
+        return "file", os.path.abspath(os.path.expanduser(path)), {}
     if "::" in uri:
         raise StoreError(f"{protocol} is a chained uri, which a store can't be: name the storage itself")
     if "?" in rest or "#" in rest:

@@ -69,7 +69,7 @@ def main(program: str, commands: Mapping[str, Command], arguments: Sequence[str]
 
 def parse(config: type[ConfigT], arguments: Sequence[str], *, program: str) -> ConfigT:
     """The config that flags and `--config FILE.yaml` describe. Raises UsageError in one line."""
-    flags = _with_yaml(list(arguments))
+    flags = _with_yaml(list(arguments), _positionals(config))
     if "-h" in flags or "--help" in flags:
         return tyro.cli(config, args=flags, prog=program, description=_help(config))
     complaint = io.StringIO()
@@ -92,7 +92,12 @@ def _help(config: type[Config]) -> str:
     return f"{(config.__doc__ or '').strip()}\n\n--config FILE.yaml reads the same fields from YAML; flags win over it."
 
 
-def _with_yaml(arguments: list[str]) -> list[str]:
+def _positionals(config: type[Config]) -> set[str]:
+    """Fields that the command line gives by place: they have no flag."""
+    return {name for name, field in config.model_fields.items() if tyro.conf.Positional in field.metadata}
+
+
+def _with_yaml(arguments: list[str], positionals: set[str]) -> list[str]:
     """Replace `--config FILE` by the file's fields as flags, leaving out those that the command line sets itself."""
     where = next((i for i, word in enumerate(arguments) if word.split("=")[0] == "--config"), None)
     if where is None:
@@ -100,7 +105,12 @@ def _with_yaml(arguments: list[str]) -> list[str]:
     path = arguments[where].partition("=")[2] or "".join(arguments[where + 1 : where + 2])
     rest = arguments[:where] + arguments[where + (1 if "=" in arguments[where] else 2) :]
     given = {_flag_name(word) for word in rest if word.startswith("--")}
-    return rest + [word for name, words in _flags_of(_read_yaml(path)) if name not in given for word in words]
+    document = _read_yaml(path)
+    by_place = [document.pop(name) for name in sorted(positionals & document.keys())]
+    places = [str(value) for values in by_place for value in (values if isinstance(values, list) else [values])]
+    named = [word for name, words in _flags_of(document) if name not in given for word in words]
+    # A place may be filled on the command line alone, which then begins with a word and not with a flag.
+    return (rest if rest and not rest[0].startswith("-") else places + rest) + named
 
 
 def _flag_name(word: str) -> str:

@@ -1,11 +1,14 @@
 """A run's checkpoints: whole or not there. A folder is written beside its place, flushed, and renamed."""
 
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from storage_schemas.errors import StoreError
 
 _STATE = "state.pt"
 _PREFIX = "step-"
@@ -35,7 +38,12 @@ def load_last(run: Path, *, device: torch.device) -> dict[str, Any] | None:
     if not steps:
         return None
     path = run / "checkpoints" / f"{_PREFIX}{steps[-1]:08d}" / _STATE
-    state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise StoreError(
+            f"{path} is damaged: remove its folder to go on from the checkpoint before, or start anew by --no-resume"
+        ) from error
     return state
 
 

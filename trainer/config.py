@@ -13,7 +13,6 @@ ObjectiveName = Literal["knowledge", "progressive", "denoising"]
 ProcessName = Literal["ve", "linear_vp", "cosine_vp", "rectified_flow"]
 PredictionName = Literal["edm", "sample", "v_prediction", "velocity", "epsilon"]
 DtypeName = Literal["float32", "float16", "bfloat16"]
-ImageUri = str
 
 # Each objective's own options; an option of another objective is refused.
 _OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -77,6 +76,14 @@ class NetworkConfig(Config):
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout while fitting, whatever the student starts from.")
 
 
+def _refuse_options(objective: Any, process: str) -> None:
+    """The distribution of log sigma is that of process ve; the others draw their times uniformly."""
+    told = ObjectiveConfig.model_validate(objective or {})
+    for option in ("p_mean", "p_std"):
+        if getattr(told, option) is not None:
+            raise ValueError(f"objective.{option} means nothing to process {process}; it belongs to ve")
+
+
 class FitConfig(Config):
     """Fit a student on stored trajectories, or a teacher on images."""
 
@@ -84,7 +91,7 @@ class FitConfig(Config):
     data: str | None = Field(None, description="Store to read trajectories from: a folder or s3://... URI.")
     dataset: str = Field("main", description="Name of the dataset in the store.")
     manifest: int | None = Field(None, ge=1, description="Number of the manifest; the latest one unless told.")
-    images: ImageUri | None = Field(None, description="Real images for denoising: sklearn:digits or npz:PATH.")
+    images: str | None = Field(None, description="Real images for denoising: sklearn:digits or npz:PATH.")
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="What is fitted.")
     init: str | None = Field(None, description="teacher, scratch or the folder of a saved model to start from.")
     network: NetworkConfig = Field(NetworkConfig(), description="The student's network.")
@@ -132,7 +139,11 @@ class FitConfig(Config):
             return given
         objective = ObjectiveConfig.model_validate(given.get("objective") or {}).filled()
         told = {key: value for key, value in given.items() if value is not None}
-        return {**_FIT_DEFAULTS[objective.name], **told, "objective": objective}
+        filled = {**_FIT_DEFAULTS[objective.name], **told, "objective": objective}
+        if filled.get("process", "ve") != "ve":
+            _refuse_options(given.get("objective"), filled["process"])
+            filled["objective"] = objective.model_copy(update={"p_mean": None, "p_std": None})
+        return filled
 
     @model_validator(mode="after")
     def _check(self) -> "FitConfig":

@@ -23,7 +23,7 @@ from diffusion.teachers import Teacher
 from storage_schemas.errors import ManifestMismatch
 from storage_schemas.recipe import Recipe, UniformLabels
 from trainer.holdout import Pairs
-from trainer.student import find_student, student_steps
+from trainer.student import check_finite, find_student, student_steps
 
 Sampler = Callable[[Tensor, Tensor | None], Tensor]
 """(x_T [B, ...], condition [B] or None) -> x_0 [B, ...]."""
@@ -41,10 +41,12 @@ class Contender:
 
     @torch.no_grad()
     def outputs(self, pairs: Pairs, *, batch: int, device: torch.device) -> Tensor:
-        """Its x_0 for every noise of `pairs`, [n, ...] on the CPU."""
+        """Its x_0 for every noise of `pairs`, [n, ...] on the CPU. Raises ManifestMismatch if some are not finite."""
         conditions = [None] * len(pairs) if pairs.condition is None else list(pairs.condition.split(batch))
         parts = zip(pairs.noise.split(batch), conditions, strict=False)
-        return torch.cat([self.sample(x.to(device), None if c is None else c.to(device)).cpu() for x, c in parts])
+        found = torch.cat([self.sample(x.to(device), None if c is None else c.to(device)).cpu() for x, c in parts])
+        check_finite(found, name=f"{self.name} in {self.steps} steps")
+        return found
 
 
 def students(

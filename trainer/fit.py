@@ -11,19 +11,23 @@ from diffusion.checkpoint import Checkpoint, pack
 from diffusion.denoiser import Denoiser
 from diffusion.flow_map import FlowMap
 from diffusion.spec import model_from_spec
-from storage_schemas.errors import ManifestMismatch, usage_errors
+from storage_schemas.errors import ManifestMismatch, UserError, usage_errors
 from trainer import checkpoints
 from trainer.config import FitConfig
 from trainer.logs import RunLog
 from trainer.loop import Stepper, StopRequest, check_device, step_seed, stop_on_signals
 from trainer.pins import ManifestPin
 from trainer.plan import Plan, Stage, pick_device, plan_images
-from trainer.run import RunRecord, earlier_run, new_record
+from trainer.run import RunRecord, clear, earlier_run, new_record, only_fit
 from trainer.stream import Stream
 from trainer.student import with_dropout
 from trainer.trajectories import plan_trajectories
 
 __all__ = ["FitConfig", "run_fit"]
+
+
+class Diverged(UserError):
+    """A loss or a gradient that is no number, from which no step leads back."""
 
 
 def run_fit(config: FitConfig) -> int:
@@ -37,8 +41,10 @@ def run_fit(config: FitConfig) -> int:
         plan = make_plan(config, earlier)
         state = checkpoints.load_last(config.out, device=device) if earlier else None
         record, denoiser = (earlier, _built(earlier.model)) if earlier and state else _start(config, plan)
-    record.save(config.out)
-    with stop_on_signals() as stop:
+    with only_fit(config.out), stop_on_signals() as stop:
+        if not config.resume:
+            clear(config.out)  # only now that nothing is refused any more
+        record.save(config.out)
         return Fit(config, plan, record, device, stop).run(FlowMap(denoiser.to(device)), state)
 
 
@@ -128,21 +134,24 @@ class Fit:
             ahead_bytes=config.ahead_mib << 20,
             state=stream_state,
         ) as stream:
-            meter = Meter(stream)
-            while step < config.steps and not self.stop:
+            meter, stopped = Meter(stream), bool(self.stop)
+            while step < config.steps and not stopped:
                 batch = next(stream)
                 total_step = index * config.steps + step
                 loss, norm = stepper.step(stage.objective, batch, seed=step_seed(config.seed, total_step))
                 step += 1
                 meter.add(loss, norm, len(batch))
                 self._report(stage, stepper, meter, total_step + 1, last=step == config.steps)
-                if step % config.checkpoint_every == 0 or step == config.steps or self.stop:
+                stopped = bool(self.stop)  # read once, so that no run ends on a signal without saving
+                if step % config.checkpoint_every == 0 or step == config.steps or stopped:
+                    self._check_finite(meter, total_step + 1)
                     self._checkpoint(index, step, stepper, stream)
             return stream.state_dict()
 
     def _report(self, stage: Stage, stepper: Stepper, meter: "Meter", total_step: int, *, last: bool) -> None:
         config, figures = self.config, dict[str, float | int | str]()
         if total_step % config.log_every == 0 or last:
+            self._check_finite(meter, total_step)
             figures = {"stage": stage.name, **meter.take(), "lr": float(stepper.scheduler.get_last_lr()[0])}
         due = config.validate_every and (total_step % config.validate_every == 0 or last)
         if due and self.plan.holdout_error is not None:
@@ -150,6 +159,12 @@ class Fit:
                 figures["holdout_error"] = self.plan.holdout_error(FlowMap(served), stage)
         if figures:
             self.log.write(total_step, figures)
+
+    def _check_finite(self, meter: "Meter", total_step: int) -> None:
+        # float16 steps whose gradient overflows are skipped by the scaler: only its loss tells.
+        if not meter.finite(norms=self.config.autocast != "float16"):
+            told = f"{self.config.out} has diverged by step {total_step}: its loss or gradient is not finite"
+            raise Diverged(f"{told}; start it anew by --no-resume with a smaller --lr or a longer --warmup")
 
     def _checkpoint(self, index: int, step: int, stepper: Stepper, stream: Stream) -> None:
         state = {"stage": index, "step": step, "stepper": stepper.state_dict(), "stream": stream.state_dict()}
@@ -170,6 +185,7 @@ class Fit:
                 "batch_size": self.config.batch_size,
                 "seed": self.config.seed,
                 "reads": self.plan.reads,
+                "labels": self.plan.labels,
             },
         )
         for folder in self._folders(stage, last):
@@ -192,6 +208,11 @@ class Meter:
         self._losses.append(loss)
         self._norms.append(norm)
         self._samples += samples
+
+    def finite(self, *, norms: bool) -> bool:
+        """Whether every loss since the last line is, and every norm."""
+        figures = self._losses + (self._norms if norms else [])
+        return not figures or bool(torch.stack(figures).isfinite().all())
 
     def take(self) -> dict[str, float | int | str]:
         """The figures, and start again."""

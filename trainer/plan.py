@@ -35,7 +35,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """A fit in full. reads: what data it is, in a few words and digests; store: where it lies, if in one."""
+    """A fit in full. reads: what data it is, in a few words and digests; store: where it lies, if in one.
+
+    labels: whether its samples have any.
+    """
 
     start: Callable[[], Checkpoint]
     stages: tuple[Stage, ...]
@@ -44,6 +47,7 @@ class Plan:
     holdout_error: Callable[[FlowMap, Stage], float] | None = None
     warnings: tuple[str, ...] = ()
     store: Store | None = None
+    labels: bool = True
 
 
 def plan_images(config: FitConfig) -> Plan:

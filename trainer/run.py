@@ -1,9 +1,12 @@
 """A run's folder: what it is (run.json), and whether a new call goes on with it."""
 
+import fcntl
 import json
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +14,25 @@ from typing import Any
 from storage_schemas.errors import UsageError
 from trainer.config import FitConfig
 
-_FILE = "run.json"
+_FILE, _LOCK = "run.json", ".lock"
 # Where and how often, not what: these may differ when a run goes on.
 _FREE = {
     "out", "threads", "device", "checkpoint_every", "keep_last", "resume", "log_every", "validate_every",
     "cache_mib", "ahead_mib", "save_dtype",
 }  # fmt: skip
 _OURS = (_FILE, "metrics.jsonl", "checkpoints", "tensorboard", "model", "stages")
+
+
+@contextmanager
+def only_fit(folder: Path) -> Iterator[None]:
+    """Refuse a second fit in the same folder. The lock is the process's: a killed one leaves nothing behind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / _LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another fit is at work in {folder}; wait for it, or choose another --out") from None
+        yield
 
 
 @dataclass(frozen=True)
@@ -39,10 +54,7 @@ class RunRecord:
 def earlier_run(config: FitConfig) -> RunRecord | None:
     """The run that `config` goes on with, None where it starts. A folder of another run is refused."""
     path = config.out / _FILE
-    if not path.is_file():
-        return None
-    if not config.resume:
-        _clear(config.out)
+    if not path.is_file() or not config.resume:
         return None
     record = RunRecord(**json.loads(path.read_text()))
     _check_same(record.config, plain(config), config.out)
@@ -50,8 +62,10 @@ def earlier_run(config: FitConfig) -> RunRecord | None:
 
 
 def new_record(config: FitConfig, reads: dict[str, Any], model: dict[str, Any]) -> RunRecord:
-    """The record of a run that starts now."""
-    return RunRecord(f"{config.out.name}-{secrets.token_hex(4)}", plain(config), reads, model)
+    """The record of a run that starts now; in the folder of one before, by its name, so that it takes over the pin."""
+    path = config.out / _FILE
+    before = json.loads(path.read_text())["name"] if path.is_file() else None
+    return RunRecord(before or f"{config.out.name}-{secrets.token_hex(4)}", plain(config), reads, model)
 
 
 def plain(config: FitConfig) -> dict[str, Any]:
@@ -69,8 +83,10 @@ def _check_same(before: dict[str, Any], now: dict[str, Any], out: Path, prefix: 
             raise UsageError(f"{told}; choose another --out, or start it anew with --no-resume")
 
 
-def _clear(folder: Path) -> None:
-    """Remove what a run writes, and nothing else."""
+def clear(folder: Path) -> None:
+    """Remove what a run writes, and nothing else; a folder that holds no run is left as it is."""
+    if not (folder / _FILE).is_file():
+        return
     for name in _OURS:
         path = folder / name
         if path.is_dir():

@@ -17,7 +17,7 @@ from diffusion.flow_map import FlowMap
 from storage_schemas.command_line import Config
 from storage_schemas.errors import UsageError, usage_errors
 from trainer.plan import pick_device
-from trainer.student import find_student
+from trainer.student import check_finite, find_student, is_told_labels
 
 _CELL = 64
 _GAP = 2
@@ -52,6 +52,7 @@ def run_sample(config: SampleConfig) -> int:
     if config.out is not None:
         _check_images(saved, config.run)
     tensors = draw(saved, config.nfe, config.seed, labels, config.count, device=device)
+    check_finite(tensors["output"], name=str(config.run))
     for path in filter(None, (config.out, config.tensors)):
         path.parent.mkdir(parents=True, exist_ok=True)
     if config.tensors is not None:
@@ -81,8 +82,8 @@ def draw(
 
 
 def sample_labels(saved: Checkpoint, count: int, label: int | None) -> Tensor | None:
-    """0, 1, ..., 0, 1, ... or `label` throughout, int64 [count]; None for a student without classes."""
-    classes = saved.model["num_classes"]
+    """0, 1, ..., 0, 1, ... or `label` throughout, int64 [count]; None for a student fitted without labels."""
+    classes = saved.model["num_classes"] if is_told_labels(saved) else None
     if label is not None and (classes is None or label >= classes):
         has = "none" if classes is None else f"0 to {classes - 1}"
         raise UsageError(f"label {label} is no class of this student, which has {has}; choose another or leave it out")

@@ -116,6 +116,18 @@ def student_steps(run_or_folder: str | Path) -> tuple[int, ...]:
     return tuple(sorted({steps for folder in _models(run_or_folder) for steps in checkpoint.load(folder).grids}))
 
 
+def check_finite(samples: torch.Tensor, *, name: str) -> None:
+    """Refuse samples [n, ...] that are no numbers."""
+    lost = int((~samples.isfinite().flatten(1).all(dim=1)).sum())
+    if lost:
+        raise ManifestMismatch(f"{name} gives {lost} of {len(samples)} samples that are not finite; fit it anew")
+
+
+def is_told_labels(saved: Checkpoint) -> bool:
+    """Whether a student was fitted on labels; one of a teacher with classes may know its null label alone."""
+    return saved.model["num_classes"] is not None and bool(saved.about.get("labels", True))
+
+
 def _models(run_or_folder: str | Path) -> list[Path]:
     root = Path(run_or_folder)
     candidates = [root, root / "model", *sorted(root.glob("stages/*-step"))]

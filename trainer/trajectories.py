@@ -53,6 +53,7 @@ def plan_trajectories(config: FitConfig, *, number: int | None) -> Plan:
         holdout_error=HoldoutError(dataset) if dataset.ids("holdout").count else None,
         warnings=_rounding_warnings(recipe, process, stages, rms),
         store=store,
+        labels=recipe.condition.kind != "none",
     )
 
 

@@ -1,6 +1,7 @@
 """Models survive the disk bit for bit, and what is wrong with them is told in one line."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,6 +58,14 @@ def test_changed_weights_are_refused(tmp_path):
         checkpoint.load(tmp_path)
 
 
+@pytest.mark.parametrize("document", ["{}", "[]", '{"model": {}, "grids": [], "about": {}}'])
+def test_somebody_elses_model_json_is_refused(tmp_path, document):
+    save_random(tmp_path)
+    (tmp_path / "model.json").write_text(document)
+    with pytest.raises(ValueError, match="not one of ours"):
+        checkpoint.load(tmp_path)
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no model\.json"):
         load_teacher(str(tmp_path))
@@ -93,6 +102,12 @@ def test_a_saved_student_is_a_teacher(tmp_path):
     assert (teacher.sample_shape, teacher.num_classes, teacher.process) == ((1, 4, 4), 3, VE())
     assert teacher.weights_sha256 == saved.weights_sha256
     assert torch.equal(answer(teacher.denoiser), answer(model))
+
+
+def test_a_student_without_labels_is_a_teacher_without_classes(tmp_path):
+    _, saved = save_random(tmp_path)
+    checkpoint.save(replace(saved, about={"labels": False}), tmp_path)
+    assert load_teacher(str(tmp_path)).num_classes is None
 
 
 def test_an_unknown_builtin_lists_what_there_is():

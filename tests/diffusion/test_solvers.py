@@ -317,3 +317,10 @@ def test_mistakes_are_named_in_one_line_before_any_call(change, message):
     with pytest.raises(ValueError, match=message) as caught:
         solve(never, RectifiedFlow(), noise(2, 2), arguments.pop("times"), **arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_an_answer_of_another_shape_is_refused():
+    """A [B, 1] answer for a [B, 2] state would broadcast in silence."""
+    times = torch.tensor([80.0, 1.0, 0.0], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"answers \[3, 1\] for \[3, 2\]"):
+        solve(lambda x, t, condition: x[:, :1], VE(), torch.zeros(3, 2), times)

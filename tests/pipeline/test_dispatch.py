@@ -115,3 +115,9 @@ def test_workers_that_die_while_they_load_are_replaced_only_so_often():
     assert ends(Script(stillborn=DEAD_ON_ARRIVAL - 1), 3, workers=1) == ([0, 1, 2], {})
     with pytest.raises(WorkerError, match="out of memory"):
         ends(Script(stillborn=99), 3, workers=1)
+
+
+def test_no_worker_gets_a_second_task_before_each_has_a_first():
+    fleet = Script()
+    assert ends(fleet, 2, workers=2) == ([0, 1], {})
+    assert fleet.most == 1

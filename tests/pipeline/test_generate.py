@@ -129,13 +129,25 @@ def test_weights_are_kept_beside_the_recipe(generate, tmp_path):
     assert checkpoint.load(folder).model["kind"] == "gaussian"
 
 
+def test_damaged_weights_are_named(generate, pipeline, tmp_path):
+    generate(tmp_path, "--with-weights", teacher="builtin:digits")
+    assert pipeline("verify", tmp_path)[0] == 0
+    (weights,) = tmp_path.glob("recipes/*/teacher/model.safetensors")
+    flipped = bytearray(weights.read_bytes())
+    flipped[-1] ^= 1
+    weights.write_bytes(flipped)
+    code, out, _ = pipeline("verify", tmp_path)
+    assert (code, f"{weights} does not match" in out) == (1, True)
+
+
 def test_samples_that_are_not_finite_are_quarantined(generate, pipeline, ids_of, tmp_path):
     code, out, _ = generate(tmp_path, teacher="python:strange_teachers:nan_teacher")
     assert code == 3
     assert "quarantined, because they are not finite: 1 samples (train 70)" in out
     assert ids_of(tmp_path)["train"] == [i for i in range(160) if i != 70]
     assert pipeline("verify", tmp_path)[0] == 0
-    assert generate(tmp_path, teacher="python:strange_teachers:nan_teacher")[0] == 0
+    code, out, _ = generate(tmp_path, teacher="python:strange_teachers:nan_teacher")
+    assert (code, "nothing to do" in out) == (3, True)
 
 
 def test_a_quarantined_sample_outside_the_window_is_nobodys_concern(generate, tmp_path):

@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config import RayConfig
+from pipeline.ray_runner import _connect
+from storage_schemas.errors import UsageError
+
 MEMORY = 100 * 2**20
 
 
@@ -86,3 +90,41 @@ def test_a_job_starts_a_ray_of_its_own_where_there_is_none(start, ids_of, tmp_pa
     out, _ = job.communicate(timeout=60)
     assert (job.returncode, "3 of 3 tasks run here" in out) == (0, True), out
     assert ids_of(tmp_path)["train"] == list(range(160))
+
+
+@pytest.mark.parametrize(
+    ("workers", "num_cpus", "asked"), [(1, 1.25, 2), (1, 2.5, 3), (3, 0.5, 2), (2, 1.0, 2), (1, 0.0, 1)]
+)
+def test_a_ray_of_our_own_has_room_for_every_worker(workers, num_cpus, asked):
+    ray = FakeRay(gpus=0)
+    _connect(ray, RayConfig(num_cpus=num_cpus), workers=workers)
+    assert ray.asked["num_cpus"] == asked
+
+
+def test_a_worker_that_needs_more_gpus_than_there_are_is_refused():
+    ray = FakeRay(gpus=0)
+    with pytest.raises(UsageError, match=r"takes 1 GPUs, this machine has 0"):
+        _connect(ray, RayConfig(num_gpus=1), workers=1)
+    assert ray.ended
+    _connect(FakeRay(gpus=1), RayConfig(num_gpus=0.5), workers=4)
+
+
+class FakeRay:
+    """What a Ray that starts here is asked for, on a machine with so many GPUs."""
+
+    def __init__(self, *, gpus):
+        self.gpus, self.asked, self.ended = gpus, {}, False
+
+    def init(self, **asked):
+        self.asked = asked
+
+    def cluster_resources(self):
+        return {"GPU": float(self.gpus)} if self.gpus else {}
+
+    def shutdown(self):
+        self.ended = True
+
+
+@pytest.fixture(autouse=True)
+def no_ray_address(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)

@@ -35,6 +35,7 @@ GOOD = ["--teacher", "builtin:gaussian", "--count", "64", "--holdout", "0", "--r
         (["--store", "memory://m", "--workers", "2"], "a memory:// store lives in one process"),
         (["--dataset", "../up"], "dataset"),
         (["--device", "gpu"], "gpu"),
+        (["--store", ""], "names no store"),
     ],
 )
 def test_a_bad_option_is_one_line_and_exit_code_2(pipeline, tmp_path, words, told):

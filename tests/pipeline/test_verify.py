@@ -1,13 +1,17 @@
 """`verify` names what is wrong, `inspect` and `status` tell what is there."""
 
 import json
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from diffusion import noise
+from pipeline.status import job_status, read_job
+from storage_schemas import paths
 from storage_schemas.dataset import open_dataset
+from storage_schemas.job import Failure
 from storage_schemas.store import Store
 
 
@@ -111,3 +115,51 @@ def test_an_older_manifest_can_be_asked_for(generate, pipeline, tmp_path):
     _, out, _ = pipeline("inspect", tmp_path, "--manifest", 1, "--json")
     assert json.loads(out)["samples"]["train"] == 160
     assert open_dataset(Store.open(str(tmp_path))).manifest.number == 2
+
+
+def test_a_commit_with_a_damaged_checksum_is_named(store, pipeline):
+    (path,) = store.glob("recipes/*/*/commits/train-00000001.json")
+    commit = json.loads(path.read_bytes())
+    next(chunk for chunk in commit["chunks"] if chunk["column"] == "noise")["xxh3"] = "0" * 32
+    path.write_text(json.dumps(commit))
+    code, out, _ = pipeline("verify", store)
+    assert (code, out.count("train-00000001: ")) == (1, 1)
+    assert "column noise, rows 0 to 63" in out
+
+
+def test_json_stays_json_beside_a_picture(store, pipeline, tmp_path):
+    code, out, err = pipeline("inspect", store, "--json", "--picture", tmp_path / "p.png")
+    assert (code, json.loads(out)["manifest"]) == (0, 1)
+    assert "drew" in err
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_a_dataset_name_that_points_elsewhere_is_refused(store, pipeline, command):
+    code, _, err = pipeline(command, store, "--dataset", "../up")
+    assert (code, err.count("\n"), "dataset" in err) == (2, 1, True)
+
+
+@pytest.fixture
+def unsealed(store):
+    """The store of a job that died before it sealed, and its document."""
+    for manifest in store.glob("datasets/main/manifests/*.json"):
+        manifest.unlink()
+    opened = Store.open(str(store))
+    return store, opened, read_job(opened, None)
+
+
+def test_a_job_that_died_before_its_first_commit_does_not_run_for_ever(unsealed):
+    store, opened, job = unsealed
+    for commit in store.glob("recipes/*/*/commits/*.json"):
+        commit.unlink()
+    started = datetime.fromisoformat(job.started_at)
+    assert job_status(opened, job, now=started + timedelta(seconds=500)).state == "running"
+    assert job_status(opened, job, now=started + timedelta(seconds=700)).state.startswith("stalled")
+
+
+def test_a_failed_task_that_another_job_committed_is_not_missing(unsealed):
+    _, opened, job = unsealed
+    failure = Failure(task="train-00000001", error="e", traceback="", attempts=3, machine="m", failed_at=job.started_at)
+    opened.put_if_absent(paths.failure_path(job.job, failure.task), failure.to_bytes())
+    status = job_status(opened, job, now=datetime.fromisoformat(job.started_at))
+    assert status.state == "all tasks committed, not sealed"

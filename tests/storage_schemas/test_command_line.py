@@ -71,6 +71,13 @@ def test_flags_win_over_yaml(yaml_file):
     assert (job.states, job.solver, job.with_weights, job.max_missing) == ((6,), Solver(name="ddim", steps=9), False, 1)
 
 
+def test_yaml_may_fill_a_place(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text("store: here\nmax_missing: 3\n")
+    assert read("--config", str(path)) == read("here", "--max-missing", "3")
+    assert read("there", "--config", str(path)) == read("there", "--max-missing", "3")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -282,6 +282,16 @@ def test_data_that_is_not_the_students_is_refused(gaussian, tmp_path):
         evaluate(config(store, tmp_path / "run", count=129))
 
 
+def test_a_student_that_diverged_is_refused(digits):
+    store, run = digits
+    saved = checkpoint.load(run / "model")
+    module = saved.build()
+    torch.nn.init.constant_(module.network.leave.bias, torch.nan)
+    checkpoint.save(Checkpoint(saved.model, pack(module), grids=saved.grids), run / "model")
+    with pytest.raises(ManifestMismatch, match="not finite"):
+        evaluate(config(store, run))
+
+
 @pytest.mark.parametrize("options", [{"runs": ()}, {"runs": ("a",), "nfe": (0,)}, {"runs": ("a",), "count": 1}])
 def test_configs_that_mean_nothing_are_refused(options):
     with pytest.raises(ValueError, match=r"run|nfe|count"):

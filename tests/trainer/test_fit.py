@@ -18,6 +18,7 @@ from storage_schemas.command_line import Command, main
 from storage_schemas.store import Store
 from trainer.config import FitConfig
 from trainer.fit import run_fit
+from trainer.run import only_fit
 from trainer.student import find_student, student_steps
 
 REPOSITORY = Path(__file__).parents[2]
@@ -90,6 +91,7 @@ def test_knowledge_reaches_the_exact_flow(make_store, tmp_path):
     assert last["holdout_error"] < 0.01 * 0.25
     assert last["lr"] == 0.0
     assert Store.open(store.uri).list("pins") == []
+    assert checkpoint.load(out / "model").about["labels"] is False
 
 
 def test_progressive_serves_each_stage(make_store, tmp_path):
@@ -131,6 +133,9 @@ def test_refusals_are_one_line(make_store, tmp_path, capsys, options):
     assert refused(capsys, *arguments)
 
 
+IMAGES = {"data": None, "images": "sklearn:digits", "init": "scratch"}
+
+
 def test_impossible_configs_are_refused():
     def config(**options):
         return FitConfig(**{"out": "run", "data": "pairs", **options})
@@ -145,6 +150,7 @@ def test_impossible_configs_are_refused():
         ({"objective": {"name": "denoising"}}, "needs --images"),
         ({"process": "ve"}, "has its teacher's process"),
         ({"nonsense": 1}, "Extra inputs"),
+        ({**IMAGES, "process": "linear_vp", "objective": {"name": "denoising", "p_mean": -2.0}}, "belongs to ve"),
     ]:
         with pytest.raises(ValueError, match=told):
             config(**options)
@@ -155,6 +161,12 @@ def test_defaults_follow_the_objective():
     assert (few.init, few.decay, few.ema, few.objective.schedule) == ("teacher", "linear", 0.0, (8, 4, 2, 1))
     one = FitConfig(out="run", data="pairs")
     assert (one.init, one.decay, one.ema, one.objective.distance) == ("teacher", "cosine", 0.999, "l2")
+    real = FitConfig(out="run", **{**IMAGES, "objective": {"name": "denoising"}})
+    assert (real.process, real.objective.p_mean, real.objective.p_std) == ("ve", -1.2, 1.2)
+    other = FitConfig(out="run", **{**IMAGES, "process": "linear_vp", "objective": {"name": "denoising"}})
+    assert other.objective.p_mean is None
+    for config in (few, one, real, other):
+        assert FitConfig(**config.model_dump()) == config
 
 
 class Stopped(Exception):
@@ -238,6 +250,47 @@ def test_a_finished_run_does_nothing_and_no_resume_starts_anew(make_store, tmp_p
     assert fit(*knowledge(store, out, "--seed", "1", "--no-resume")) == 0
     assert weights(out / "model") != before
     assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_a_refused_start_leaves_the_run_before_as_it_was(make_store, tmp_path, capsys):
+    store, out = make_store(), tmp_path / "kd"
+    assert fit(*knowledge(store, out)) == 0
+    capsys.readouterr()
+    before = sorted(out.rglob("*"))
+    refused(capsys, *knowledge(store, out, "--no-resume", "--manifest", "9"))
+    refused(capsys, *knowledge(store, out, "--no-resume", "--device", "toaster"))
+    assert sorted(out.rglob("*")) == before
+
+
+def test_a_second_fit_in_the_same_folder_is_refused(make_store, tmp_path, capsys):
+    store, out = make_store(), tmp_path / "run"
+    with only_fit(out):
+        assert "another fit is at work in" in refused(capsys, *knowledge(store, out))
+    assert fit(*knowledge(store, out)) == 0
+
+
+def test_a_run_that_diverges_ends_in_one_line_and_saves_no_numbers_that_are_none(make_store, tmp_path, capsys):
+    out = tmp_path / "kd"
+    line = refused(capsys, *knowledge(make_store(), out, "--lr", "1e30", "--checkpoint-every", "4"))
+    assert "has diverged by step" in line
+    assert not (out / "model").exists()
+    assert list((out / "checkpoints").glob("step-*")) == []
+
+
+def test_starting_again_leaves_one_pin(make_store, tmp_path, monkeypatch):
+    store, out = make_store(), tmp_path / "kd"
+    for _ in range(2):  # killed before the first checkpoint
+        with monkeypatch.context() as patch:
+            patch.setattr("trainer.fit.Stepper.step", lambda *_, **__: stop_now())
+            with pytest.raises(Stopped):
+                fit(*knowledge(store, out))
+        assert len(store.list("pins")) == 1
+    assert fit(*knowledge(store, out, "--no-resume", "--seed", "1")) == 0
+    assert store.list("pins") == []
+
+
+def stop_now() -> None:
+    raise Stopped
 
 
 def test_a_run_keeps_its_manifest_when_a_newer_one_is_sealed(make_store, tmp_path, monkeypatch):

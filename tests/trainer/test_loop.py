@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from diffusion.flow_map import FlowMap
+from storage_schemas.errors import StoreError
 from trainer import checkpoints
 from trainer.config import FitConfig
 from trainer.loop import Stepper, check_device, lr_factor, step_seed, stop_on_signals
@@ -128,6 +129,15 @@ def test_checkpoints_keep_the_last_and_ignore_what_a_killed_writer_left(tmp_path
     checkpoints.save(tmp_path, 4, {"step": 4}, keep_last=2)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
     assert checkpoints.load_last(tmp_path / "elsewhere", device=CPU) is None
+
+
+def test_a_damaged_checkpoint_is_told_in_one_line(tmp_path):
+    checkpoints.save(tmp_path, 1, {"step": 1, "value": torch.zeros(100)}, keep_last=2)
+    path = tmp_path / "checkpoints" / "step-00000001" / "state.pt"
+    for data in (path.read_bytes()[:-300], b"", b"no pickle"):
+        path.write_bytes(data)
+        with pytest.raises(StoreError, match="is damaged"):
+            checkpoints.load_last(tmp_path, device=CPU)
 
 
 def test_signals_are_noted_and_handlers_put_back():

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import safetensors.torch
@@ -9,7 +11,7 @@ from diffusion.checkpoint import Checkpoint, pack
 from diffusion.flow_map import FlowMap
 from diffusion.spec import model_from_spec
 from diffusion.teachers import builtin_checkpoint
-from storage_schemas.errors import UsageError
+from storage_schemas.errors import ManifestMismatch, UsageError
 from trainer.sample import SampleConfig, image_grid, run_sample
 
 GRIDS = {1: (80.0, 0.0), 2: (80.0, 1.5, 0.0)}
@@ -82,6 +84,29 @@ def test_the_picture_has_a_column_a_class_or_is_square(run, tmp_path, label, col
     run_sample(SampleConfig(run=run, nfe=1, count=16, label=label, out=tmp_path / "grids" / "grid.png"))
     with Image.open(tmp_path / "grids" / "grid.png") as picture:
         assert picture.size == (columns * 66 + 2, -(-16 // columns) * 66 + 2)
+
+
+def test_a_student_fitted_without_labels_is_told_none(run, tmp_path):
+    saved = checkpoint.load(run / "model")
+    checkpoint.save(replace(saved, about={"labels": False}), run / "model")
+    tensors = drawn(tmp_path / "t.safetensors", run=run, nfe=1, count=3)
+    assert "condition" not in tensors
+    x_T, (start, end) = tensors["noise"], torch.tensor(GRIDS[1], dtype=torch.float64)
+    with torch.no_grad():
+        expected = FlowMap(saved.build()).jump(x_T, start, end, torch.full((3,), 10))
+    torch.testing.assert_close(tensors["output"], expected, rtol=0, atol=1e-5)
+    with pytest.raises(UsageError, match="which has none"):
+        drawn(tmp_path / "t.safetensors", run=run, nfe=1, label=1)
+
+
+def test_samples_that_are_no_numbers_are_refused(run, tmp_path):
+    saved = checkpoint.load(run / "model")
+    module = saved.build()
+    torch.nn.init.constant_(module.network.leave.bias, torch.nan)
+    checkpoint.save(replace(saved, weights=pack(module)), run / "model")
+    with pytest.raises(ManifestMismatch, match="3 of 3 samples that are not finite"):
+        drawn(tmp_path / "t.safetensors", run=run, nfe=1, count=3)
+    assert not (tmp_path / "t.safetensors").exists()
 
 
 def test_what_can_not_be_drawn_is_refused_in_one_line(run, tmp_path):
