@@ -1,6 +1,7 @@
 """How far a job is: a bar on a terminal, one plain line an interval elsewhere."""
 
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import Self
@@ -21,18 +22,22 @@ class Progress:
         self.total = total_tasks
         self.tasks = self.samples = self.failures = 0
         self._interval = interval
-        self._started = self._told = time.monotonic()
+        self._started = time.monotonic()
+        self._ended = threading.Event()
         self._bar = _bar() if sys.stderr.isatty() else None
         self._row = self._bar.add_task("solving", total=total_tasks, told="") if self._bar else None
 
     def __enter__(self) -> Self:
         if self._bar:
             self._bar.start()
+        else:
+            threading.Thread(target=self._tell, daemon=True, name="progress").start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
+        self._ended.set()
         if self._bar:
             self._bar.stop()
 
@@ -46,8 +51,10 @@ class Progress:
             self._say(f"{outcome.task} set aside after {outcome.attempts} attempts: {outcome.error}")
         if self._bar and self._row is not None:
             self._bar.update(self._row, completed=self.tasks, told=self._rate())
-        elif time.monotonic() - self._told >= self._interval:
-            self._told = time.monotonic()
+
+    def _tell(self) -> None:
+        """A line an interval, also while no task ends: whoever reads a log sees that the job lives."""
+        while not self._ended.wait(self._interval):
             self._say(self.line())
 
     def line(self) -> str:
