@@ -11,8 +11,8 @@ def test_a_log_gets_a_line_an_interval_and_none_after_the_end(capsys):
     with Progress(3, interval=0.05) as progress:
         time.sleep(0.3)
         progress.count(Commit.model_construct(rows=128))
-        failed = dict(task="train-00000001", error="ValueError: no", traceback="", machine="m", failed_at="")
-        progress.count(Failure(attempts=3, **failed))
+        failed = {"task": "train-00000001", "error": "ValueError: no", "traceback": "", "machine": "m"}
+        progress.count(Failure(attempts=3, failed_at="", **failed))
         time.sleep(0.3)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "0/3 tasks, 0 samples, 0 samples/s, 0 failures, no estimate yet"
