@@ -17,7 +17,7 @@ from storage_schemas.record import SPLITS, from_storage, state_column
 from storage_schemas.store import Store
 
 MOST_COMMITS = 512
-"""Shards whose commits are read for statistics and labels; more of them change no digit that is shown."""
+"""Shards, evenly spread, whose commits are read for statistics and labels; `commits_read` tells how many were."""
 
 DRAWN = 48
 """Trajectories in a picture."""

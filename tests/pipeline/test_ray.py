@@ -1,6 +1,7 @@
 """The same jobs on a real Ray, started once for all tests here."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,27 @@ def test_a_job_starts_a_ray_of_its_own_where_there_is_none(start, ids_of, tmp_pa
     out, _ = job.communicate(timeout=60)
     assert (job.returncode, "3 of 3 tasks run here" in out) == (0, True), out
     assert ids_of(tmp_path)["train"] == list(range(160))
+
+
+@pytest.mark.faults
+def test_a_ray_job_whose_driver_is_killed_goes_on_where_it_was(start, generate, pipeline, commits, ids_of, tmp_path):
+    teacher = "python:strange_teachers:slow_teacher"
+    given = ["--teacher", teacher, "--store", tmp_path, "--count", 400, "--holdout", 40, "--runner", "ray"]
+    small = ["--solver.steps", 4, "--states", 2, "--samples-per-shard", 64, "--micro-batch", 32, "--workers", 2]
+    job = start("generate", *given, *small, STRANGE_DELAY="0.2")
+    deadline = time.monotonic() + 60
+    while len(commits(tmp_path)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job.kill()
+    job.wait()
+    time.sleep(5)  # its actors follow their driver; one that ends a task meanwhile has only committed it
+    before = commits(tmp_path)
+    assert 2 <= len(before) < 8
+    code, out, _ = generate(tmp_path, teacher=teacher, count=400)
+    assert (code, f"{8 - len(before)} of 8 tasks run here" in out) == (0, True)
+    assert {name: commits(tmp_path)[name] for name in before} == before
+    assert ids_of(tmp_path) == {"train": list(range(400)), "holdout": list(range(40))}
+    assert pipeline("verify", tmp_path)[0] == 0
 
 
 @pytest.mark.parametrize(
