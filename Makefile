@@ -38,7 +38,7 @@ results: venv
 	PATH="$(CURDIR)/$(BIN):$$PATH" ./tests/end_to_end/results.sh runs/results
 
 bench: venv
-	$(BIN)/python -m -m tests.benchmarks.stream
+	$(BIN)/python -m tests.benchmarks.stream
 
 clean:
 	rm -rf .venv runs build *.egg-info

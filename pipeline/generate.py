@@ -1,48 +1,21 @@
 """`generate` and `regenerate`: make a window exist. Resolve, plan, run what is missing, seal; else end quickly."""
 
-import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
-from diffusion import checkpoint
-from diffusion.checkpoint import Checkpoint
-from diffusion.teachers import Teacher, load_checkpoint, load_teacher
 from pipeline.config import GenerateConfig, RegenerateConfig
-from pipeline.dispatch import Fleet, dispatch
-from pipeline.local import local_fleet
 from pipeline.plan import Goal, grow, missing_tasks, slide
-from pipeline.produce import Order
-from pipeline.progress import Progress
-from pipeline.recipe import build_layout, build_recipe
+from pipeline.prepare import Run, prepare
+from pipeline.work import adopt, solve_missing
 from storage_schemas import paths
-from storage_schemas.commit import Commit, Task, list_committed, read_commits, utc_now
-from storage_schemas.dataset import LostRace, latest_manifest, put_recipe, read_shard_table, seal
-from storage_schemas.errors import UsageError, UserError, usage_errors
-from storage_schemas.job import Failure, Job
-from storage_schemas.layout import Layout
+from storage_schemas.commit import utc_now
+from storage_schemas.dataset import LostRace, latest_manifest, read_shard_table, seal
 from storage_schemas.manifest import Manifest, ManifestDraft, Window
-from storage_schemas.recipe import Recipe
 from storage_schemas.record import SPLITS
-from storage_schemas.shards import Shard, ShardTable
-from storage_schemas.store import Store
+from storage_schemas.shards import ShardTable
 
 DONE, FAILED, QUARANTINED = 0, 1, 3
 """Exit codes: all there; tasks missing and nothing sealed; all there but for samples that were not finite."""
-
-
-@dataclass
-class Run:
-    """One run of the command: what it asked for, and what it has learnt so far."""
-
-    config: GenerateConfig
-    store: Store
-    recipe: Recipe
-    layout: Layout
-    job: str = ""
-    shards: dict[str, Shard] = field(default_factory=dict)
-    failures: dict[str, Failure] = field(default_factory=dict)
 
 
 Aim = Callable[[Manifest | None, str], Window]
@@ -85,20 +58,6 @@ def bring_about(config: GenerateConfig, aim: Aim) -> int:
             print(f"another job sealed manifest {lost.winner.number} of {config.dataset}: planning again from it")
 
 
-def prepare(config: GenerateConfig) -> Run:
-    """Everything that can be refused is refused here, before any work."""
-    with usage_errors():
-        teacher = _load(config.teacher)
-        recipe = build_recipe(config, teacher)
-        layout = build_layout(config, recipe)
-        weights = _weights_of(teacher) if config.with_weights else None
-    store = Store.create(config.store, single_writer=config.single_writer)
-    put_recipe(store, recipe)
-    if weights:
-        keep_weights(store, recipe, weights)
-    return Run(config, store, recipe, layout)
-
-
 def fulfil(run: Run, goal: Goal, *, started: float) -> int:
     """Solve what the goal lacks and seal it; LostRace if another job sealed first."""
     run.job = new_job()
@@ -120,86 +79,6 @@ def fulfil(run: Run, goal: Goal, *, started: float) -> int:
         f"sealed {_told(manifest)}, {len(to_solve)} of {len(needed)} tasks run here, {time.monotonic() - started:.1f} s"
     )
     return _exit_code(manifest, new)
-
-
-def adopt(run: Run, needed: list[Task]) -> None:
-    """Take what is committed already, by an earlier run that died or by a job beside this one."""
-    names = [task.name for task in needed if task.name not in run.shards]
-    if names:
-        committed = list_committed(run.store, run.recipe.id, run.layout.id)
-        found = read_commits(run.store, run.recipe.id, run.layout.id, [name for name in names if name in committed])
-        run.shards |= {name: Shard.of(commit) for name, commit in found.items()}
-
-
-def solve_missing(run: Run, goal: Goal, tasks: list[Task]) -> None:
-    """Run the tasks; what fails for good is recorded in the store and in `run.failures`."""
-    config = run.config
-    workers = min(config.workers, len(tasks))
-    job = Job(
-        job=run.job,
-        dataset=goal.dataset,
-        recipe_id=goal.recipe_id,
-        layout=goal.layout,
-        window=goal.window,
-        parent=goal.parent.number if goal.parent else 0,
-        tasks_total=sum(1 for _ in goal.window.tasks(goal.layout.samples_per_shard)),
-        tasks_missing=len(tasks),
-        runner=config.runner,
-        workers=workers,
-        started_at=utc_now(),
-    )
-    with _fleet(run, workers) as fleet, Progress(len(tasks)) as progress:
-        run.store.put_if_absent(paths.job_path(run.job), job.to_bytes())
-        for outcome in dispatch(fleet, tasks, workers=workers, max_attempts=config.max_attempts):
-            progress.count(outcome)
-            _record(run, outcome)
-
-
-def _record(run: Run, outcome: Commit | Failure) -> None:
-    if isinstance(outcome, Commit):
-        run.shards[outcome.task.name] = Shard.of(outcome)
-    else:
-        run.failures[outcome.task] = outcome
-        run.store.put_if_absent(paths.failure_path(run.job, outcome.task), outcome.to_bytes())
-
-
-@contextmanager
-def _fleet(run: Run, workers: int) -> Iterator[Fleet]:
-    order = Order(run.store, run.recipe, run.layout, run.config.device, run.config.threads)
-    fleet = _ray_fleet(order, run.config, workers) if run.config.runner == "ray" else local_fleet(order, workers)
-    try:
-        yield fleet
-    finally:
-        fleet.close()
-
-
-def _ray_fleet(order: Order, config: GenerateConfig, workers: int) -> Fleet:
-    from pipeline.ray_runner import RayFleet  # only a job with something to do pays for Ray
-
-    return RayFleet(order, config.ray, workers=workers)
-
-
-def keep_weights(store: Store, recipe: Recipe, weights: Checkpoint) -> None:
-    """Put the teacher beside its recipe, its description last; what is there already is the same by its digest."""
-    folder = paths.weights_folder(recipe.id)
-    if not store.exists(f"{folder}/{checkpoint.MODEL_FILE}"):
-        store.write(f"{folder}/{checkpoint.WEIGHTS_FILE}", weights.weights)
-        store.write(f"{folder}/{checkpoint.MODEL_FILE}", json.dumps(weights.document(), sort_keys=True).encode())
-
-
-def _weights_of(teacher: Teacher) -> Checkpoint:
-    if teacher.source_sha256:
-        raise UsageError(f"--with-weights: {teacher.uri} is code, which a store can't keep; save it as a model first")
-    return load_checkpoint(teacher.uri)
-
-
-def _load(uri: str) -> Teacher:
-    try:
-        return load_teacher(uri)
-    except (UserError, ValueError, FileNotFoundError, ModuleNotFoundError):
-        raise
-    except Exception as error:  # whatever a factory of the user's raises
-        raise UsageError(f"teacher {uri} can't be loaded: {type(error).__name__}: {error}") from error
 
 
 def _draft(run: Run, goal: Goal, missing: tuple[str, ...]) -> ManifestDraft:

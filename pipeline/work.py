@@ -1,0 +1,73 @@
+"""The work itself: adopt what is committed already, have the rest solved, keep what fails."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pipeline.config import GenerateConfig
+from pipeline.dispatch import Fleet, dispatch
+from pipeline.local import local_fleet
+from pipeline.plan import Goal
+from pipeline.prepare import Run
+from pipeline.produce import Order
+from pipeline.progress import Progress
+from storage_schemas import paths
+from storage_schemas.commit import Commit, Task, list_committed, read_commits, utc_now
+from storage_schemas.job import Failure, Job
+from storage_schemas.shards import Shard
+
+
+def adopt(run: Run, needed: list[Task]) -> None:
+    """Take what is committed already, by an earlier run that died or by a job beside this one."""
+    names = [task.name for task in needed if task.name not in run.shards]
+    if names:
+        committed = list_committed(run.store, run.recipe.id, run.layout.id)
+        found = read_commits(run.store, run.recipe.id, run.layout.id, [name for name in names if name in committed])
+        run.shards |= {name: Shard.of(commit) for name, commit in found.items()}
+
+
+def solve_missing(run: Run, goal: Goal, tasks: list[Task]) -> None:
+    """Run the tasks; what fails for good is recorded in the store and in `run.failures`."""
+    config = run.config
+    workers = min(config.workers, len(tasks))
+    job = Job(
+        job=run.job,
+        dataset=goal.dataset,
+        recipe_id=goal.recipe_id,
+        layout=goal.layout,
+        window=goal.window,
+        parent=goal.parent.number if goal.parent else 0,
+        tasks_total=sum(1 for _ in goal.window.tasks(goal.layout.samples_per_shard)),
+        tasks_missing=len(tasks),
+        runner=config.runner,
+        workers=workers,
+        started_at=utc_now(),
+    )
+    with _fleet(run, workers) as fleet, Progress(len(tasks)) as progress:
+        run.store.put_if_absent(paths.job_path(run.job), job.to_bytes())
+        for outcome in dispatch(fleet, tasks, workers=workers, max_attempts=config.max_attempts):
+            progress.count(outcome)
+            _record(run, outcome)
+
+
+def _record(run: Run, outcome: Commit | Failure) -> None:
+    if isinstance(outcome, Commit):
+        run.shards[outcome.task.name] = Shard.of(outcome)
+    else:
+        run.failures[outcome.task] = outcome
+        run.store.put_if_absent(paths.failure_path(run.job, outcome.task), outcome.to_bytes())
+
+
+@contextmanager
+def _fleet(run: Run, workers: int) -> Iterator[Fleet]:
+    order = Order(run.store, run.recipe, run.layout, run.config.device, run.config.threads)
+    fleet = _ray_fleet(order, run.config, workers) if run.config.runner == "ray" else local_fleet(order, workers)
+    try:
+        yield fleet
+    finally:
+        fleet.close()
+
+
+def _ray_fleet(order: Order, config: GenerateConfig, workers: int) -> Fleet:
+    from pipeline.ray_runner import RayFleet  # only a job with something to do pays for Ray
+
+    return RayFleet(order, config.ray, workers=workers)
