@@ -22,8 +22,12 @@ venv: .venv/installed
 demo: venv
 	PATH="$(CURDIR)/$(BIN):$$PATH" ./tests/end_to_end/demo.sh runs/demo
 
-test: lint
+test: lint $(BIN)/kubectl
 	$(BIN)/python -m pytest -m "not faults and not gpu"
+
+# Renders the overlays of deploy/ in its tests.
+$(BIN)/kubectl: .venv/installed
+	$(BIN)/python -m tests.deploy.kubectl
 
 faults: venv
 	$(BIN)/python -m pytest -m "faults" --timeout 900
@@ -39,6 +43,7 @@ results: venv
 
 bench: venv
 	$(BIN)/python -m tests.benchmarks.stream
+	$(BIN)/python -m tests.benchmarks.generation
 
 clean:
 	rm -rf .venv runs build *.egg-info

@@ -3,6 +3,7 @@
 Both treat every coordinate alike and independently, so they serve samples of any shape.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -107,9 +108,15 @@ class MixtureTeacher(nn.Module):
         return torch.logsumexp(logs, -1, keepdim=True)
 
 
-def _row(values: Sequence[float], *, like: Tensor) -> Tensor:
+def _row(values: tuple[float, ...], *, like: Tensor) -> Tensor:
     """The components' values [K] as float64 where like is."""
-    return torch.tensor(values, dtype=torch.float64, device=like.device)
+    return _row_on(values, like.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _row_on(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Copied to a device once: a copy at every call would wait for it."""
+    return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 def _check_variances(variances: Sequence[float]) -> None:

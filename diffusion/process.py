@@ -10,6 +10,7 @@ Time runs down from T (noise) to 0 (data). Every process answers in float64, for
 A variance-preserving process has alpha^2 + sigma^2 = 1, hence g^2 = -2 f.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Protocol
@@ -208,7 +209,7 @@ class DiscreteVP:
 
     def f(self, t: Tensor) -> Tensor:
         n = self._interval(t)
-        step = self._steps(t)[n]
+        step = _betas_table(self.betas, t.device)[0].take(n)
         return torch.where(torch.isinf(step), -1 / (n + 1 - t.double()), step)
 
     def g2(self, t: Tensor) -> Tensor:
@@ -216,9 +217,9 @@ class DiscreteVP:
 
     def time_at(self, ratio: Tensor) -> Tensor:
         log_alpha = -torch.log1p(ratio.double() ** 2) / 2
-        knots = self._knots(ratio)
+        steps, knots = _betas_table(self.betas, ratio.device)
         n = (torch.searchsorted(-knots, -log_alpha) - 1).clamp(0, len(self.betas) - 1)
-        step, fallen = self._steps(ratio)[n], log_alpha - knots[n]
+        step, fallen = steps.take(n), log_alpha - knots.take(n)
         return n + torch.where(torch.isinf(step), -torch.expm1(fallen), fallen / step)
 
     def network_time(self, t: Tensor) -> Tensor:
@@ -229,15 +230,28 @@ class DiscreteVP:
 
     def _log_alpha(self, t: Tensor) -> Tensor:
         n = self._interval(t)
-        step, part = self._steps(t)[n], t.double() - n
-        return self._knots(t)[n] + torch.where(torch.isinf(step), torch.log1p(-part), part * step)
+        steps, knots = _betas_table(self.betas, t.device)
+        step, part = steps.take(n), t.double() - n
+        return knots.take(n) + torch.where(torch.isinf(step), torch.log1p(-part), part * step)
 
-    def _steps(self, like: Tensor) -> Tensor:
-        return torch.log1p(-torch.tensor(self.betas, dtype=torch.float64, device=like.device)) / 2
 
-    def _knots(self, like: Tensor) -> Tensor:
-        steps = self._steps(like)
-        return torch.cat([steps.new_zeros(1), steps.cumsum(0)])
+def _betas_table(betas: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Log alpha's step over each interval, and its value at each point; copied to a device once, not at every call.
+
+    Read by take(n): an index [n] of no axes would be fetched from the device. A compiled network holds the tables
+    themselves: to make them anew in it would keep it from being a CUDA graph.
+    """
+    return _betas_table_on(betas, device)
+
+
+# All that torch.compiler.assume_constant_result does, without its import of the whole compiler at every start.
+_betas_table.__dict__["_dynamo_marked_constant"] = True
+
+
+@functools.lru_cache(maxsize=16)
+def _betas_table_on(betas: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    steps = torch.log1p(-torch.tensor(betas, dtype=torch.float64, device=device)) / 2
+    return steps, torch.cat([steps.new_zeros(1), steps.cumsum(0)])
 
 
 def expand(values: Tensor, *, like: Tensor) -> Tensor:

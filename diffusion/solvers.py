@@ -82,13 +82,14 @@ def solve(
 ) -> Solution:
     """Carry x_T [B, ...] along the descending grid times [N+1] (float64); return the states at the grid indices keep.
 
-    denoise(x_t, t, condition) -> x_0 is called with t a float64 [] on the CPU; keep is ascending, all N+1 by default.
+    denoise(x_t, t, condition) -> x_0 is called with t a float64 [] where x_T is; keep is ascending, all N+1 by default.
     """
     times = _checked_times(process, times)
     kept = _checked_keep(keep, len(times))
     states = x_T.new_empty(len(kept), *x_T.shape)
     slots = {index: slot for slot, index in enumerate(kept)}
     steps = plan(solver, process, times)
+    clock = _clock(steps, x_T.device)
     memory = deque[Tensor](maxlen=max(len(call.weights) for step in steps for call in step))
     x, calls = x_T, 0
     if 0 in slots:
@@ -96,7 +97,7 @@ def solve(
     for index, step in enumerate(steps, start=1):
         start = x
         for call in step:
-            x_0 = denoise(x, call.time, condition)
+            x_0 = denoise(x, clock[calls], condition)
             if x_0.shape != x.shape:
                 raise ValueError(
                     f"the denoiser answers {list(x_0.shape)} for {list(x.shape)}: return x_0 in x_t's shape"
@@ -115,6 +116,13 @@ def plan(solver: str, process: Process, times: Tensor) -> list[Step]:
         raise ValueError(f"solver {solver!r} does not exist: choose one of {', '.join(SOLVERS)}")
     frame = frame_for(process, times)
     return SOLVERS[solver].plan(process, points_at(process, times, frame=frame), frame)
+
+
+def _clock(steps: Sequence[Step], device: torch.device) -> tuple[Tensor, ...]:
+    """The time of every call, moved in one copy before the first: a copy in the loop would wait for the device."""
+    times = torch.stack([call.time for step in steps for call in step])
+    # MPS knows no float64: there t stays on the CPU, and the denoiser casts what it makes of it.
+    return (times if device.type == "mps" else times.to(device)).unbind()
 
 
 def _combine(*terms: tuple[float, Tensor]) -> Tensor:

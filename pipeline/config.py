@@ -1,8 +1,10 @@
 """What each command of `python -m pipeline` can be told."""
 
+import re
+from datetime import timedelta
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from tyro.conf import Positional, arg
 
 from storage_schemas.command_line import Config
@@ -10,13 +12,37 @@ from storage_schemas.command_line import Config
 DatasetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="name of the dataset in the store")]
 
 
-class SolverConfig(Config):
-    """Which solver, over which grid."""
+DURATION_UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 
-    name: Literal["ddim", "heun", "rk4", "ab2", "dpmpp_2m", "dpmpp_3m"] = Field(
-        "heun", description="ddim (= Euler), heun, rk4, ab2, dpmpp_2m or dpmpp_3m"
-    )
-    steps: int = Field(16, ge=1, description="steps N of the grid t_0 = T > ... > t_N = 0")
+
+def duration(text: str) -> timedelta:
+    """90m, 20h, 7d -> a length of time."""
+    match = re.fullmatch(r"([0-9]{1,6})([mhd])", text)
+    if match is None:
+        raise ValueError(f"{text!r} is no length of time: write minutes, hours or days such as 90m, 20h, 7d")
+    return timedelta(**{DURATION_UNITS[match[2]]: int(match[1])})
+
+
+def _is_duration(text: str) -> str:
+    duration(text)
+    return text
+
+
+Duration = Annotated[str, AfterValidator(_is_duration)]
+Tick = Annotated[str, Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z:._-]{0,63}$")]
+PrintJson = Annotated[bool, arg(name="json"), Field(description="print JSON")]
+StoreArgument = Annotated[Positional[str], Field(description="the store's URI")]
+
+MicroBatch = Annotated[
+    Annotated[int, Field(ge=1)] | Literal["auto"],
+    Field(description="samples solved together, part of the recipe; auto: the most that a worker has memory for"),
+]
+SolverName = Literal["ddim", "heun", "rk4", "ab2", "dpmpp_2m", "dpmpp_3m"]
+
+
+class GridConfig(Config):
+    """How the times of a solve are spaced."""
+
     grid: Literal["karras", "uniform_time", "uniform_logsnr"] = Field("karras", description="how the times are spaced")
     rho: float | None = Field(None, gt=0, description="karras: how strongly low noise levels are favoured; 7 if unset")
     r_max: float | None = Field(
@@ -28,26 +54,29 @@ class SolverConfig(Config):
     t_min: float | None = Field(None, gt=0, description="uniform_time: last time before 0; evenly spaced if unset")
 
 
+class SolverConfig(GridConfig):
+    """Which solver, over which grid."""
+
+    name: SolverName = Field("heun", description="ddim (= Euler), heun, rk4, ab2, dpmpp_2m or dpmpp_3m")
+    steps: int = Field(16, ge=1, description="steps N of the grid t_0 = T > ... > t_N = 0")
+
+
 class RayConfig(Config):
     """Where Ray is and what a worker takes of it."""
 
     address: str | None = Field(None, description="a running cluster; else RAY_ADDRESS, else one is started here")
     num_cpus: float = Field(1.0, ge=0, description="CPUs a worker takes")
     num_gpus: float = Field(0.0, ge=0, description="GPUs a worker takes; a fraction lets several share one")
+    min_workers: int = Field(1, ge=1, description="workers that must be ready within startup-timeout")
+    startup_timeout: float = Field(900.0, gt=0, description="seconds that a job waits for the cluster to make room")
 
 
-class GenerateConfig(Config):
-    """Solve the teacher's trajectories that a dataset is missing, and seal them as its next manifest."""
+class TeacherConfig(Config):
+    """Whose samples, and in which numbers they are computed."""
 
     teacher: str = Field(description="builtin:NAME, diffusers:SOURCE, python:MODULE:FACTORY, or a saved model")
-    store: str = Field(description="where the dataset lies: a folder, s3://, gs:// or az://")
-    dataset: DatasetName = "main"
-    count: int = Field(ge=1, description="train samples that the window holds at least")
-    holdout: int = Field(2048, ge=0, description="holdout samples that the window holds at least")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of every noise and label")
-    solver: SolverConfig = SolverConfig()
     guidance: float = Field(1.0, description="classifier-free guidance scale; 1 is the conditional model itself")
-    states: tuple[int, ...] = Field((), description="inner grid indices to store; noise (0) and output (N) always are")
     condition: Literal["auto", "none", "uniform_labels"] = Field(
         "auto", description="labels: uniform where the teacher has classes (auto), none, or uniform"
     )
@@ -55,22 +84,57 @@ class GenerateConfig(Config):
     solve_dtype: Literal["float32", "float64"] = Field("float32", description="what states are solved in")
     autocast: Literal["none", "bfloat16", "float16"] = Field("none", description="the network's own precision")
     tf32: bool = Field(False, description="allow TF32 matrix products on GPUs")
-    compile: bool = Field(False, description="torch.compile the teacher")
-    format: Literal["parquet", "webdataset"] = Field("parquet", description="file format of shards")
-    compression: Literal["none", "zstd"] = Field("none", description="of parquet shards")
-    samples_per_shard: int = Field(2048, ge=1, description="samples in a shard, which is one task")
-    micro_batch: int = Field(256, ge=1, description="samples solved together; part of the recipe")
-    with_weights: bool = Field(False, description="keep the teacher's weights in the store, for students to start from")
-    single_writer: bool = Field(False, description="allow storage without conditional create; one job at a time")
-    max_missing: int = Field(0, ge=0, description="tasks that may stay missing in a sealed manifest")
-    max_attempts: int = Field(3, ge=1, description="tries of a task before it is set aside")
+    compile: Literal["none", "default", "reduce-overhead"] = Field(
+        "none", description="torch.compile the teacher; reduce-overhead with CUDA graphs, on a CPU the same as default"
+    )
+    channels_last: bool = Field(False, description="images in channels-last memory, which convolutions on GPUs prefer")
+
+    @model_validator(mode="after")
+    def _guidance_has_labels(self) -> Self:
+        if self.guidance != 1 and self.condition == "none":
+            raise ValueError(f"guidance {self.guidance} needs labels: leave guidance at 1, or condition at auto")
+        return self
+
+
+class WorkerConfig(Config):
+    """Where a worker runs and what it has."""
+
     runner: Literal["ray", "local"] = Field("ray", description="ray, or processes on this machine")
-    workers: int = Field(1, ge=1, description="workers, each with a teacher of its own")
     threads: int = Field(1, ge=1, description="CPU threads of each worker")
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$", description="auto, cpu, cuda, cuda:1, ..."
     )
     ray: RayConfig = RayConfig()
+
+
+class GenerateConfig(TeacherConfig, WorkerConfig):
+    """Solve the teacher's trajectories that a dataset is missing, and seal them as its next manifest."""
+
+    store: str = Field(description="where the dataset lies: a folder, s3://, gs:// or az://")
+    dataset: DatasetName = "main"
+    count: int = Field(ge=1, description="train samples that the window holds at least")
+    holdout: int = Field(2048, ge=0, description="holdout samples that the window holds at least")
+    solver: SolverConfig = SolverConfig()
+    states: tuple[int, ...] = Field((), description="inner grid indices to store; noise (0) and output (N) always are")
+    format: Literal["parquet", "webdataset"] = Field("parquet", description="file format of shards")
+    compression: Literal["none", "zstd"] = Field("none", description="of parquet shards")
+    samples_per_shard: int = Field(2048, ge=1, description="samples in a shard, which is one task")
+    micro_batch: MicroBatch = 256
+    calibration: str | None = Field(
+        None, description="JSON that calibrate wrote: checked against the recipe and kept among its notes"
+    )
+    with_weights: bool = Field(False, description="keep the teacher's weights in the store, for students to start from")
+    single_writer: bool = Field(False, description="allow storage without conditional create; one job at a time")
+    new_recipe: bool = Field(False, description="begin a new window where the dataset holds another recipe")
+    recheck: bool = Field(False, description="look every listed shard up, and make again what is lost")
+    max_missing: int = Field(0, ge=0, description="tasks that may stay missing in a sealed manifest")
+    max_attempts: int = Field(3, ge=1, description="tries of a task before it is set aside")
+    straggler_seconds: float | None = Field(
+        None, gt=0, description="a task's deadline; 20 times the median task if unset, and 600 s at least"
+    )
+    drain_seconds: float = Field(25.0, ge=0, description="time that SIGTERM leaves to the tasks in flight")
+    workers: int = Field(1, ge=1, description="workers at most, each with a teacher of its own")
+    as_json: PrintJson = False
 
     @model_validator(mode="after")
     def _states_are_on_the_grid(self) -> Self:
@@ -84,11 +148,17 @@ class GenerateConfig(Config):
 
     @model_validator(mode="after")
     def _shards_hold_whole_micro_batches(self) -> Self:
-        if self.samples_per_shard % self.micro_batch:
+        if self.micro_batch != "auto" and self.samples_per_shard % self.micro_batch:
             raise ValueError(
                 f"micro-batch {self.micro_batch} does not divide {self.samples_per_shard} samples per shard: "
                 "choose one that does"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _enough_workers_are_asked_for(self) -> Self:
+        if self.ray.min_workers > self.workers:
+            raise ValueError(f"ray.min-workers {self.ray.min_workers} is more than workers {self.workers}: lower it")
         return self
 
     @model_validator(mode="after")
@@ -97,19 +167,95 @@ class GenerateConfig(Config):
             raise ValueError("webdataset shards are not compressed: drop compression, or use format parquet")
         if self.store.startswith("memory://") and (self.runner, self.workers) != ("local", 1):
             raise ValueError("a memory:// store lives in one process: use runner local with 1 worker, or another store")
-        if self.guidance != 1 and self.condition == "none":
-            raise ValueError(f"guidance {self.guidance} needs labels: leave guidance at 1, or condition at auto")
         return self
 
 
+class PlanConfig(GenerateConfig):
+    """What generate would do and what it would cost, from a handful of samples timed on one worker; writes nothing."""
+
+    time_batches: int = Field(3, ge=1, description="micro-batches that are timed, after one to warm up")
+    probe_store: bool = Field(
+        False, description="time the upload of one shard to the store too, which is removed again; else none is counted"
+    )
+    price_gpu_hour: float | None = Field(
+        None, ge=0, description="money for an hour of one GPU, or of one CPU where workers have no GPU"
+    )
+    price_gb_month: float | None = Field(None, ge=0, description="money for a gigabyte (10^9 bytes) stored for a month")
+
+
+class CalibrateConfig(TeacherConfig, WorkerConfig):
+    """Measure each solver's error at a range of steps, and name the cheapest under a tolerance."""
+
+    tolerance: float = Field(
+        0.01, gt=0, description="error that is allowed: RMS of a coordinate, in standard deviations of the data"
+    )
+    solvers: Annotated[tuple[SolverName, ...], Field(min_length=1, description="which ones to measure")] = (
+        "ddim",
+        "heun",
+        "ab2",
+        "dpmpp_2m",
+        "dpmpp_3m",
+        "rk4",
+    )
+    steps: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1, description="numbers of steps to measure each at")
+    ] = (4, 6, 8, 12, 16, 24, 32, 48, 64)
+    count: int = Field(64, ge=8, description="samples that the error is measured on: the holdout's first noises")
+    solver: GridConfig = GridConfig()
+    reference_factor: int = Field(8, ge=2, description="the reference takes as many times the most steps, by rk4")
+    micro_batch: int = Field(64, ge=1, description="samples solved together")
+    out: str | None = Field(None, description="JSON file for the measurement, for generate --calibration")
+    picture: str | None = Field(None, description="PNG file for a plot of error against network calls")
+    as_json: PrintJson = False
+
+
 class RegenerateConfig(GenerateConfig):
-    """Slide the train window: solve some new trajectories, drop as many of the oldest, seal the next manifest."""
+    """Move a dataset's window on by a policy, for schedules: safe to overlap and to run for every missed tick."""
 
-    refresh: float = Field(0.1, gt=0, le=1, description="share of the train window that is new; as much is dropped")
+    policy: Literal["grow", "refresh", "recipe"] = Field(
+        "refresh", description="grow the train window, slide it, or go over to a changed recipe once it changes"
+    )
+    refresh: float = Field(0.1, gt=0, le=1, description="refresh: share of the train window that is new, as much goes")
+    grow_by: int = Field(0, ge=0, description="grow: train samples more each time, besides what count asks for")
+    max_age: Duration | None = Field(
+        None, description="grow, refresh: do nothing while the train window is younger than this, such as 20h or 7d"
+    )
+    tick: Tick | None = Field(
+        None, description="the schedule's time, such as 2026-11-22T03: served once; a later one serves it too"
+    )
+
+    @model_validator(mode="after")
+    def _options_fit_the_policy(self) -> Self:
+        if self.new_recipe:
+            raise ValueError("new-recipe is for generate: regenerate goes over to another recipe with --policy recipe")
+        if self.grow_by and self.policy != "grow":
+            raise ValueError(f"grow-by {self.grow_by} needs --policy grow, this is {self.policy}")
+        if self.max_age and self.policy == "recipe":
+            raise ValueError("max-age is for --policy grow and refresh: policy recipe acts when the recipe changes")
+        return self
 
 
-PrintJson = Annotated[bool, arg(name="json"), Field(description="print JSON")]
-StoreArgument = Annotated[Positional[str], Field(description="the store's URI")]
+class PruneConfig(Config):
+    """Delete what nothing refers to: sweep what the last floor allows, then set the next one."""
+
+    store: StoreArgument
+    keep_manifests: int = Field(3, ge=1, description="newest manifests of each dataset that stay served")
+    grace: Duration = Field("7d", description="from setting a floor to the first prune that may delete below it")
+    dry_run: bool = Field(
+        False, description="list what would be deleted now, and what a new floor would allow; write nothing"
+    )
+    as_json: PrintJson = False
+
+
+class SubmitConfig(Config):
+    """Submit the `generate` or `regenerate` after -- to a Ray cluster's job server, never the same one twice."""
+
+    command: Annotated[Positional[tuple[str, ...]], Field(description="-- generate ..., or -- regenerate ...")]
+    dashboard: str = Field("http://127.0.0.1:8265", description="address of the cluster's job server")
+    working_dir: str | None = Field(None, description="a folder that the job runs in; Ray copies it to the cluster")
+    wait: bool = Field(False, description="wait for the job's end, show its output and end with its exit code")
+    dry_run: bool = Field(False, description="print the submission id and the command, submit nothing")
+    as_json: PrintJson = False
 
 
 class StatusConfig(Config):
@@ -120,13 +266,71 @@ class StatusConfig(Config):
     as_json: PrintJson = False
 
 
-class VerifyConfig(Config):
-    """Check every byte of a dataset against its checksum, and every id against the manifest."""
+class ResolveConfig(Config):
+    """Samples of a dataset solved anew: by which teacher, and where."""
 
     store: StoreArgument
     dataset: DatasetName = "main"
     manifest: int | None = Field(None, ge=1, description="number of a manifest; the latest by default")
+    teacher: str | None = Field(None, description="the recipe's teacher; what the store keeps, or the recipe's uri")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$", description="auto, cpu, cuda, cuda:1, ..."
+    )
+    threads: int = Field(1, ge=1, description="CPU threads of the solve")
+    runner: Literal["ray", "local"] = Field("local", description="where to solve: a process here, or a worker on Ray")
+    ray: RayConfig = RayConfig()
     as_json: PrintJson = False
+
+
+class VerifyConfig(ResolveConfig):
+    """Check every byte of a dataset against its checksum, and every id against the manifest; audit what is stored."""
+
+    audit: int | None = Field(
+        None, ge=2, description="also solve this many samples at doubled steps, and test noise, values and labels"
+    )
+    tolerance: float | None = Field(
+        None, gt=0, description="audit: most error of the output, relative to its spread (upper end of the interval)"
+    )
+    richardson: bool = Field(
+        False, description="audit: tell the error against the exact solution, by the solver's order"
+    )
+    seed: int = Field(0, ge=0, description="audit: which samples are picked")
+
+    @model_validator(mode="after")
+    def _only_an_audit_solves(self) -> Self:
+        given = [name for name in ("teacher", "tolerance", "richardson") if getattr(self, name)]
+        if given and self.audit is None:
+            raise ValueError(f"{given[0]} is for an audit: add --audit K, the number of samples to solve anew")
+        return self
+
+
+class ReproduceConfig(ResolveConfig):
+    """Solve one sample anew from its recipe, and compare it with what is stored."""
+
+    sample: int = Field(ge=0, description="id of the sample")
+    split: Literal["train", "holdout"] = Field("train", description="whose line of ids: train or holdout")
+    tolerance: float = Field(0.0, ge=0, description="largest difference that is no failure; 0 wants the same bits")
+
+
+class ConvertConfig(Config):
+    """Write a dataset's samples in another layout, and seal that as the next manifest: same recipe, same bits."""
+
+    store: StoreArgument
+    to: Literal["parquet", "webdataset"] = Field(description="file format of the new shards")
+    samples_per_shard: int | None = Field(None, ge=1, description="samples in a new shard; as now if unset")
+    compression: Literal["none", "zstd"] = Field("none", description="of parquet shards")
+    dataset: DatasetName = "main"
+    as_dataset: Annotated[DatasetName | None, arg(name="as")] = Field(
+        None, description="seal under this name, and leave the dataset as it is"
+    )
+    threads: int = Field(4, ge=1, description="shards that are written at a time")
+    as_json: PrintJson = False
+
+    @model_validator(mode="after")
+    def _tar_is_plain(self) -> Self:
+        if self.to == "webdataset" and self.compression != "none":
+            raise ValueError("webdataset shards are not compressed: drop compression, or convert to parquet")
+        return self
 
 
 class InspectConfig(Config):

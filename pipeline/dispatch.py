@@ -3,172 +3,204 @@
 Execution is at least once: a worker may die after it committed, and its task then runs again and finds the commit.
 """
 
+import math
 import platform
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+import time
+from collections.abc import Callable, Iterator, Sequence
 
+from pipeline.backlog import Backlog
+from pipeline.drain import Drain, told
+from pipeline.fleet import IN_FLIGHT, Died, Event, Finished, Fleet, Leaving, Ready, WorkerError
+from pipeline.patience import Deadline, Patience, RoomWatch
+from pipeline.pool import Pool
 from pipeline.produce import Problem
-from storage_schemas.commit import Commit, Task, utc_now
-from storage_schemas.errors import UserError
+from pipeline.worker_death import Cause
+from storage_schemas.commit import Commit, Task
 from storage_schemas.job import Failure
 
-IN_FLIGHT = 2
-"""Tasks of a worker at a time: one solves while the other's shard is uploaded."""
+__all__ = ["IN_FLIGHT", "Died", "Event", "Finished", "Fleet", "Leaving", "Patience", "Ready", "WorkerError", "dispatch"]
 
 DEAD_ON_ARRIVAL = 3
-"""Workers in a row that may die before their teacher is loaded."""
+"""Workers in a row, or half of all if that is more, whose process may die before its teacher is loaded. One that went
+with its node isn't counted: that is not the teacher's doing, and a spot cluster that flaps takes many along."""
+
+PAUSE_SECONDS = 60.0
+"""Where others are at work, that many only pause the starting of more."""
+
+SICK = 3
+"""Tasks in a row that a worker may fail while others succeed, before it is replaced."""
 
 
-class WorkerError(UserError):
-    """No worker can do this job."""
+def dispatch(
+    fleet: Fleet,
+    tasks: Sequence[Task],
+    *,
+    workers: int,
+    max_attempts: int,
+    patience: Patience | None = None,
+    drain: Drain | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Commit | Failure]:
+    """Every task's end, as it comes: its commit, or its failure once its last attempt has failed.
 
-
-@dataclass(frozen=True)
-class Ready:
-    """A worker has loaded its teacher, or says why it can't."""
-
-    worker: int
-    problem: Problem | None
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A worker ended a task, well or not."""
-
-    worker: int
-    task: Task
-    outcome: Commit | Problem
-
-
-@dataclass(frozen=True)
-class Died:
-    """A worker is gone, and with it whatever it had in flight."""
-
-    worker: int
-    reason: str
-
-
-Event = Ready | Finished | Died
-
-
-class Fleet(Protocol):
-    """Workers of one kind, by number."""
-
-    def start(self) -> int:
-        """Begin to start another worker; Ready or Died says how that went."""
-
-    def submit(self, worker: int, task: Task) -> None:
-        """Give a ready worker a task, which ends in Finished or in its worker's Died."""
-
-    def wait(self) -> Sequence[Event]:
-        """What happened since the last call; may wait a moment for something to happen."""
-
-    def close(self) -> None:
-        """End all workers."""
-
-
-class Backlog:
-    """Tasks that wait, and how often each was tried.
-
-    A task whose worker died runs alone from then on: should it be what kills workers, it takes no other along again.
+    Ends early, with tasks left, once `drain` was asked and what was in flight has finished or had its time.
     """
-
-    def __init__(self, tasks: Sequence[Task], max_attempts: int) -> None:
-        self.fresh = deque(tasks)
-        self.alone = deque[Task]()
-        self.max_attempts = max_attempts
-        self.attempts = Counter[Task]()
-        self._suspects = set[Task]()
-
-    def __len__(self) -> int:
-        return len(self.fresh) + len(self.alone)
-
-    def take(self, load: Sequence[Task]) -> Task | None:
-        """The next task for a worker that has `load` in flight, if it should get one."""
-        if not load and self.alone:
-            return self.alone.popleft()
-        if len(load) < IN_FLIGHT and self._suspects.isdisjoint(load) and self.fresh:
-            return self.fresh.popleft()
-        return None
-
-    def failed(self, task: Task, problem: Problem, *, alone: bool) -> Failure | None:
-        """Count the attempt and queue the task again, or set it aside for good."""
-        self.attempts[task] += 1
-        if self.attempts[task] < self.max_attempts:
-            (self.alone if alone else self.fresh).append(task)
-            self._suspects |= {task} if alone else set()
-            return None
-        return Failure(
-            task=task.name,
-            error=problem.error,
-            traceback=problem.traceback,
-            attempts=self.attempts[task],
-            machine=problem.machine,
-            failed_at=utc_now(),
-        )
-
-
-def dispatch(fleet: Fleet, tasks: Sequence[Task], *, workers: int, max_attempts: int) -> Iterator[Commit | Failure]:
-    """Every task's end, as it comes: its commit, or its failure once its last attempt has failed."""
     backlog = Backlog(tasks, max_attempts)
-    starting: set[int] = set()
-    loads: dict[int, list[Task]] = {}
-    stillborn = 0
-    while backlog or any(loads.values()):
-        for _ in range(min(workers, len(backlog)) - len(starting) - len(loads)):
-            starting.add(fleet.start())
-        _hand_out(fleet, backlog, loads, starting=len(starting))
-        for event in fleet.wait():
-            match event:
-                case Ready(worker, problem):
-                    _check_ready(problem)
-                    starting.remove(worker)
-                    loads[worker], stillborn = [], 0
-                case Finished(worker, task, outcome):
-                    loads[worker].remove(task)
-                    yield from _ended(backlog, task, outcome)
-                case Died(worker, reason) if worker in starting:
-                    starting.remove(worker)
-                    stillborn = _one_more(stillborn, reason)
-                case Died(worker, reason):
-                    for task in loads.pop(worker):
-                        yield from _lost(backlog, task, reason)
+    yield from _Dispatch(fleet, backlog, workers, patience or Patience(), drain or Drain(0.0), tell, clock).run()
 
 
-def _hand_out(fleet: Fleet, backlog: Backlog, loads: dict[int, list[Task]], *, starting: int) -> None:
-    """A first task for every idle worker, then second ones, but for those that workers still starting will need."""
-    for depth in range(IN_FLIGHT):
-        for worker, load in loads.items():
-            wanted = len(load) <= depth and (depth == 0 or len(backlog) > starting)
-            if wanted and (task := backlog.take(load)):
-                load.append(task)
-                fleet.submit(worker, task)
+class _Dispatch:
+    def __init__(
+        self,
+        fleet: Fleet,
+        backlog: Backlog,
+        workers: int,
+        patience: Patience,
+        drain: Drain,
+        tell: Callable[[str], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self.pool = Pool(fleet, clock)
+        self.backlog, self.workers, self.drain, self.tell, self.clock = backlog, workers, drain, tell, clock
+        self.deadline = Deadline(patience.straggler_seconds)
+        self.watch = RoomWatch(self.pool, patience, workers=workers, tell=tell)
+        self.start_at = -math.inf
+        self.stillborn = self.successes = 0
+        self.streaks: dict[int, tuple[int, int]] = {}  # failures in a row, and all successes before them
 
+    def run(self) -> Iterator[Commit | Failure]:
+        draining = False
+        while self.backlog or self.pool.busy:
+            if self.drain.asked:
+                if not draining:
+                    self._stop_handing_out()
+                draining = True
+                if self.drain.over or not self.pool.busy:
+                    return
+            else:
+                self._start()
+                self._hand_out()
+                self._end_unneeded()
+            for event in self.pool.fleet.wait():
+                yield from self._take(event)
+            yield from self._end_stragglers()
+            self.watch.look(self.clock())
 
-def _ended(backlog: Backlog, task: Task, outcome: Commit | Problem) -> Iterator[Commit | Failure]:
-    if isinstance(outcome, Commit):
-        yield outcome
-    elif failure := backlog.failed(task, outcome, alone=False):
-        yield failure
+    def _start(self) -> None:
+        """As many as may be, no more than there are tasks for."""
+        pool = self.pool
+        places = self.workers - len(pool.starting) - pool.ready
+        unserved = len(self.backlog) - len(pool.starting) - len(pool.idle)
+        paused = pool.ready and self.clock() < self.start_at
+        for _ in range(0 if paused else min(places, unserved)):
+            pool.start()
 
+    def _hand_out(self) -> None:
+        """A first task for every idle worker, then second ones, but for those that workers still starting will need."""
+        pool, sole = self.pool, self.workers == 1
+        for worker in list(pool.idle):
+            if task := self.backlog.first(worker, sole=sole):
+                pool.give(worker, task, alone=self.backlog.is_suspect(task))
+        while pool.open and len(self.backlog) > len(pool.starting):
+            worker = next(iter(pool.open))
+            task = self.backlog.second(worker, sole=sole)
+            if task is None:
+                pool.open.move_to_end(worker)  # another one is asked first next time
+                return
+            pool.give(worker, task, alone=False)
 
-def _lost(backlog: Backlog, task: Task, reason: str) -> Iterator[Failure]:
-    problem = Problem(f"its worker died: {reason}", "", platform.node())
-    if failure := backlog.failed(task, problem, alone=True):
-        yield failure
+    def _end_unneeded(self) -> None:
+        """Their GPUs are free for others now. A worker that failed all tasks that wait is idle too: another starts."""
+        for worker in list(self.pool.idle):
+            self.pool.end(worker)
+        while len(self.pool.starting) > len(self.backlog):
+            self.pool.end(next(reversed(self.pool.starting)))
 
+    def _stop_handing_out(self) -> None:
+        self.tell(told(self.drain, in_flight=self.pool.in_flight))
+        for worker in [*self.pool.starting, *self.pool.idle]:
+            self.pool.end(worker)
 
-def _check_ready(problem: Problem | None) -> None:
-    if problem:
-        raise WorkerError(f"a worker on {problem.machine} can't start: {problem.error}")
+    def _take(self, event: Event) -> Iterator[Commit | Failure]:
+        if event.worker not in self.pool.starting and event.worker not in self.pool.loads:
+            return  # ended here, perhaps a moment ago
+        match event:
+            case Ready(worker, problem):
+                self._ready(worker, problem)
+            case Finished(worker, task, outcome):
+                yield from self._finished(worker, task, outcome)
+            case Died(worker) if worker in self.pool.starting:
+                self.pool.forget(worker)
+                if event.cause == "process":
+                    self._one_more_stillborn(event.reason)
+            case Died(worker):
+                problem = Problem(f"its worker died: {event.reason}", event.detail, event.machine)
+                yield from self._lost(self.pool.forget(worker), problem, event.cause)
+            case Leaving(worker) if worker in self.pool.loads:
+                self.pool.leave(worker)
 
+    def _ready(self, worker: int, problem: Problem | None) -> None:
+        if problem is None:
+            self.pool.welcome(worker)
+            self.stillborn = 0
+            return
+        reason = f"a worker on {problem.machine} can't start: {problem.error}"
+        if not self.pool.ready:
+            raise WorkerError(reason)
+        self.tell(reason)
+        self.pool.end(worker)
+        self._one_more_stillborn(reason)
 
-def _one_more(stillborn: int, reason: str) -> int:
-    if stillborn + 1 == DEAD_ON_ARRIVAL:
-        raise WorkerError(
-            f"{DEAD_ON_ARRIVAL} workers in a row died while they loaded the teacher ({reason}): "
-            "give them more memory, or fewer --workers"
+    def _one_more_stillborn(self, reason: str) -> None:
+        self.stillborn += 1
+        if self.stillborn < max(DEAD_ON_ARRIVAL, self.workers // 2):
+            return
+        if not self.pool.ready:
+            raise WorkerError(
+                f"{self.stillborn} workers in a row died while they loaded the teacher ({reason}): "
+                "give them more memory, or fewer --workers"
+            )
+        self.start_at = self.clock() + PAUSE_SECONDS
+
+    def _finished(self, worker: int, task: Task, outcome: Commit | Problem) -> Iterator[Commit | Failure]:
+        self.deadline.ended(self.pool.finished(worker, task))
+        if isinstance(outcome, Commit):
+            self.successes += 1
+            self.streaks.pop(worker, None)
+            yield outcome
+            return
+        if failure := self.backlog.raised(task, outcome, worker=worker):
+            yield failure
+        self._count_failure(worker, outcome)
+
+    def _count_failure(self, worker: int, problem: Problem) -> None:
+        """A full disk or a sick GPU fails one task after the other, and fast: it would have them all."""
+        failures, before = self.streaks.get(worker, (0, self.successes))
+        self.streaks[worker] = failures + 1, before
+        if failures + 1 < SICK or self.successes == before or self.workers == 1 or worker not in self.pool.loads:
+            return
+        self.tell(
+            f"a worker on {problem.machine} failed {failures + 1} tasks in a row and is replaced: {problem.error}"
         )
-    return stillborn + 1
+        del self.streaks[worker]
+        for task in self.pool.end(worker):
+            self.backlog.put_back(task)
+
+    def _lost(self, tasks: Sequence[Task], problem: Problem, cause: Cause) -> Iterator[Failure]:
+        for task in tasks:
+            if cause == "notice":
+                self.backlog.put_back(task)
+            elif failure := self.backlog.lost(task, problem, with_node=cause == "node"):
+                yield failure
+
+    def _end_stragglers(self) -> Iterator[Failure]:
+        while silent := self.pool.longest_silent():
+            worker, seconds = silent
+            limit = self.deadline.after(seconds)
+            if seconds <= limit:
+                return
+            names = " and ".join(task.name for task in self.pool.loads[worker])
+            self.tell(f"a worker that was silent for {limit:g} s over {names} is ended (--straggler-seconds)")
+            problem = Problem(f"no end after {limit:g} s, the straggler deadline", "", platform.node())
+            yield from self._lost(self.pool.end(worker), problem, "process")

@@ -1,84 +1,174 @@
-"""`generate` and `regenerate`: make a window exist. Resolve, plan, run what is missing, seal; else end quickly."""
+"""`generate`: make a window exist. Resolve, plan, run what is missing, seal; else end quickly."""
 
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
-from pipeline.config import GenerateConfig, RegenerateConfig
-from pipeline.plan import Goal, grow, missing_tasks, slide
-from pipeline.prepare import Run, prepare
-from pipeline.work import adopt, solve_missing
+from pipeline.config import GenerateConfig
+from pipeline.drain import Stopped
+from pipeline.guard import check_continues
+from pipeline.heartbeat import Pulse
+from pipeline.keep import StaleCommits
+from pipeline.outcome import Outcome, What, names, tell
+from pipeline.plan import Aim, Goal, Nothing, Policy, Wanted, grow, missing_tasks
+from pipeline.prepare import Run, keep_recipe, prepare
+from pipeline.recheck import still_there
+from pipeline.work import adopt, announce, solve_missing
 from storage_schemas import paths
-from storage_schemas.commit import utc_now
-from storage_schemas.dataset import LostRace, latest_manifest, read_shard_table, seal
-from storage_schemas.manifest import Manifest, ManifestDraft, Window
+from storage_schemas.commit import Task, list_committed, utc_now
+from storage_schemas.dataset import LostRace, Pruned, latest_manifest, read_shard_table, seal
+from storage_schemas.errors import UsageError, UserError, without_credentials
+from storage_schemas.job import JobState
+from storage_schemas.manifest import Manifest, ManifestDraft
 from storage_schemas.record import SPLITS
 from storage_schemas.shards import ShardTable
 
-DONE, FAILED, QUARANTINED = 0, 1, 3
-"""Exit codes: all there; tasks missing and nothing sealed; all there but for samples that were not finite."""
+LAST_WORDS: dict[str, JobState] = {"sealed": "sealed", "nothing": "ended", "failed": "failed"}
 
 
-Aim = Callable[[Manifest | None, str], Window]
-"""(latest manifest, recipe id) -> the window to bring about; asked again after a lost race."""
+class Lapsed(Exception):
+    """What this job holds for committed may be gone, as its message says: it must look again."""
 
 
 def run_generate(config: GenerateConfig) -> int:
     """The exit code."""
-    return bring_about(config, lambda parent, recipe_id: _grown(config, parent, recipe_id))
+    return report(config, lambda: bring_about(config, lambda parent, recipe_id: _grown(config, parent, recipe_id)))
 
 
-def run_regenerate(config: RegenerateConfig) -> int:
-    """The exit code. A dataset that this recipe has not begun yet is generated, and slides from the next run on."""
-
-    def aim(parent: Manifest | None, recipe_id: str) -> Window:
-        window = _grown(config, parent, recipe_id)
-        continues = parent is not None and parent.recipe_id == recipe_id
-        return slide(window, config.refresh) if continues else window
-
-    return bring_about(config, aim)
+def _grown(config: GenerateConfig, parent: Manifest | None, recipe_id: str) -> Wanted:
+    return Wanted(grow(parent, recipe_id, count=config.count, holdout=config.holdout))
 
 
-def _grown(config: GenerateConfig, parent: Manifest | None, recipe_id: str) -> Window:
-    return grow(parent, recipe_id, count=config.count, holdout=config.holdout)
+def report(config: GenerateConfig, act: Callable[[], Outcome]) -> int:
+    """The exit code of what `act` did, told on stdout; what it raises is told there too if that is to be JSON."""
+    try:
+        outcome = act()
+    except UserError as error:
+        if config.as_json:
+            tell(Outcome(_what(error), config.dataset, str(error)), config.store, as_json=True)
+        raise
+    tell(outcome, without_credentials(config.store), as_json=config.as_json)
+    return outcome.exit_code
 
 
-def bring_about(config: GenerateConfig, aim: Aim) -> int:
-    """Plan on the latest manifest and seal the next one; who loses that race plans again from the new latest."""
+def _what(error: UserError) -> What:
+    if isinstance(error, Stopped):
+        return "stopped"
+    return "refused" if isinstance(error, UsageError | StaleCommits) else "failed"
+
+
+def bring_about(config: GenerateConfig, aim: Aim, policy: Policy | None = None) -> Outcome:
+    """`carry_out` as configured, with the time that also the preparation took."""
     started = time.monotonic()
-    run = prepare(config)
-    while True:
-        parent = latest_manifest(run.store, config.dataset)
-        goal = Goal(config.dataset, parent, run.recipe.id, run.layout, aim(parent, run.recipe.id))
-        if goal.reached:
-            print(f"nothing to do: {_told(goal.parent)}, {time.monotonic() - started:.1f} s")
-            return QUARANTINED if goal.parent and lacks_samples(goal.parent) else DONE
-        try:
-            return fulfil(run, goal, started=started)
-        except LostRace as lost:
-            print(f"another job sealed manifest {lost.winner.number} of {config.dataset}: planning again from it")
+    outcome = carry_out(prepare(config), aim, policy)
+    return replace(outcome, seconds=time.monotonic() - started)
 
 
-def fulfil(run: Run, goal: Goal, *, started: float) -> int:
-    """Solve what the goal lacks and seal it; LostRace if another job sealed first."""
+def carry_out(run: Run, aim: Aim, policy: Policy | None = None) -> Outcome:
+    """Plan on the latest manifest and seal the next one; who loses that race plans again from the new latest."""
     run.job = new_job()
-    listed = read_shard_table(run.store, goal.parent) if goal.parent and goal.continues else ShardTable.of([])
+    pulse = Pulse(run.store, run.job)
+    last: JobState = "failed"
+    try:
+        outcome = _settle(run, aim, policy, pulse)
+        last = LAST_WORDS[outcome.what]
+        return outcome
+    except (Stopped, KeyboardInterrupt):
+        last = "stopped"
+        raise
+    finally:
+        pulse.end("refused" if pulse.beat.state == "planning" else last)
+
+
+def _settle(run: Run, aim: Aim, policy: Policy | None, pulse: Pulse) -> Outcome:
+    while True:
+        parent = latest_manifest(run.store, run.config.dataset)
+        if parent and (parent.recipe_id == run.recipe.id or not (run.config.new_recipe or policy == "recipe")):
+            check_continues(run.store, parent, run.recipe, run.layout, policy)
+        wanted = aim(parent, run.recipe.id)
+        try:
+            return _act(run, parent, wanted, pulse)
+        except LostRace as lost:
+            _say(f"another job sealed manifest {lost.winner.number} of {run.config.dataset}: planning again from it")
+        except Pruned as gone:
+            _say(f"{gone}: planning again from it")
+        except Lapsed as why:
+            run.shards.clear()
+            pulse.begin_again()
+            _say(f"{why}: looking up again what is there, and planning again")
+
+
+def _act(run: Run, parent: Manifest | None, wanted: Wanted | Nothing, pulse: Pulse) -> Outcome:
+    if isinstance(wanted, Nothing):
+        return _nothing(run, parent, wanted.why)
+    goal = Goal(run.config.dataset, parent, run.recipe.id, run.layout, wanted.window, wanted.ticks)
+    if goal.reached and not run.config.recheck:
+        keep_recipe(run)
+        return _nothing(run, parent, "")
+    return fulfil(run, goal, pulse)
+
+
+def _nothing(run: Run, parent: Manifest | None, why: str) -> Outcome:
+    return Outcome("nothing", run.config.dataset, why, before=parent, manifest=parent)
+
+
+def fulfil(run: Run, goal: Goal, pulse: Pulse) -> Outcome:
+    """Solve what the goal lacks and seal it; LostRace if another job sealed first."""
+    listed = _listed(run, goal)
     needed = missing_tasks(goal, listed.tasks)
+    if needed:
+        announce(run, goal, needed)
+        pulse.say("planning")
+    keep_recipe(run)
     adopt(run, needed)
     to_solve = [task for task in needed if task.name not in run.shards and task.name not in run.failures]
+    if needed:
+        pulse.say("running", found=len(needed) - len(to_solve))
     if to_solve:
-        solve_missing(run, goal, to_solve)
+        solve_missing(run, to_solve)
+    if needed:
+        _check_committed(run, pulse)
+    return _sealed(run, goal, listed, needed, len(to_solve))
+
+
+def _listed(run: Run, goal: Goal) -> ShardTable:
+    """What the parent lists and counts for the goal; it is looked up only if that was asked for."""
+    listed = read_shard_table(run.store, goal.parent) if goal.parent and goal.continues else ShardTable.of([])
+    return still_there(run.store, listed) if run.config.recheck else listed
+
+
+def _check_committed(run: Run, pulse: Pulse) -> None:
+    """Right before sealing. A prune's deletion whose answer was lost may be tried again when its task was made anew."""
+    if pulse.lapsed:
+        raise Lapsed("this job could not be heard of for long")
+    gone = run.shards.keys() - list_committed(run.store, run.recipe.id, run.layout.id)
+    if gone:
+        raise Lapsed(f"{len(gone)} commits of this job, such as {min(gone)}, are gone")
+
+
+def _sealed(run: Run, goal: Goal, listed: ShardTable, needed: list[Task], solved: int) -> Outcome:
     missing = tuple(task.name for task in needed if task.name not in run.shards)
-    if len(missing) > run.config.max_missing:
-        return _refuse(run, missing)
-    if goal.continues and goal.parent and (goal.parent.window, goal.parent.missing) == (goal.window, missing):
-        print(f"nothing new: {_told(goal.parent)}, still missing {_names(missing)}, {time.monotonic() - started:.1f} s")
-        return DONE
-    new = ShardTable.of([run.shards[task.name] for task in needed if task.name in run.shards])
-    manifest = seal(run.store, _draft(run, goal, missing), listed.plus(new))
-    print(
-        f"sealed {_told(manifest)}, {len(to_solve)} of {len(needed)} tasks run here, {time.monotonic() - started:.1f} s"
+    done = Outcome(
+        "sealed",
+        goal.dataset,
+        before=goal.parent,
+        manifest=goal.parent,
+        job=run.job if needed else None,
+        needed=len(needed),
+        run=solved,
+        failed=tuple(run.failures),
+        missing=missing,
     )
-    return _exit_code(manifest, new)
+    if len(missing) > run.config.max_missing:
+        return replace(done, what="failed", why=_lacking(run, missing))
+    new = ShardTable.of([run.shards[task.name] for task in needed if task.name in run.shards])
+    same = goal.parent and (goal.parent.window, goal.parent.missing) == (goal.window, missing)
+    if goal.continues and same and not len(new):
+        why = f"still missing {names(missing)}" if missing else "every listed shard is there"
+        return replace(done, what="nothing", why=why)
+    manifest = seal(run.store, _draft(run, goal, missing), listed.plus(new))
+    return replace(done, manifest=manifest, quarantined=_quarantined(new, manifest))
 
 
 def _draft(run: Run, goal: Goal, missing: tuple[str, ...]) -> ManifestDraft:
@@ -90,33 +180,14 @@ def _draft(run: Run, goal: Goal, missing: tuple[str, ...]) -> ManifestDraft:
         layout=goal.layout,
         window=goal.window,
         missing=missing,
+        ticks=goal.ticks,
     )
 
 
-def lacks_samples(manifest: Manifest) -> bool:
-    """Whether a manifest without missing tasks shows fewer samples than its window has ids: some are quarantined."""
-    bounds = [manifest.window.bounds(split) for split in SPLITS]
-    return sum(manifest.rows.values()) < sum(stop - start for start, stop in bounds)
-
-
-def _exit_code(manifest: Manifest, new: ShardTable) -> int:
-    """Tells what is wanting, too."""
-    if manifest.missing:
-        print(f"missing, and named in the manifest: {_names(manifest.missing)}; generate again to retry")
-    bad = _quarantined(new, manifest)
-    if bad:
-        print(f"quarantined, because they are not finite: {len(bad)} samples ({_names(bad)})")
-    return QUARANTINED if bad else DONE
-
-
-def _refuse(run: Run, missing: tuple[str, ...]) -> int:
+def _lacking(run: Run, missing: tuple[str, ...]) -> str:
     first = run.failures.get(missing[0])
     why = f" ({missing[0]}: {first.error})" if first else ""
-    print(
-        f"nothing sealed: {len(missing)} tasks are missing, {run.config.max_missing} may be: {_names(missing)}{why}; "
-        f"see `python -m pipeline status {run.store.uri}`, generate again to retry, or raise --max-missing"
-    )
-    return FAILED
+    return f"{len(missing)} tasks are missing, {run.config.max_missing} may be: {names(missing)}{why}"
 
 
 def _quarantined(new: ShardTable, manifest: Manifest) -> tuple[str, ...]:
@@ -125,14 +196,8 @@ def _quarantined(new: ShardTable, manifest: Manifest) -> tuple[str, ...]:
     return tuple(f"{shard.split} {i}" for shard in new for i in shard.quarantined if i in bounds[shard.split])
 
 
-def _told(manifest: Manifest | None) -> str:
-    assert manifest is not None
-    windows = ", ".join("{} [{}, {})".format(split, *manifest.window.bounds(split)) for split in SPLITS)
-    return f"manifest {manifest.number} of {manifest.dataset}: {windows}, {sum(manifest.rows.values())} samples"
-
-
-def _names(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def new_job() -> str:

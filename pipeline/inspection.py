@@ -13,6 +13,8 @@ from pipeline.config import InspectConfig
 from storage_schemas.commit import ColumnStatistics, Commit
 from storage_schemas.dataset import Dataset, latest_number, open_dataset
 from storage_schemas.errors import UserError
+from storage_schemas.notes import Calibration, check_calibration, read_calibrations
+from storage_schemas.recipe import Recipe
 from storage_schemas.record import SPLITS, from_storage, state_column
 from storage_schemas.store import Store
 
@@ -60,6 +62,16 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         "labels": _labels(commits),
         "statistics": {field.name: pooled(commits, field.name) for field in recipe.fields if not field.is_scalar},
         "recipe": recipe.plain(),
+        "calibrations": [calibrated(note, recipe) for note in read_calibrations(dataset.store, recipe.id)],
+    }
+
+
+def calibrated(note: Calibration, recipe: Recipe) -> dict[str, Any]:
+    """What a calibration among the recipe's notes says of the recipe's own solver."""
+    point = check_calibration(note, recipe, "a note")
+    reference = note.reference.plain()
+    return {"made_at": note.made_at, "tolerance": note.tolerance, "count": note.count, "reference": reference} | {
+        name: getattr(point, name) for name in ("error", "low", "high", "nfe")
     }
 
 
@@ -82,6 +94,7 @@ def told(found: dict[str, Any]) -> str:
         f"{found['store']}, dataset {found['dataset']}",
         f"manifest   {found['manifest']} of {found['latest_manifest']}, sealed {found['sealed_at']}",
         *_told_recipe(found["recipe_id"], found["recipe"], found["nfe"]),
+        *map(_told_calibration, found["calibrations"]),
         *(f"{split:<10} {found['samples'][split]} samples, window {found['window'][split]}" for split in SPLITS),
         f"shards     {found['shards']} of layout {found['layout']}, {found['bytes']} bytes",
         *([f"missing    {', '.join(found['missing'])}"] if found["missing"] else []),
@@ -107,6 +120,15 @@ def _told_recipe(recipe_id: str, recipe: dict[str, Any], nfe: int | None) -> lis
         f"samples    {shape} {recipe['storage_dtype']}, solved in {recipe['solve_dtype']} by {recipe['micro_batch']}",
         f"recipe     {recipe_id}, seed {recipe['noise']['seed']}",
     ]
+
+
+def _told_calibration(note: dict[str, Any]) -> str:
+    reference, ends = note["reference"], [note[name] for name in ("error", "low", "high")]
+    error, low, high = ("not finite" if end is None else f"{end:.2g}" for end in ends)
+    return (
+        f"solver     is off by {error} standard deviations RMS (95%: {low} to {high}) over {note['count']} samples, "
+        f"against {reference['solver']} at {reference['steps']} steps"
+    )
 
 
 def draw(dataset: Dataset, path: str) -> None:

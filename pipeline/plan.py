@@ -1,11 +1,36 @@
 """What is to be done, as pure functions: the window that a job aims at, its tasks, and which of them are missing."""
 
-from collections.abc import Collection
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Literal
 
 from storage_schemas.commit import Task
+from storage_schemas.errors import UsageError
 from storage_schemas.layout import Layout
 from storage_schemas.manifest import Bounds, Manifest, Window
+
+Policy = Literal["grow", "refresh", "recipe"]
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """A run that leaves the dataset as it is, and why."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A window to bring about, and the ticks that it serves."""
+
+    window: Window
+    ticks: dict[str, str] = field(default_factory=dict)
+
+
+Aim = Callable[[Manifest | None, str], Wanted | Nothing]
+"""(latest manifest, recipe id) -> what to bring about; asked again after a lost race."""
 
 
 @dataclass(frozen=True)
@@ -17,6 +42,7 @@ class Goal:
     recipe_id: str
     layout: Layout
     window: Window
+    ticks: dict[str, str] = field(default_factory=dict)
 
     @property
     def continues(self) -> bool:
@@ -48,10 +74,50 @@ def slide(window: Window, fraction: float) -> Window:
     return Window(train=(start + fresh, stop + fresh), holdout=window.holdout)
 
 
+def lengthen(window: Window, fresh: int) -> Window:
+    """`fresh` more train ids at the end."""
+    start, stop = window.train
+    return Window(train=(start, stop + fresh), holdout=window.holdout)
+
+
+def served_tick(parent: Manifest | None, policy: Policy, tick: str | None) -> Nothing | None:
+    """Why a tick needs no work: the policy has served it or a later one. UsageError if the two can't be compared."""
+    last = parent.ticks.get(policy) if parent else None
+    if tick is None or last is None or parent is None:
+        return None
+    if _shape(tick) != _shape(last):
+        raise UsageError(
+            f"tick {tick} is not written like the last one, {last}: ticks are compared as text, keep one form"
+        )
+    return Nothing(f"tick {tick} is served: {policy} has served {last} by now") if tick <= last else None
+
+
+def too_young(parent: Manifest | None, max_age: timedelta | None, now: datetime) -> Nothing | None:
+    """Why a train window needs no work: it changed less than `max_age` ago."""
+    if parent is None or max_age is None:
+        return None
+    changed = datetime.fromisoformat(parent.train_changed_at)
+    young = now - changed < max_age
+    return (
+        Nothing(f"the train window changed at {parent.train_changed_at}, due at {_told(changed + max_age)}")
+        if young
+        else None
+    )
+
+
 def missing_tasks(goal: Goal, listed: Collection[str]) -> list[Task]:
     """Tasks of the goal's window that are not among the names that the parent lists, train first, ids ascending."""
     tasks = goal.window.tasks(goal.layout.samples_per_shard)
     return [task for task in tasks if task.name not in listed]
+
+
+def _told(time: datetime) -> str:
+    return time.isoformat(timespec="seconds")
+
+
+def _shape(tick: str) -> str:
+    """2026-11-22T03 -> 0000-00-00T00."""
+    return re.sub(r"\d", "0", tick)
 
 
 def _at_least(bounds: Bounds, count: int) -> Bounds:

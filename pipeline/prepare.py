@@ -2,17 +2,20 @@
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from diffusion import checkpoint
 from diffusion.checkpoint import Checkpoint
 from diffusion.teachers import Teacher, load_checkpoint, load_teacher
 from pipeline.config import GenerateConfig
+from pipeline.micro_batch import find_micro_batch, with_micro_batch
 from pipeline.recipe import build_layout, build_recipe
 from storage_schemas import paths
 from storage_schemas.dataset import put_recipe
 from storage_schemas.errors import UsageError, UserError, usage_errors
 from storage_schemas.job import Failure
 from storage_schemas.layout import Layout
+from storage_schemas.notes import Calibration, check_calibration, put_calibration
 from storage_schemas.recipe import Recipe
 from storage_schemas.shards import Shard
 from storage_schemas.store import Store
@@ -26,23 +29,46 @@ class Run:
     store: Store
     recipe: Recipe
     layout: Layout
+    weights: Checkpoint | None = None
+    calibration: Calibration | None = None
     job: str = ""
     shards: dict[str, Shard] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)
 
 
-def prepare(config: GenerateConfig) -> Run:
-    """Everything that can be refused is refused here, before any work."""
+def prepare(config: GenerateConfig, *, writes: bool = True) -> Run:
+    """Everything that can be refused is refused here, before any work. Without `writes` no store is made."""
     with usage_errors():
-        teacher = _load(config.teacher)
-        recipe = build_recipe(config, teacher)
-        layout = build_layout(config, recipe)
+        teacher = load(config.teacher)
+        draft = build_recipe(config, teacher)
+        layout = build_layout(config, draft)
         weights = _weights_of(teacher) if config.with_weights else None
-    store = Store.create(config.store, single_writer=config.single_writer)
-    put_recipe(store, recipe)
-    if weights:
-        keep_weights(store, recipe, weights)
-    return Run(config, store, recipe, layout)
+        calibration = _calibration_of(draft, config.calibration) if config.calibration else None
+    store = Store.create(config.store, single_writer=config.single_writer) if writes else _as_it_is(config.store)
+    recipe = settle(config, draft, layout, store)
+    return Run(config, store, recipe, layout, weights, calibration)
+
+
+def _as_it_is(uri: str) -> Store:
+    """The store if there is one, else a place where nothing is yet."""
+    store = Store(uri)
+    return Store.open(uri) if store.exists(paths.STORE) else store
+
+
+def keep_recipe(run: Run) -> None:
+    """Put the recipe, and the teacher's weights and a calibration where they were asked for, into the store."""
+    put_recipe(run.store, run.recipe)
+    if run.weights:
+        keep_weights(run.store, run.recipe, run.weights)
+    if run.calibration:
+        put_calibration(run.store, run.recipe, run.calibration)
+
+
+def settle(config: GenerateConfig, draft: Recipe, layout: Layout, store: Store) -> Recipe:
+    """The recipe with its micro-batch, which `auto` leaves open until the store and a worker were asked."""
+    if config.micro_batch != "auto":
+        return draft
+    return with_micro_batch(draft, find_micro_batch(config, draft, layout, store))
 
 
 def keep_weights(store: Store, recipe: Recipe, weights: Checkpoint) -> None:
@@ -59,7 +85,14 @@ def _weights_of(teacher: Teacher) -> Checkpoint:
     return load_checkpoint(teacher.uri)
 
 
-def _load(uri: str) -> Teacher:
+def _calibration_of(recipe: Recipe, path: str) -> Calibration:
+    calibration = Calibration.from_bytes(Path(path).read_bytes(), path)
+    check_calibration(calibration, recipe, path)
+    return calibration
+
+
+def load(uri: str) -> Teacher:
+    """The teacher on the CPU, with whatever a factory raises as a UsageError."""
     try:
         return load_teacher(uri)
     except (UserError, ValueError, FileNotFoundError, ModuleNotFoundError):

@@ -1,11 +1,16 @@
 """A worker's inside: a teacher, loaded once, that turns tasks into commits. It knows nothing of who calls it."""
 
+import errno
+import os
 import platform
 import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +19,24 @@ import torch
 from diffusion.teachers import Teacher, load_teacher
 from pipeline.solve import Solved, denoise_of, solve_task
 from storage_schemas import formats, paths
-from storage_schemas.commit import Commit, Task, column_statistics, put_commit, read_commit, utc_now
-from storage_schemas.errors import UserError
+from storage_schemas.commit import Commit, Task, column_statistics, put_commit, read_commit
+from storage_schemas.errors import UserError, without_credentials
 from storage_schemas.layout import Layout
 from storage_schemas.recipe import Recipe
 from storage_schemas.store import Store
+
+COMMIT_WITHIN = timedelta(hours=12)
+"""From the begin of an attempt's upload. Prune leaves shards alone that are younger than a day and not committed."""
+
+SCRATCH_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class ScratchFull(UserError):
+    """A machine without room to encode a shard; another one may have it."""
+
+
+class LateAttempt(UserError):
+    """An attempt that slept so long that prune may have taken its shard away."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +62,15 @@ class Problem:
 class Producer:
     """One teacher on one device. Two calls of `run` may be in flight: one uploads while the other solves."""
 
-    def __init__(self, order: Order) -> None:
-        torch.set_num_threads(order.threads)
-        torch.set_float32_matmul_precision("high" if order.recipe.tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = order.recipe.tf32
+    def __init__(self, order: Order, teacher: Teacher | None = None) -> None:
+        """The recipe's teacher from its uri, or `teacher`: the same one from elsewhere, on the order's device."""
+        set_up_torch(threads=order.threads, tf32=order.recipe.tf32)
         self.order = order
         self.device = pick_device(order.device)
-        self.teacher = _same_teacher(order.recipe, load_teacher(order.recipe.teacher.uri, device=self.device))
+        loaded = teacher or load_teacher(order.recipe.teacher.uri, device=self.device)
+        self.teacher = _same_teacher(order.recipe, loaded)
         self.denoise = denoise_of(order.recipe, self.teacher.denoiser, device=self.device)
-        self.machine = _machine(self.device, order.threads)
+        self.machine = machine_of(self.device, order.threads)
         self._solving = threading.Lock()
 
     def run(self, task: Task) -> Commit:
@@ -72,12 +90,15 @@ def publish(order: Order, task: Task, solved: Solved, *, seconds: float, machine
     """Encode to scratch, upload under a name of this attempt, then commit if nobody has."""
     attempt, recipe, layout = paths.new_attempt(), order.recipe, order.layout
     path = paths.shard_path(recipe.id, layout.id, task.name, attempt, layout.suffix)
-    with tempfile.TemporaryDirectory(prefix="limbeck-") as scratch:
+    with _scratch() as scratch:
         local = Path(scratch) / f"shard{layout.suffix}"
-        shard = formats.encode_shard(
-            local, recipe.fields, solved.columns, task=task, recipe_id=recipe.id, layout=layout
-        )
+        with _room_in(scratch):
+            shard = formats.encode_shard(
+                local, recipe.fields, solved.columns, task=task, recipe_id=recipe.id, layout=layout
+            )
+        begun = utc()
         order.store.upload(local, path)
+    committed_at = in_time(task, begun)
     commit = Commit(
         split=task.split,
         index=task.index,
@@ -96,9 +117,49 @@ def publish(order: Order, task: Task, solved: Solved, *, seconds: float, machine
         machine=machine,
         statistics=column_statistics(recipe.fields, solved.columns),
         labels=label_histogram(solved.columns["condition"]),
-        committed_at=utc_now(),
+        committed_at=committed_at.isoformat(timespec="seconds"),
     )
     return put_commit(order.store, commit)
+
+
+def utc() -> datetime:
+    """The wall clock, which goes on while a process or its machine is stopped."""
+    return datetime.now(UTC)
+
+
+def in_time(task: Task, begun: datetime) -> datetime:
+    """The time of the commit. LateAttempt if the upload began too long before."""
+    now = utc()
+    if now - begun > COMMIT_WITHIN:
+        raise LateAttempt(
+            f"{task.name}: its upload began at {begun:%Y-%m-%d %H:%M} UTC, more than {COMMIT_WITHIN} ago, so it is not "
+            "committed: prune may have deleted it; the task runs again"
+        )
+    return now
+
+
+@contextmanager
+def _scratch() -> Iterator[str]:
+    """A folder of this attempt's own, gone at its end."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="limbeck-", ignore_cleanup_errors=True)
+    except OSError as error:  # FileNotFoundError where no candidate for a scratch folder takes a byte
+        raise ScratchFull(
+            f"no scratch folder can be made ({error}): free the disk, or set TMPDIR to a roomier one"
+        ) from None
+    with folder as name:
+        yield name
+
+
+@contextmanager
+def _room_in(scratch: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in SCRATCH_FULL:
+            raise
+        where = f"the scratch folder {Path(scratch).parent} is full ({os.strerror(error.errno)})"
+        raise ScratchFull(f"{where}: free it, or set TMPDIR to a roomier one") from None
 
 
 def attempt_task(producer: Producer, task: Task) -> Commit | Problem:
@@ -110,10 +171,11 @@ def attempt_task(producer: Producer, task: Task) -> Commit | Problem:
 
 
 def describe(error: BaseException) -> Problem:
-    """An exception as what a Failure record keeps of it."""
+    """An exception as what a Failure record keeps of it, without the credentials of any uri in its words."""
     line = " ".join(str(error).split()) or "no message"
     told = line if isinstance(error, UserError) else f"{type(error).__name__}: {line}"
-    return Problem(told, "".join(traceback.format_exception(error)), platform.node())
+    where = "".join(traceback.format_exception(error))
+    return Problem(without_credentials(told), without_credentials(where), platform.node())
 
 
 def label_histogram(condition: np.ndarray) -> dict[str, int]:
@@ -139,7 +201,15 @@ def _same_teacher(recipe: Recipe, teacher: Teacher) -> Teacher:
     return teacher
 
 
-def _machine(device: torch.device, threads: int) -> dict[str, str]:
+def set_up_torch(*, threads: int, tf32: bool) -> None:
+    """What holds for a whole worker process: workers keep the thread count that they are given."""
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+
+
+def machine_of(device: torch.device, threads: int) -> dict[str, str]:
+    """Where and with what numbers are computed."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     versions = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
     return {"host": platform.node(), "device": f"{device} {name}", "threads": str(threads), **versions}

@@ -48,14 +48,14 @@ class Progress:
             self.samples += outcome.rows
         else:
             self.failures += 1
-            self._say(f"{outcome.task} set aside after {outcome.attempts} attempts: {outcome.error}")
+            self.say(f"{outcome.task} set aside after {outcome.attempts} attempts: {outcome.error}")
         if self._bar and self._row is not None:
             self._bar.update(self._row, completed=self.tasks, told=self._rate())
 
     def _tell(self) -> None:
         """A line an interval, also while no task ends: whoever reads a log sees that the job lives."""
         while not self._ended.wait(self._interval):
-            self._say(self.line())
+            self.say(self.line())
 
     def line(self) -> str:
         """For example: 3/9 tasks, 6144 samples, 812 samples/s, 0 failures, 15 s to go."""
@@ -70,7 +70,8 @@ class Progress:
     def _rate(self) -> str:
         return f"{self.samples / self._elapsed:.0f} samples/s, {self.failures} failures"
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """A line beside the count, such as that workers wait for room."""
         if self._bar:
             self._bar.console.print(line, highlight=False, markup=False)
         else:

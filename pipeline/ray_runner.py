@@ -1,25 +1,25 @@
-"""Workers as Ray actors: the only file that knows Ray. Only tasks go out and only commits come back."""
+"""The only file that imports Ray. Workers are actors: only tasks go out and only commits come back."""
 
 import itertools
-import math
 import os
-import socket
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.cluster import actor_options, draining_nodes, first_line, joined, room, why_gone
 from pipeline.config import RayConfig
-from pipeline.dispatch import IN_FLIGHT, Died, Event, Finished, Ready
+from pipeline.fleet import IN_FLIGHT, Died, Event, Finished, Leaving, Ready, WorkerError
 from pipeline.local import load_producer
+from pipeline.once import WorkerDied, caught
 from pipeline.produce import Order, Problem, attempt_task
 from storage_schemas.commit import Commit, Task
 from storage_schemas.errors import UsageError
 
-OBJECT_STORE_BYTES = 100 * 2**20
-"""Of a cluster that is started here. Tensors never enter it."""
-
-
-KNOCK_SECONDS = 10.0
+WAIT_SECONDS = 1.0
+NOTICE_SECONDS = 5.0
+"""How often the cluster is asked which of its nodes have had notice to go."""
 
 
 class _Worker:
@@ -28,81 +28,139 @@ class _Worker:
     def __init__(self, order: Order) -> None:
         self.producer, self.problem = load_producer(order)
 
-    def ready(self) -> Problem | None:
-        return self.problem
+    def ready(self) -> tuple[Problem | None, str]:
+        """Also on which node."""
+        return self.problem, import_ray().get_runtime_context().get_node_id()
 
     def run(self, task: Task) -> Commit | Problem:
         assert self.producer is not None
         return attempt_task(self.producer, task)
 
 
-@dataclass(frozen=True)
-class _Call:
-    """A call that an actor has not answered; without a task it is the one that asks whether it is ready."""
+class _Once:
+    """The actor of `call_once`."""
 
-    worker: int
-    task: Task | None
+    def ready(self) -> None:
+        """Answers once there is room."""
+
+    def run(self, function: Callable[..., Any], arguments: tuple[object, ...]) -> Any:
+        return caught(function, arguments)
+
+
+@dataclass
+class _Actor:
+    """An actor, the calls that it hasn't answered, and its node once it is ready."""
+
+    handle: Any
+    calls: set[Any] = field(default_factory=set)
+    node: str = ""
 
 
 class RayFleet:
-    """Actors that Ray neither restarts nor asks again: who retries what is decided in one place, by dispatch."""
+    """Actors of a cluster that is joined, or started here. Those without room are what an autoscaler sees."""
 
     def __init__(self, order: Order, config: RayConfig, *, workers: int) -> None:
-        self._ray = _import_ray()
-        self._ours = not self._ray.is_initialized()
-        if self._ours:
-            _connect(self._ray, config, workers=workers)
+        self._ray = import_ray()
+        self._config = config
+        self._connection = ExitStack()
+        self._connection.enter_context(joined(self._ray, config, workers=workers))
         self._order = self._ray.put(order)
-        self._actor = self._ray.remote(_Worker).options(
-            num_cpus=config.num_cpus,
-            num_gpus=config.num_gpus,
-            max_restarts=0,
-            max_task_retries=0,
-            max_concurrency=IN_FLIGHT,
-        )
+        self._actor = self._ray.remote(_Worker).options(max_concurrency=IN_FLIGHT, **actor_options(config))
         self._numbers = itertools.count()
-        self._actors: dict[int, Any] = {}
-        self._calls: dict[Any, _Call] = {}
+        self._actors: dict[int, _Actor] = {}
+        self._calls: dict[Any, tuple[int, Task | None]] = {}  # without a task: is it ready?
+        self._noticed: set[str] = set()
+        self._look_at = 0.0
 
     def start(self) -> int:
         """Ask for an actor; it is ready once the cluster has room and the teacher is loaded."""
         number = next(self._numbers)
-        self._actors[number] = self._actor.remote(self._order)
-        self._calls[self._actors[number].ready.remote()] = _Call(number, None)
+        actor = self._actors[number] = _Actor(self._actor.remote(self._order))
+        self._called(number, actor.handle.ready.remote(), None)
         return number
 
     def submit(self, worker: int, task: Task) -> None:
         """Queue the task at its actor."""
-        self._calls[self._actors[worker].run.remote(task)] = _Call(worker, task)
+        self._called(worker, self._actors[worker].handle.run.remote(task), task)
+
+    def end(self, worker: int) -> None:
+        """Its place is free again, or nobody waits for one."""
+        actor = self._actors.pop(worker)
+        for reference in actor.calls:
+            del self._calls[reference]
+        self._ray.kill(actor.handle)
 
     def wait(self) -> Sequence[Event]:
-        """Blocks for a second at most."""
-        done, _ = self._ray.wait(list(self._calls), timeout=1.0)
-        return [self._answer(reference) for reference in done]
+        """All answers that are there, or the first to come."""
+        if not self._calls:
+            time.sleep(WAIT_SECONDS)
+            return []
+        references = list(self._calls)
+        done, _ = self._ray.wait(references, num_returns=len(references), timeout=0)
+        if not done:
+            done, _ = self._ray.wait(references, num_returns=1, timeout=WAIT_SECONDS)
+        # A worker that died answers all its calls at once: the first ends it, and with it the others.
+        answers = [self._answer(reference) for reference in done if reference in self._calls]
+        return answers + self._notices()
+
+    def room(self) -> str:
+        """What an actor takes, and what the cluster has."""
+        return room(self._ray, self._config)
 
     def close(self) -> None:
         """End every actor, and the cluster if it was started or joined here."""
         for actor in self._actors.values():
-            self._ray.kill(actor)
-        if self._ours:
-            self._ray.shutdown()
+            self._ray.kill(actor.handle)
+        self._connection.close()
+
+    def _called(self, worker: int, reference: Any, task: Task | None) -> None:
+        self._actors[worker].calls.add(reference)
+        self._calls[reference] = worker, task
 
     def _answer(self, reference: Any) -> Event:
-        call = self._calls.pop(reference)
+        worker, task = self._calls[reference]
         try:
             value = self._ray.get(reference)
         except self._ray.exceptions.RayError as error:
-            return self._bury(call.worker, error)
-        return Ready(call.worker, value) if call.task is None else Finished(call.worker, call.task, value)
+            # An actor that is only out of reach is ended too: its tasks are given to others now.
+            machine = f"Ray node {self._actors[worker].node}"
+            self.end(worker)
+            reason, cause = why_gone(self._ray, error)
+            return Died(worker, reason, str(error), cause, machine)
+        del self._calls[reference]
+        self._actors[worker].calls.discard(reference)
+        if task is not None:
+            return Finished(worker, task, value)
+        problem, self._actors[worker].node = value
+        return Ready(worker, problem)
 
-    def _bury(self, worker: int, error: Exception) -> Event:
-        # An actor that is only out of reach is ended too: its tasks are given to others now.
-        self._ray.kill(self._actors.pop(worker))
-        self._calls = {reference: call for reference, call in self._calls.items() if call.worker != worker}
-        return Died(worker, _first_line(error))
+    def _notices(self) -> list[Event]:
+        """Leaving, for each ready worker on a node that has had notice, again and again while it is there."""
+        if time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + NOTICE_SECONDS
+            self._noticed = draining_nodes(self._ray)
+        if not self._noticed:
+            return []
+        return [Leaving(number) for number, actor in self._actors.items() if actor.node in self._noticed]
 
 
-def _import_ray() -> Any:
+def call_once(function: Callable[..., Any], arguments: tuple[object, ...], config: RayConfig) -> Any:
+    """function(*arguments), or `Raised`, by an actor with a worker's resources."""
+    ray = import_ray()
+    with joined(ray, config, workers=1):
+        actor = ray.remote(_Once).options(**actor_options(config)).remote()
+        try:
+            if not ray.wait([actor.ready.remote()], timeout=config.startup_timeout)[0]:
+                raise WorkerError(f"no room for a worker in {config.startup_timeout:g} s: {room(ray, config)}")
+            return ray.get(actor.run.remote(function, arguments))
+        except ray.exceptions.RayError as error:
+            raise WorkerDied(f"the worker that ran {function.__name__} died: {why_gone(ray, error)[0]}") from None
+        finally:
+            ray.kill(actor)
+
+
+def import_ray() -> Any:
+    """The module, or one line that says how to get it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -113,48 +171,13 @@ def _import_ray() -> Any:
     return ray
 
 
-def _connect(ray: Any, config: RayConfig, *, workers: int) -> None:
-    """Join the cluster that the configuration or RAY_ADDRESS names, else start one on this machine."""
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    address = config.address or os.environ.get("RAY_ADDRESS")
-    if address:
-        try:
-            _knock(address)
-            ray.init(address=address, **quiet)
-        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            reason = _first_line(error)
-            raise UsageError(f"no Ray cluster at {address} ({reason}): mend the address, or leave it out") from None
-        return
-    # Ray may otherwise turn token authentication on by itself and write a token to the home folder.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    ray.init(
-        num_cpus=max(1, math.ceil(workers * config.num_cpus)),
-        num_gpus=None if config.num_gpus else 0,
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        **quiet,
-    )
-    _refuse_no_room(ray, config)
+def job_client(dashboard: str) -> Any:
+    """A client of the cluster's job server."""
+    import_ray()
+    from ray.job_submission import JobSubmissionClient
 
-
-def _refuse_no_room(ray: Any, config: RayConfig) -> None:
-    """UsageError where no worker will ever fit: a cluster of this machine alone gets no other one to wait for."""
-    gpus = ray.cluster_resources().get("GPU", 0.0)
-    if config.num_gpus > gpus:
-        ray.shutdown()
-        raise UsageError(
-            f"a worker takes {config.num_gpus:g} GPUs, this machine has {gpus:g}: lower --ray.num-gpus, "
-            "or name a cluster by --ray.address"
-        )
-
-
-def _knock(address: str) -> None:
-    """OSError at once where nobody listens at host:port; Ray itself would wait for minutes."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if port.isdecimal():
-        socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    try:
+        return JobSubmissionClient(dashboard)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = first_line(error)
+        raise UsageError(f"no Ray job server at {dashboard} ({reason}): mend --dashboard") from None

@@ -9,7 +9,7 @@ from diffusion.frames import frame_for
 from diffusion.grids import make_grid, near_ratio
 from diffusion.process import Process
 from diffusion.teachers import Teacher
-from pipeline.config import GenerateConfig, SolverConfig
+from pipeline.config import GenerateConfig, GridConfig
 from storage_schemas.layout import Layout, check_layout
 from storage_schemas.recipe import (
     Condition,
@@ -24,7 +24,10 @@ from storage_schemas.recipe import (
 
 
 def build_recipe(config: GenerateConfig, teacher: Teacher) -> Recipe:
-    """How the samples that `config` asks for are made. ValueError for what the teacher can't serve."""
+    """How the samples that `config` asks for are made. ValueError for what the teacher can't serve.
+
+    A micro-batch still to be found is 1 here: it fits every shard.
+    """
     grid = grid_options(config.solver, teacher.process)
     times = _rounded(make_grid(config.solver.grid, teacher.process, config.solver.steps, **grid))
     frame = frame_for(teacher.process, times)
@@ -52,7 +55,8 @@ def build_recipe(config: GenerateConfig, teacher: Teacher) -> Recipe:
         autocast=config.autocast,
         tf32=config.tf32,
         compile=config.compile,
-        micro_batch=config.micro_batch,
+        channels_last=_channels_last(config, teacher),
+        micro_batch=1 if config.micro_batch == "auto" else config.micro_batch,
         numerics_version=NUMERICS_VERSION,
     )
 
@@ -64,7 +68,7 @@ def build_layout(config: GenerateConfig, recipe: Recipe) -> Layout:
     return layout
 
 
-def grid_options(solver: SolverConfig, process: Process) -> dict[str, Any]:
+def grid_options(solver: GridConfig, process: Process) -> dict[str, Any]:
     """The grid's options with its defaults filled in, so that a default given by hand is the same recipe."""
     given = {name: getattr(solver, name) for name in ("rho", "r_max", "r_min", "t_min")}
     near = {"r_min": near_ratio(process)}
@@ -76,6 +80,13 @@ def _guidance(config: GenerateConfig, teacher: Teacher) -> float:
     if config.guidance != 1 and teacher.num_classes is None:
         raise ValueError(f"guidance {config.guidance} needs classes, {teacher.uri} has none: leave it at 1")
     return config.guidance
+
+
+def _channels_last(config: GenerateConfig, teacher: Teacher) -> bool:
+    if config.channels_last and len(teacher.sample_shape) != 3:
+        shape = "x".join(map(str, teacher.sample_shape))
+        raise ValueError(f"channels-last needs images CxHxW, {teacher.uri} makes {shape}: leave it out")
+    return config.channels_last
 
 
 def _condition(config: GenerateConfig, teacher: Teacher) -> Condition:

@@ -1,6 +1,7 @@
 """From a range of sample ids to the columns of a shard: pure functions of the recipe, the teacher and the ids."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,10 +14,18 @@ from diffusion.denoiser import Guided
 from diffusion.process import Process
 from diffusion.solvers import solve
 from storage_schemas.commit import Task
+from storage_schemas.errors import UserError
 from storage_schemas.recipe import NoCondition, Recipe
 from storage_schemas.record import NO_CONDITION, Columns, state_column, to_storage
 
 Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+ALLOCATORS_SAY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+"""What is in the message of a RuntimeError by which torch's CPU allocator, cuBLAS and cuDNN tell that they are full."""
+
+
+class OutOfMemory(UserError):
+    """A micro-batch that this device, or what others leave of it, has no room for."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,10 @@ class Solved:
 
 
 def solve_task(recipe: Recipe, denoise: Denoise, process: Process, task: Task, *, device: torch.device) -> Solved:
-    """Every sample of a task, micro-batch by micro-batch, in ascending order of ids."""
+    """Every sample of a task, micro-batch by micro-batch, in ascending order of ids. OutOfMemory if one is too large.
+
+    It is never solved in smaller ones instead: a network's last bits hang on the batch size, which the recipe states.
+    """
     batches = [
         solve_batch(recipe, denoise, process, task.split, ids, device=device)
         for ids in micro_batches(task, recipe.micro_batch)
@@ -50,18 +62,18 @@ def solve_batch(
 ) -> Solved:
     """One micro-batch: x_T, its labels, the solver's states at recipe.states, rounded to the storage dtype."""
     labels = draw_labels(recipe, split, ids)
-    condition = None if labels is None else torch.from_numpy(labels).to(device)
-    solution = solve(
-        denoise,
-        process,
-        draw_noise(recipe, split, ids).to(device),
-        torch.tensor(recipe.times, dtype=torch.float64),
-        solver=recipe.solver.name,
-        condition=condition,
-        keep=recipe.states,
-    )
-    states = solution.states.to(getattr(torch, recipe.storage_dtype))
-    finite = states.isfinite().transpose(0, 1).flatten(1).all(1).cpu().numpy()
+    with memory_told(recipe.micro_batch, device):
+        solution = solve(
+            denoise,
+            process,
+            in_memory_format(recipe, draw_noise(recipe, split, ids).to(device)),
+            torch.tensor(recipe.times, dtype=torch.float64),
+            solver=recipe.solver.name,
+            condition=None if labels is None else torch.from_numpy(labels).to(device),
+            keep=recipe.states,
+        )
+        states = solution.states.to(getattr(torch, recipe.storage_dtype))
+        finite = states.isfinite().transpose(0, 1).flatten(1).all(1).cpu().numpy()
     columns = {
         "sample_id": ids,
         "condition": np.full(len(ids), NO_CONDITION, dtype=np.int64) if labels is None else labels,
@@ -69,6 +81,29 @@ def solve_batch(
     }
     kept = {name: column[finite] for name, column in columns.items()}
     return Solved(kept, tuple(ids[~finite].tolist()), solution.nfe)
+
+
+@contextmanager
+def memory_told(micro_batch: int, device: torch.device) -> Iterator[None]:
+    """An allocator's complaint as OutOfMemory, with the way out. A CPU allocator and cuBLAS raise a RuntimeError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not _tells_of_memory(error):
+            raise
+        raise OutOfMemory(
+            f"out of memory on {device} with {micro_batch} samples together: the recipe fixes the micro-batch, it is "
+            "never re-batched; run fewer workers a GPU, take a larger one, or make a new recipe with a smaller "
+            f"--micro-batch ({_first_line(error)})"
+        ) from None
+
+
+def _tells_of_memory(error: Exception) -> bool:
+    return any(words in str(error) for words in ALLOCATORS_SAY)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def draw_noise(recipe: Recipe, split: str, ids: np.ndarray) -> Tensor:
@@ -86,11 +121,40 @@ def draw_labels(recipe: Recipe, split: str, ids: np.ndarray) -> np.ndarray | Non
     return noise.labels(recipe.noise.seed, split, ids, recipe.condition.num_classes)
 
 
+def in_memory_format(recipe: Recipe, x_T: Tensor) -> Tensor:
+    """[B, C, H, W] with channels last in memory where the recipe wants that; every x_t that is made of it keeps it."""
+    return x_T.contiguous(memory_format=torch.channels_last) if recipe.channels_last else x_T
+
+
 def denoise_of(recipe: Recipe, denoiser: nn.Module, *, device: torch.device) -> Denoise:
-    """The denoiser as the recipe wants it called: compiled, under autocast, guided."""
-    network = cast(nn.Module, torch.compile(denoiser)) if recipe.compile else denoiser
+    """The denoiser as the recipe wants it called: channels last, compiled, guided, under autocast."""
+    if recipe.channels_last:
+        # torch's stubs lack the overload; weights of four axes change their place in memory, all others stay.
+        denoiser = denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = _compiled(denoiser, recipe.compile, device) if recipe.compile != "none" else denoiser
     guided: Denoise = network if recipe.guidance.scale == 1 else Guided(network, recipe.guidance.scale)
     return guided if recipe.autocast == "none" else _Autocast(guided, recipe.autocast, device)
+
+
+def _compiled(denoiser: nn.Module, mode: str, device: torch.device) -> nn.Module:
+    compiled = cast(nn.Module, torch.compile(denoiser, mode=mode, dynamic=False))
+    return Graphed(compiled) if mode == "reduce-overhead" and device.type == "cuda" else compiled
+
+
+class Graphed(nn.Module):
+    """A denoiser that torch runs as a CUDA graph, whose answers all lie in one place: each is copied out of it.
+
+    The next call overwrites it, and a solver of several stages or steps may hold on to what it was told.
+    """
+
+    def __init__(self, compiled: nn.Module) -> None:
+        super().__init__()
+        self.compiled = compiled
+        self.num_classes: int | None = getattr(compiled, "num_classes", None)
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return self.compiled(x_t, t, condition).clone()
 
 
 class _Autocast:

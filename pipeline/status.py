@@ -2,13 +2,15 @@
 
 import json
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from pipeline.config import StatusConfig
+from pipeline.heartbeat import age
+from pipeline.keep import Target, read_target
 from pipeline.plan import Goal, missing_tasks
 from storage_schemas import paths
 from storage_schemas.commit import Commit, Task, list_committed, read_commits
-from storage_schemas.dataset import latest_number, read_manifest, read_shard_table
+from storage_schemas.dataset import Pruned, latest_number, read_manifest, read_shard_table
 from storage_schemas.errors import StoreError
 from storage_schemas.job import Failure, Job
 from storage_schemas.manifest import Manifest
@@ -17,16 +19,16 @@ from storage_schemas.store import Store
 RECENT = 64
 """Commits that are read to know how long ago the last one was."""
 
-STALLED = 10
-"""A job without a commit for this many times its usual interval is called stalled."""
-
-FIRST_SECONDS = 600.0
-"""So is one without its first commit for this long: it has no usual interval yet."""
+STALLED = timedelta(minutes=5)
+"""A job whose driver has said nothing for so long, though it says every minute that it lives, is called stalled."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """Where a job stands. Seconds are as of now; rates are over the time from its start to its last commit."""
+    """Where a job stands. Seconds are as of now; rates are over the time from its start to its last commit.
+
+    `tasks_done` counts also what was committed when the job began; rates and what is to go count only its own time.
+    """
 
     job: str
     dataset: str
@@ -44,49 +46,47 @@ class Status:
 def run_status(config: StatusConfig) -> int:
     """The exit code: 0, whatever the job's."""
     store = Store.open(config.store)
-    status = job_status(store, read_job(store, config.job), now=datetime.now(UTC))
+    status = job_status(store, find_job(store, config.job), now=datetime.now(UTC))
     print(json.dumps(asdict(status)) if config.as_json else told(status))
     return 0
 
 
-def read_job(store: Store, job: str | None) -> Job:
-    """A job's document; the newest job by default, as ids sort by time."""
+def find_job(store: Store, job: str | None) -> Target:
+    """A job and its last heartbeat; the newest job by default, as ids sort by time."""
     jobs = store.list("jobs")
     if not jobs:
         raise StoreError(f"{store.uri} has no job yet: `python -m pipeline generate` makes one")
     if job and job not in jobs:
         raise StoreError(f"{store.uri} has no job {job}: its last is {jobs[-1]}")
-    path = paths.job_path(job or jobs[-1])
-    data = store.read(path)
-    if data is None:
-        raise StoreError(f"{store.uri}/{path} is missing: name another job with --job")
-    return Job.from_bytes(data, f"{store.uri}/{path}")
+    target = read_target(store, job or jobs[-1])
+    if target is None:
+        raise StoreError(f"{store.uri}/{paths.job_path(job or jobs[-1])} is missing: name another job with --job")
+    return target
 
 
-def job_status(store: Store, job: Job, *, now: datetime) -> Status:
+def job_status(store: Store, target: Target, *, now: datetime) -> Status:
     """Counts commits of the job's tasks, whoever made them."""
+    job, beat = target.job, target.beat
     needed = _needed(store, job)
     committed = list_committed(store, job.recipe_id, job.layout.id)
     left = [task for task in needed if task.name not in committed]
-    done = job.tasks_missing - len(left)
-    samples = done * job.layout.samples_per_shard
-    last = _last_commit(store, job, [task.name for task in needed if task.name in committed]) if done else None
+    done = len(needed) - len(left)
+    own = max(done - beat.found, 0)
+    samples = own * job.layout.samples_per_shard
+    last = _last_commit(store, job, [task.name for task in needed if task.name in committed]) if own else None
     elapsed = (last - datetime.fromisoformat(job.started_at)).total_seconds() if last else 0.0
     failures = read_failures(store, job.job)
     sealed = _sealed_by(store, job)
-    age = (now - last).total_seconds() if last else None
-    quiet = (now - (last or datetime.fromisoformat(job.started_at))).total_seconds()
-    patience = max(60.0, STALLED * elapsed / done) if done else FIRST_SECONDS
     return Status(
         job=job.job,
         dataset=job.dataset,
-        state=_state(sealed, failures, left, stalled=quiet > patience),
+        state=_state(sealed, target, left, now),
         tasks_done=done,
-        tasks=job.tasks_missing,
+        tasks=len(needed),
         samples_done=samples,
         samples_per_second=samples / elapsed if elapsed > 0 else None,
-        seconds_to_go=elapsed / done * len(left) if done else None,
-        last_commit_age=age,
+        seconds_to_go=elapsed / own * len(left) if own else None,
+        last_commit_age=(now - last).total_seconds() if last else None,
         failures=tuple({"task": failure.task, "error": failure.error} for failure in failures),
         manifest=sealed,
     )
@@ -113,10 +113,13 @@ def told(status: Status) -> str:
 
 
 def _needed(store: Store, job: Job) -> list[Task]:
-    """The tasks that the job's parent did not list."""
+    """The tasks that the job's parent did not list; all of its window's once the parent was pruned."""
     parent = read_manifest(store, job.dataset, job.parent) if job.parent else None
     goal = Goal(job.dataset, parent, job.recipe_id, job.layout, job.window)
-    listed = read_shard_table(store, parent).tasks if parent and goal.continues else frozenset()
+    try:
+        listed = read_shard_table(store, parent).tasks if parent and goal.continues else frozenset()
+    except Pruned:
+        listed = frozenset()
     return missing_tasks(goal, listed)
 
 
@@ -136,11 +139,18 @@ def _writer(manifest: Manifest | None) -> str | None:
     return manifest.writer if manifest else None
 
 
-def _state(sealed: int | None, failures: list[Failure], left: list[Task], *, stalled: bool) -> str:
+def _state(sealed: int | None, target: Target, left: list[Task], now: datetime) -> str:
+    state, at = target.beat.state, target.beat.at
     if sealed:
         return f"sealed as manifest {sealed}"
-    if not left:
-        return "all tasks committed, not sealed"
-    if {task.name for task in left} <= {failure.task for failure in failures}:
-        return f"ended with {len(left)} tasks missing, nothing sealed"
-    return "stalled: it may be dead, generate again goes on from here" if stalled else "running"
+    if state == "sealed":
+        return f"sealed at {at}, a manifest that was pruned since"
+    if state == "stopped":
+        return f"stopped with {len(left)} tasks missing, at {at}: generate again goes on from here"
+    if state == "failed":
+        return f"ended with {len(left)} tasks missing, nothing sealed, at {at}"
+    if state in ("ended", "refused"):
+        return f"ended at {at}: another job made what it asked for" if state == "ended" else f"refused at {at}"
+    if age(at, now) > STALLED:
+        return f"stalled since {at}: it may be dead, generate again goes on from here"
+    return "running" if left else "all tasks committed, not sealed"

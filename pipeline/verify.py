@@ -2,44 +2,46 @@
 
 import hashlib
 import json
-from concurrent.futures import ThreadPoolExecutor
-
-import numpy as np
 
 from diffusion.checkpoint import WEIGHTS_FILE
+from pipeline.audit import audit
+from pipeline.checks import Check, plain, tally
 from pipeline.config import VerifyConfig
+from pipeline.scan import check_bytes, in_order, near
 from storage_schemas import paths
 from storage_schemas.commit import Task
 from storage_schemas.dataset import Dataset, open_dataset, read_manifest
 from storage_schemas.errors import UserError
-from storage_schemas.formats import check_shard, read_shard
 from storage_schemas.manifest import content_digest
 from storage_schemas.record import SPLITS
 from storage_schemas.shards import Shard
 from storage_schemas.store import Store
 
-THREADS = 8
-
 
 def run_verify(config: VerifyConfig) -> int:
     """The exit code: 1 if anything is wrong."""
     dataset = open_dataset(Store.open(config.store), config.dataset, config.manifest)
-    problems = check_dataset(dataset)
+    checks: list[Check] = []
+    if config.audit is None:
+        problems = check_dataset(dataset)
+    else:
+        of_shards, checks = audit(dataset, config)
+        problems = check_manifest(dataset) + check_weights(dataset) + of_shards
     size = sum(shard.bytes for shard in dataset.table)
     if config.as_json:
         figures = {"manifest": dataset.manifest.number, "shards": len(dataset.table), "bytes": size}
-        print(json.dumps(figures | {"problems": problems}))
+        print(json.dumps(figures | {"problems": problems, "checks": [plain(check) for check in checks]}))
     else:
-        print("\n".join([*problems, _summary(dataset, size, len(problems))]))
-    return 1 if problems else 0
+        lines = [*problems, *(check.line for check in checks), *([tally(checks)] if checks else [])]
+        print("\n".join([*lines, _summary(dataset, size, len(problems))]))
+    return 1 if problems or any(check.passed is False for check in checks) else 0
 
 
 def check_dataset(dataset: Dataset) -> list[str]:
     """Everything that is wrong with a dataset, one line each."""
-    with ThreadPoolExecutor(THREADS) as threads:
-        of_shards = threads.map(lambda shard: check_listed(dataset, shard), dataset.table)
-        found = [problem for problems in of_shards for problem in problems]
-        return check_manifest(dataset) + check_weights(dataset) + found
+    of_shards = in_order(lambda shard: check_listed(dataset, shard), dataset.table)
+    found = [problem for problems in of_shards for problem in problems]
+    return check_manifest(dataset) + check_weights(dataset) + found
 
 
 def check_weights(dataset: Dataset) -> list[str]:
@@ -55,10 +57,8 @@ def check_listed(dataset: Dataset, shard: Shard) -> list[str]:
     """A shard against its commit and its row in the manifest."""
     try:
         commit = dataset.commit(shard)
-        problems = check_shard(dataset.store, commit)
-        if not problems:
-            ids = read_shard(dataset.store, commit, dataset.recipe.fields, ["sample_id"])["sample_id"]
-            problems = _check_ids(dataset, shard, ids)
+        with near(dataset.store, commit.path) as store:
+            problems = check_bytes(dataset, shard, commit, store)
     except UserError as error:
         problems = [str(error)]
     return [f"{shard.task}: {problem}" for problem in problems]
@@ -81,13 +81,6 @@ def check_manifest(dataset: Dataset) -> list[str]:
         "does not follow from its parent": _is_orphan(dataset),
     }
     return [f"{name} {claim}" for claim, wrong in claims.items() if wrong]
-
-
-def _check_ids(dataset: Dataset, shard: Shard, ids: np.ndarray) -> list[str]:
-    if np.array_equal(ids, shard.ids):
-        return []
-    wanted = f"[{shard.start}, {shard.stop}) without the quarantined"
-    return [f"{dataset.store.uri}/{shard.path} holds other sample ids than {wanted}"]
 
 
 def _strays(dataset: Dataset, shard: Shard) -> bool:

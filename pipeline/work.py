@@ -2,10 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 
 from pipeline.config import GenerateConfig
-from pipeline.dispatch import Fleet, dispatch
+from pipeline.dispatch import dispatch
+from pipeline.drain import Drain
+from pipeline.fleet import Fleet
+from pipeline.keep import check_adoptable
 from pipeline.local import local_fleet
+from pipeline.patience import Patience
 from pipeline.plan import Goal
 from pipeline.prepare import Run
 from pipeline.produce import Order
@@ -13,7 +18,26 @@ from pipeline.progress import Progress
 from storage_schemas import paths
 from storage_schemas.commit import Commit, Task, list_committed, read_commits, utc_now
 from storage_schemas.job import Failure, Job
+from storage_schemas.record import SPLITS
 from storage_schemas.shards import Shard
+
+
+def announce(run: Run, goal: Goal, needed: list[Task]) -> None:
+    """Tell the store what this job aims at: from now on no prune begins that would delete it."""
+    job = Job(
+        job=run.job,
+        dataset=goal.dataset,
+        recipe_id=goal.recipe_id,
+        layout=goal.layout,
+        window=goal.window,
+        parent=goal.parent.number if goal.parent else 0,
+        tasks_total=sum(len(goal.window.task_range(split, goal.layout.samples_per_shard)) for split in SPLITS),
+        tasks_missing=len(needed),
+        runner=run.config.runner,
+        workers=run.config.workers,
+        started_at=utc_now(),
+    )
+    run.store.write(paths.job_path(run.job), job.to_bytes())
 
 
 def adopt(run: Run, needed: list[Task]) -> None:
@@ -22,31 +46,35 @@ def adopt(run: Run, needed: list[Task]) -> None:
     if names:
         committed = list_committed(run.store, run.recipe.id, run.layout.id)
         found = read_commits(run.store, run.recipe.id, run.layout.id, [name for name in names if name in committed])
+        if found:
+            check_adoptable(run.store, run.job, found.values(), datetime.now(UTC))
         run.shards |= {name: Shard.of(commit) for name, commit in found.items()}
 
 
-def solve_missing(run: Run, goal: Goal, tasks: list[Task]) -> None:
+def solve_missing(run: Run, tasks: list[Task]) -> None:
     """Run the tasks; what fails for good is recorded in the store and in `run.failures`."""
     config = run.config
     workers = min(config.workers, len(tasks))
-    job = Job(
-        job=run.job,
-        dataset=goal.dataset,
-        recipe_id=goal.recipe_id,
-        layout=goal.layout,
-        window=goal.window,
-        parent=goal.parent.number if goal.parent else 0,
-        tasks_total=sum(1 for _ in goal.window.tasks(goal.layout.samples_per_shard)),
-        tasks_missing=len(tasks),
-        runner=config.runner,
-        workers=workers,
-        started_at=utc_now(),
-    )
-    with _fleet(run, workers) as fleet, Progress(len(tasks)) as progress:
-        run.store.put_if_absent(paths.job_path(run.job), job.to_bytes())
-        for outcome in dispatch(fleet, tasks, workers=workers, max_attempts=config.max_attempts):
+    with Drain(config.drain_seconds) as drain, _fleet(run, workers) as fleet, Progress(len(tasks)) as progress:
+        ends = dispatch(
+            fleet,
+            tasks,
+            workers=workers,
+            max_attempts=config.max_attempts,
+            patience=_patience(config),
+            drain=drain,
+            tell=progress.say,
+        )
+        for outcome in ends:
             progress.count(outcome)
             _record(run, outcome)
+    drain.raise_if_asked(f"{progress.tasks} of {len(tasks)} missing tasks are committed")
+
+
+def _patience(config: GenerateConfig) -> Patience:
+    if config.runner == "local":  # a process of this machine has no room to wait for
+        return Patience(straggler_seconds=config.straggler_seconds)
+    return Patience(config.ray.min_workers, config.ray.startup_timeout, config.straggler_seconds)
 
 
 def _record(run: Run, outcome: Commit | Failure) -> None:

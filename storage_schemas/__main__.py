@@ -4,19 +4,23 @@ import json
 
 from storage_schemas.commit import Commit
 from storage_schemas.documents import Document
-from storage_schemas.job import Failure, Job, Pin
+from storage_schemas.job import Failure, Heartbeat, Job, Pin, Prune
 from storage_schemas.manifest import Manifest
+from storage_schemas.notes import Calibration
 from storage_schemas.recipe import Recipe
 from storage_schemas.store import StoreDocument
 
 DOCUMENTS: dict[str, type[Document]] = {
     "store.json": StoreDocument,
     "recipes/<recipe id>/recipe.json": Recipe,
+    "recipes/<recipe id>/notes/calibration-<digest>.json": Calibration,
     "recipes/<recipe id>/<layout>/commits/<task>.json": Commit,
     "datasets/<name>/manifests/<number>.json": Manifest,
     "jobs/<job>/job.json": Job,
     "jobs/<job>/failures/<task>.json": Failure,
+    "jobs/<job>/heartbeat.json": Heartbeat,
     "pins/<run>.json": Pin,
+    "prunes/<number>.json": Prune,
 }
 
 

@@ -12,17 +12,47 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from fsspec.config import conf
 from fsspec.core import url_to_fs
 
 from storage_schemas.errors import StoreError, UsageError
 
 LOCAL = ("file", "local")
 CONDITIONAL = ("memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
+S3 = ("s3", "s3a")
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+S3_CLIENT: dict[str, Any] = {
+    "connect_timeout": 3,
+    "read_timeout": 15,
+    "retries": {"mode": "standard", "total_max_attempts": 2},
+}
+"""One request's own patience. Botocore's defaults times s3fs's would be minutes, before the store's own tries."""
+
+PERMANENT = (
+    *(PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError, ImportError, StoreError),
+    *(TypeError, ValueError, AttributeError, LookupError, RuntimeError),
+)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+PERMANENT_ERRNO = (*FULL, errno.EROFS, errno.ENAMETOOLONG, errno.EFBIG)
+TRANSIENT_STATUS = (408, 409, 425, 429, 500, 502, 503, 504, 509)
+TRANSIENT_CODE = (
+    "BadDigest",
+    "IncompleteBody",
+    "NoSuchUpload",
+    "RequestTimeout",
+    "SlowDown",
+    "XAmzContentSHA256Mismatch",
+)
+"""Damage on the way, throttling under a 400, and a multipart upload that a lost answer had ended already."""
+
+PRECONDITION = ("PreconditionFailed", "412")
+TRANSIENT_BOTOCORE = {"HTTPClientError", "ConnectionError", "IncompleteReadError", "CredentialRetrievalError"}
 _memory = threading.Lock()  # memory:// lives in one process, where a lock makes its check-then-write one step
 
 
@@ -54,6 +84,8 @@ def _credentials(protocol: str, rest: str) -> tuple[str, dict[str, str]]:
 def filesystem(protocol: str, uri: str, options: dict[str, str]) -> tuple[Any, str]:
     """The fsspec filesystem of a uri, with no listing cache, and the path in it."""
     try:
+        if protocol in S3:
+            return _s3(uri, options)
         return url_to_fs(uri, use_listings_cache=False, **options)
     except ImportError as error:
         raise StoreError(f"{protocol}:// needs a package that is not installed ({error}): pip install it") from None
@@ -61,15 +93,35 @@ def filesystem(protocol: str, uri: str, options: dict[str, str]) -> tuple[Any, s
         raise StoreError(f"{protocol}:// is unknown to fsspec: use a folder, s3://, gs:// or az://") from None
 
 
+def _s3(uri: str, options: dict[str, str]) -> tuple[Any, str]:
+    """What the user's own fsspec configuration says about the client wins over S3_CLIENT, field by field."""
+    given = (conf.get("s3", {}) | conf.get("s3a", {})).get("config_kwargs", {})
+    fs, root = url_to_fs(uri, use_listings_cache=False, config_kwargs=S3_CLIENT | given, **options)
+    fs.retries = 1  # on top of botocore's tries come the store's, which know when an outcome is unknown
+    return fs, root
+
+
+def read(fs: Any, protocol: str, path: str) -> bytes:
+    """A whole file. s3fs would ask for the size first, to read large files side by side: one request is enough."""
+    if protocol == "file":
+        return Path(path).read_bytes()
+    return bytes(fs.cat_file(path, max_concurrency=1) if protocol in S3 else fs.cat_file(path))
+
+
 def create(fs: Any, protocol: str, path: str, data: bytes) -> None:
-    """Writes `path` whole if it is absent, FileExistsError otherwise; other exceptions leave the outcome unknown."""
+    """Writes `path` whole if it is absent, FileExistsError otherwise; what isn't permanent has an unknown outcome."""
     if protocol == "file":
         _create_local(Path(path), data)
     elif protocol == "memory":
         with _memory:
             fs.pipe_file(path, data, mode="create")
     else:
-        fs.pipe_file(path, data, mode="create")
+        try:
+            fs.pipe_file(path, data, mode="create")
+        except Exception as error:
+            if error_code(error) in PRECONDITION:
+                raise FileExistsError(path) from error
+            raise
 
 
 def _create_local(path: Path, data: bytes) -> None:
@@ -92,12 +144,16 @@ def write_local(path: Path, data: bytes) -> None:
 
 
 def copy_local(source: str, path: Path) -> None:
-    """Copies a file to a name that nobody else uses, and makes it last."""
+    """Copies a file to a name that nobody else uses, and makes it last. A copy that fails leaves no half behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(source, "rb") as reader, open(path, "wb") as writer:
-        shutil.copyfileobj(reader, writer, 1 << 22)
-        _sync(writer)
-    _sync_folder(path.parent)
+    try:
+        with open(source, "rb") as reader, open(path, "wb") as writer:
+            shutil.copyfileobj(reader, writer, 1 << 22)
+            _sync(writer)
+        _sync_folder(path.parent)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
@@ -127,11 +183,39 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def modified(entry: dict[str, Any]) -> datetime | None:
+    """When a file that fsspec listed was last written: every storage has its own name and type for that."""
+    named = (entry.get(name) for name in ("LastModified", "last_modified", "updated", "mtime", "created"))
+    time = next((value for value in named if value is not None), None)
+    if isinstance(time, int | float):
+        return datetime.fromtimestamp(time, UTC)
+    if isinstance(time, str):
+        time = datetime.fromisoformat(time)
+    return time.astimezone(UTC) if isinstance(time, datetime) else None
+
+
 def error_code(error: BaseException | None) -> str:
     """The object store's own code, such as NoSuchBucket, anywhere in an exception's causes."""
+    return str(_response(error).get("Error", {}).get("Code", ""))
+
+
+def is_permanent(error: BaseException) -> bool:
+    """Whether trying again can't help: refused credentials, a name that isn't there, a full disk, our own mistake."""
+    if error_code(error) in TRANSIENT_CODE:
+        return False
+    status = _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode")
+    if status:
+        return status not in TRANSIENT_STATUS
+    if type(error).__module__ == "botocore.exceptions":
+        return TRANSIENT_BOTOCORE.isdisjoint(kind.__name__ for kind in type(error).__mro__)
+    return isinstance(error, PERMANENT) or getattr(error, "errno", None) in PERMANENT_ERRNO
+
+
+def _response(error: BaseException | None) -> dict[str, Any]:
+    """What botocore kept of the server's answer, anywhere in an exception's causes."""
     while error is not None:
         response = getattr(error, "response", None)
         if isinstance(response, dict):
-            return str(response.get("Error", {}).get("Code", ""))
+            return response
         error = error.__cause__ or error.__context__
-    return ""
+    return {}

@@ -8,6 +8,7 @@ value is one line on stderr and exit code 2; `--debug` shows the traceback inste
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import sys
@@ -20,7 +21,7 @@ import tyro
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from storage_schemas.errors import UsageError, UserError
+from storage_schemas.errors import UsageError, UserError, without_credentials
 
 
 class Config(BaseModel):
@@ -47,8 +48,9 @@ class Command:
 def main(program: str, commands: Mapping[str, Command], arguments: Sequence[str] | None = None) -> int:
     """Run the command that `arguments` (sys.argv by default) name; the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
+    own = _before_dashes(words)
+    debug = "--debug" in own
+    words = [word for word in own if word != "--debug"] + words[len(own) :]
     try:
         if not words or words[0] in ("-h", "--help"):
             print(_overview(program, commands))
@@ -61,7 +63,7 @@ def main(program: str, commands: Mapping[str, Command], arguments: Sequence[str]
         if debug:
             raise
         message = str(error) if isinstance(error, UserError) else f"{error} (--debug shows where)"
-        print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
+        print(f"{program}: {without_credentials(' '.join(message.split()))}", file=sys.stderr)
         return error.exit_code if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         return 130
@@ -69,8 +71,8 @@ def main(program: str, commands: Mapping[str, Command], arguments: Sequence[str]
 
 def parse(config: type[ConfigT], arguments: Sequence[str], *, program: str) -> ConfigT:
     """The config that flags and `--config FILE.yaml` describe. Raises UsageError in one line."""
-    flags = _with_yaml(list(arguments), _positionals(config))
-    if "-h" in flags or "--help" in flags:
+    flags = spelled_out(config, arguments)
+    if {"-h", "--help"} & set(_before_dashes(flags)):
         return tyro.cli(config, args=flags, prog=program, description=_help(config))
     complaint = io.StringIO()
     # A wide terminal keeps each sentence of tyro's boxes on one line, so that they can be told in one.
@@ -79,7 +81,17 @@ def parse(config: type[ConfigT], arguments: Sequence[str], *, program: str) -> C
             return tyro.cli(config, args=flags, prog=program)
         except SystemExit:
             pass
-    raise UsageError(f"{_one_line(complaint.getvalue())}; {program} --help lists every option")
+    raise UsageError(f"{without_credentials(_one_line(complaint.getvalue()))}; {program} --help lists every option")
+
+
+def spelled_out(config: type[Config], arguments: Sequence[str]) -> list[str]:
+    """The same words with the fields of `--config FILE.yaml` in its place. What follows `--` is left as it is."""
+    own = _before_dashes(arguments)
+    return [*_with_yaml(own, _positionals(config)), *arguments[len(own) :]]
+
+
+def _before_dashes(arguments: Sequence[str]) -> list[str]:
+    return list(itertools.takewhile(lambda word: word != "--", arguments))
 
 
 def _overview(program: str, commands: Mapping[str, Command]) -> str:

@@ -13,11 +13,14 @@ from storage_schemas.commit import Commit, utc_now
 from storage_schemas.errors import CorruptShard, StoreError
 from storage_schemas.ids import IdSet, id_set
 from storage_schemas.layout import Layout
-from storage_schemas.manifest import Manifest, ManifestDraft, ShardTableRecord, Window, content_digest
+from storage_schemas.manifest import Floor, Manifest, ManifestDraft, ShardTableRecord, Window, content_digest
 from storage_schemas.recipe import Recipe
 from storage_schemas.record import SPLITS, Columns, Split
 from storage_schemas.shards import Shard, ShardTable
 from storage_schemas.store import Store
+
+LOOKS = 8
+"""Times that the latest manifest is looked for anew, where it was listed and then pruned before it was read."""
 
 
 class LostRace(StoreError):
@@ -28,10 +31,19 @@ class LostRace(StoreError):
         super().__init__(f"manifest {winner.number} of {winner.dataset} is another writer's: plan again from it")
 
 
+class Pruned(StoreError):
+    """A manifest below its dataset's floor: what it names may be gone."""
+
+
+def list_numbers(store: Store, dataset: str) -> list[int]:
+    """Numbers of the manifests that are there, ascending."""
+    names = (re.fullmatch(r"(\d{6,})\.json", name) for name in store.list(paths.manifests_folder(dataset)))
+    return sorted(int(match[1]) for match in names if match)
+
+
 def latest_number(store: Store, dataset: str) -> int:
     """The highest manifest number, 0 for a dataset that has none."""
-    names = (re.fullmatch(r"(\d{6,})\.json", name) for name in store.list(paths.manifests_folder(dataset)))
-    return max((int(match[1]) for match in names if match), default=0)
+    return max(list_numbers(store, dataset), default=0)
 
 
 def read_manifest(store: Store, dataset: str, number: int) -> Manifest | None:
@@ -43,15 +55,30 @@ def read_manifest(store: Store, dataset: str, number: int) -> Manifest | None:
 
 def latest_manifest(store: Store, dataset: str) -> Manifest | None:
     """The newest sealed view, None for a dataset that has none."""
-    number = latest_number(store, dataset)
-    return read_manifest(store, dataset, number) if number else None
+    for _ in range(LOOKS):
+        number = latest_number(store, dataset)
+        manifest = read_manifest(store, dataset, number) if number else None
+        if manifest or not number:
+            return manifest
+    # Never None here: a driver would take that for a dataset that nobody has begun.
+    raise StoreError(f"{store.uri}/{paths.manifest_path(dataset, number)} is listed but can't be read: restore it")
+
+
+def pruned(store: Store, dataset: str, number: int) -> Pruned | None:
+    """What to raise where a file of manifest `number` is missing, if that is because it was pruned."""
+    latest = latest_manifest(store, dataset)
+    if latest is None or number >= latest.floor.number:
+        return None
+    told = f"manifest {number} of {dataset!r} in {store.uri} was pruned (floor {latest.floor.number})"
+    return Pruned(f"{told}: open the latest, {latest.number}")
 
 
 def read_shard_table(store: Store, manifest: Manifest) -> ShardTable:
     """The manifest's shards, checked against their sha256."""
     data = store.read(manifest.shards.path)
     if data is None:
-        raise StoreError(f"{store.uri}/{manifest.shards.path} is missing: manifest {manifest.number} was pruned")
+        lost = f"{store.uri}/{manifest.shards.path} is missing, the shards of manifest {manifest.number}: restore it"
+        raise pruned(store, manifest.dataset, manifest.number) or StoreError(lost)
     if hashlib.sha256(data).hexdigest() != manifest.shards.sha256:
         raise CorruptShard(
             f"{store.uri}/{manifest.shards.path} is not what manifest {manifest.number} names: restore it"
@@ -65,22 +92,30 @@ def seal(store: Store, draft: ManifestDraft, shards: ShardTable) -> Manifest:
     kept = inside[0].plus(inside[1])
     ids = {split: _ids(kept, draft.window, split) for split in SPLITS}
     _check_missing(draft, kept)
-    table = kept.to_bytes()
+    table = kept.to_bytes(writer=draft.writer)
     sha256 = hashlib.sha256(table).hexdigest()
     record = ShardTableRecord(path=paths.shard_table_path(draft.dataset, sha256), sha256=sha256, count=len(kept))
     store.put_if_absent(record.path, table)
-    parent = draft.parent
+    parent, now = draft.parent, utc_now()
     manifest = Manifest(
-        **draft.model_dump(exclude={"parent", "floor"}),
+        **draft.model_dump(exclude={"parent", "ticks"}),
         number=draft.number,
         parent_digest=parent.digest if parent else None,
         rows={split: ids[split].count for split in SPLITS},
         shards=record,
         content_digest=content_digest(draft.recipe_id, draft.window, {split: ids[split].gaps for split in SPLITS}),
-        floor=draft.floor or (parent.floor if parent else 1),
-        sealed_at=utc_now(),
+        floor=parent.floor if parent else Floor(),
+        ticks=(parent.ticks if parent else {}) | draft.ticks,
+        train_changed_at=parent.train_changed_at if parent and draft.keeps_train else now,
+        sealed_at=now,
     )
     return _put(store, manifest)
+
+
+def seal_floor(store: Store, parent: Manifest, *, writer: str, floor: Floor) -> Manifest:
+    """The next manifest with the same content, by the same table, and another floor. LostRace as for `seal`."""
+    changes = {"number": parent.number + 1, "parent_digest": parent.digest, "writer": writer, "floor": floor}
+    return _put(store, parent.model_copy(update={**changes, "sealed_at": utc_now()}))
 
 
 def _put(store: Store, manifest: Manifest) -> Manifest:
@@ -89,6 +124,10 @@ def _put(store: Store, manifest: Manifest) -> Manifest:
     there = store.put_if_absent(path, ours)
     if there != ours:
         raise LostRace(Manifest.from_bytes(there, f"{store.uri}/{path}"))
+    latest = latest_manifest(store, manifest.dataset)
+    # A number that was sealed, followed by others and pruned is free again: whoever slept that long has lost, too.
+    if latest is not None and latest.floor.number > manifest.number:
+        raise LostRace(latest)
     return manifest
 
 
@@ -167,7 +206,8 @@ class Dataset:
         """The shard's commit, checked against the manifest."""
         data = self.store.read(shard.commit_path)
         if data is None:
-            raise CorruptShard(f"{self.store.uri}/{shard.commit_path} is missing: generate again to make {shard.task}")
+            lost = f"{self.store.uri}/{shard.commit_path} is missing: `generate --recheck` makes {shard.task} again"
+            raise self._pruned() or CorruptShard(lost)
         commit = Commit.from_bytes(data, f"{self.store.uri}/{shard.commit_path}")
         if (commit.sha256, commit.path) != (shard.sha256, shard.path):
             raise CorruptShard(f"{self.store.uri}/{shard.commit_path} is not what the manifest lists: restore it")
@@ -175,21 +215,27 @@ class Dataset:
 
     def read(self, shard: Shard, columns: Sequence[str] | None = None, *, verify: bool = True) -> Columns:
         """Every row of a shard, also those outside the window (see `rows_inside`); all columns by default."""
-        return formats.read_shard(self.store, self.commit(shard), self.recipe.fields, columns, verify=verify)
+        commit = self.commit(shard)
+        try:
+            return formats.read_shard(self.store, commit, self.recipe.fields, columns, verify=verify)
+        except CorruptShard as error:
+            raise (None if self.store.exists(shard.path) else self._pruned()) or error from None
+
+    def _pruned(self) -> Pruned | None:
+        return pruned(self.store, self.manifest.dataset, self.manifest.number)
 
 
 def open_dataset(store: Store, name: str = "main", number: int | None = None) -> Dataset:
     """The latest manifest of a dataset, or the one with `number`."""
     manifest = latest_manifest(store, name) if number is None else read_manifest(store, name, number)
     if manifest is None:
-        raise StoreError(_no_manifest(store, name, number))
+        raise _no_manifest(store, name, number)
     return Dataset(store, manifest, read_recipe(store, manifest.recipe_id), read_shard_table(store, manifest))
 
 
-def _no_manifest(store: Store, name: str, number: int | None) -> str:
+def _no_manifest(store: Store, name: str, number: int | None) -> StoreError:
     latest = latest_number(store, name)
     if not latest:
-        return f"{store.uri} has no sealed dataset {name!r}: run `python -m pipeline generate` to its end"
-    if number is not None and number < latest:
-        return f"manifest {number} of {name!r} in {store.uri} was pruned: open the latest, {latest}"
-    return f"{store.uri} has no manifest {number} of {name!r}: the latest is {latest}"
+        return StoreError(f"{store.uri} has no sealed dataset {name!r}: run `python -m pipeline generate` to its end")
+    gone = pruned(store, name, number) if number is not None else None
+    return gone or StoreError(f"{store.uri} has no manifest {number} of {name!r}: the latest is {latest}")

@@ -1,5 +1,6 @@
 """What a user is told: one line with the value, the rule and the way out."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -35,3 +36,8 @@ def usage_errors() -> Iterator[None]:
         yield
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
         raise UsageError(str(error)) from error
+
+
+def without_credentials(text: str) -> str:
+    """The text with user:password@ of every uri in it hidden; a password may hold slashes."""
+    return re.sub(r"(\w[\w+.-]*:/{1,2})(?:[^\s@/:]*:[^\s@]*|[^\s@/]*)@", r"\1***@", text)

@@ -55,8 +55,23 @@ class ShardTableRecord(Document):
     count: int
 
 
+class Floor(Document):
+    """The oldest manifest number that is still served. `sealed_at`: when the manifest that raised it was sealed.
+
+    From `sweep_at` on, what only older manifests name may be deleted, and so may what none named at `sealed_at`.
+    """
+
+    number: int = Field(default=1, ge=1)
+    sealed_at: str | None = None
+    sweep_at: str | None = None
+
+
 class Manifest(Document):
-    """Never changes. `writer` is the attempt that sealed it, `floor` the oldest number that is still served."""
+    """Never changes. `writer` is the attempt that sealed it.
+
+    `ticks`: the latest tick of a schedule that each policy of `regenerate` has served. `train_changed_at`: when the
+    recipe or the train window last changed.
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     dataset: str
@@ -70,7 +85,9 @@ class Manifest(Document):
     rows: dict[Split, int]
     shards: ShardTableRecord
     content_digest: Sha256
-    floor: int = Field(ge=1)
+    floor: Floor = Floor()
+    ticks: dict[str, str] = Field(default_factory=dict)
+    train_changed_at: str
     sealed_at: str
 
     @property
@@ -89,12 +106,18 @@ class ManifestDraft(Document):
     layout: Layout
     window: Window
     missing: tuple[str, ...] = ()
-    floor: int | None = None
+    ticks: dict[str, str] = Field(default_factory=dict, description="newly served; the parent's others are kept")
 
     @property
     def number(self) -> int:
         """Parent + 1."""
         return 1 if self.parent is None else self.parent.number + 1
+
+    @property
+    def keeps_train(self) -> bool:
+        """Whether readers see the same train ids of the same recipe as in the parent."""
+        before = self.parent and (self.parent.recipe_id, self.parent.window.train)
+        return before == (self.recipe_id, self.window.train)
 
 
 def content_digest(recipe_id: str, window: Window, gaps: dict[Split, np.ndarray]) -> str:

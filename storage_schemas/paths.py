@@ -4,6 +4,10 @@ import secrets
 from pathlib import PurePosixPath
 
 STORE = "store.json"
+NOT_LAYOUTS = ("recipe.json", "teacher", "conditions", "notes")
+"""What else lies in a recipe's folder."""
+
+RECIPES, DATASETS, JOBS, PINS, PRUNES = "recipes", "datasets", "jobs", "pins", "prunes"
 
 
 def new_attempt() -> str:
@@ -19,6 +23,16 @@ def recipe_path(recipe_id: str) -> str:
 def weights_folder(recipe_id: str) -> str:
     """The teacher's own weights, where generate kept them."""
     return f"recipes/{recipe_id}/teacher"
+
+
+def notes_folder(recipe_id: str) -> str:
+    """What is known of the recipe beside what it is."""
+    return f"recipes/{recipe_id}/notes"
+
+
+def calibration_path(recipe_id: str, sha256: str) -> str:
+    """Solver error that was measured before, named by its content."""
+    return f"{notes_folder(recipe_id)}/calibration-{sha256[:16]}.json"
 
 
 def shards_folder(recipe_id: str, layout_id: str) -> str:
@@ -61,6 +75,11 @@ def job_path(job: str) -> str:
     return f"jobs/{job}/job.json"
 
 
+def heartbeat_path(job: str) -> str:
+    """When its driver last said that it lives."""
+    return f"jobs/{job}/heartbeat.json"
+
+
 def failures_folder(job: str) -> str:
     """Tasks of a job that were set aside."""
     return f"jobs/{job}/failures"
@@ -74,6 +93,11 @@ def failure_path(job: str, task: str) -> str:
 def pin_path(run: str) -> str:
     """A reader that holds a manifest."""
     return f"pins/{run}.json"
+
+
+def prune_path(number: int) -> str:
+    """Who prunes: the last number that is there."""
+    return f"{PRUNES}/{number:06d}.json"
 
 
 def is_inside(path: str) -> bool:

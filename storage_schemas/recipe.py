@@ -1,5 +1,6 @@
 """The recipe: everything that changes a number. Its digest names the folder, so nothing stale is taken for new."""
 
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -94,7 +95,8 @@ class Recipe(Document):
     solve_dtype: Literal["float32", "float64"] = "float32"
     autocast: Literal["none", "bfloat16", "float16"] = "none"
     tf32: bool = False
-    compile: bool = False
+    compile: Literal["none", "default", "reduce-overhead"] = "none"
+    channels_last: bool = False
     micro_batch: int = Field(ge=1)
     numerics_version: int
 
@@ -117,7 +119,7 @@ class Recipe(Document):
             raise ValueError(f"states {list(self.states)} of a trajectory begin with 0 and end with {self.num_steps}")
         return self
 
-    @property
+    @cached_property
     def id(self) -> str:
         """sha256 of the canonical JSON."""
         return digest(self.plain())

@@ -97,10 +97,11 @@ class ShardTable(Sequence[Shard]):
         # "train" sorts after "holdout": descending by name puts train first, as everywhere.
         return cls(table.sort_by([("split", "descending"), ("start", "ascending")]).combine_chunks())
 
-    def to_bytes(self) -> bytes:
-        """The table as a Parquet file."""
+    def to_bytes(self, *, writer: str) -> bytes:
+        """The table as a Parquet file of this writer's own: no two manifests come to share it by chance."""
         file = io.BytesIO()
-        pq.write_table(self.table, file, compression="zstd", write_page_checksum=True)
+        table = self.table.replace_schema_metadata({"writer": writer})
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
         return file.getvalue()
 
     def __len__(self) -> int:
@@ -145,6 +146,11 @@ class ShardTable(Sequence[Shard]):
         """Both tables' shards; a task that is in both is taken once, from this one."""
         new = pc.invert(pc.is_in(other.table["task"], value_set=self.table["task"].combine_chunks()))
         return self._sorted(pa.concat_tables([self.table, other.table.filter(new)]))
+
+    def without(self, tasks: Sequence[str]) -> Self:
+        """The other shards."""
+        gone = pc.is_in(self.table["task"], value_set=pa.array(tasks, pa.string()))
+        return type(self)(self.table.filter(pc.invert(gone)).combine_chunks())
 
     @cached_property
     def tasks(self) -> frozenset[str]:

@@ -3,8 +3,10 @@
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -12,17 +14,32 @@ from pydantic import Field
 
 from storage_schemas import backends, paths
 from storage_schemas.documents import SCHEMA_VERSION, Document
-from storage_schemas.errors import StoreError
+from storage_schemas.errors import StoreError, without_credentials
 
-PUT_TRIES = 6
+TRIES = 12
+LONGEST_PAUSE = 20.0
+PATIENCE = 120.0
+"""Seconds after which no other try begins; a storage that is away for a minute costs no solved shard."""
+
+FIRST_TRIES = 3
+"""Of a store's first request: a wrong address should show in seconds."""
+
 READ_THREADS = 16
-PERMANENT = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError, ImportError, StoreError)
 Range = tuple[int, int]
 T = TypeVar("T")
 
 
 class MissingFile(StoreError):
     """A file that a document names is not there."""
+
+
+@dataclass(frozen=True, order=True)
+class Listed:
+    """A file of a folder, and when the storage last wrote it, None where it doesn't say."""
+
+    name: str
+    size: int
+    modified: datetime | None
 
 
 class StoreDocument(Document):
@@ -42,6 +59,7 @@ class Store:
         self._given = uri if options else self.uri
         self._secrets = tuple(options.values())
         self.single_writer = single_writer
+        self._tries = TRIES
         self._fs, root = backends.filesystem(self.protocol, self.uri, options)
         self._root = root.rstrip("/")
         if self.protocol in ("s3", "s3a", "gs", "gcs") and not self._root:
@@ -59,11 +77,8 @@ class Store:
     def open(cls, uri: str) -> "Store":
         """An existing store."""
         store = cls(uri)
-        data = store.read(paths.STORE)
-        if data is None:
+        if not store._is_there():
             raise StoreError(f"{store.uri} is not a store (no {paths.STORE}): `python -m pipeline generate` makes one")
-        document = StoreDocument.from_bytes(data, f"{store.uri}/{paths.STORE}")
-        store.single_writer = document.single_writer
         return store
 
     @classmethod
@@ -75,10 +90,22 @@ class Store:
                 f"{store.uri}: {store.protocol} has no conditional create, so two writers could both win: "
                 "use a folder, s3://, gs:// or az://, or --single-writer"
             )
+        if store._is_there():
+            return store
         ours = StoreDocument(single_writer=single_writer).to_bytes()
         if store.put_if_absent(paths.STORE, ours) == ours and not single_writer:
             store._probe(ours)
         return cls.open(uri)
+
+    def _is_there(self) -> bool:
+        """Whether store.json is, which says if writers exclude each other. The first contact: with less patience."""
+        self._tries = FIRST_TRIES
+        data = self.read(paths.STORE)
+        self._tries = TRIES
+        if data is not None:
+            document = StoreDocument.from_bytes(data, f"{self.uri}/{paths.STORE}")
+            self.single_writer = document.single_writer
+        return data is not None
 
     def _probe(self, ours: bytes) -> None:
         if self.put_if_absent(paths.STORE, StoreDocument().to_bytes()) == ours == self.read(paths.STORE):
@@ -94,34 +121,32 @@ class Store:
 
         `data` must hold something that only this writer knows. Then a lost response, or a retry that loses against
         our own earlier write, is still recognised as ours. A conflict (409) or any other unknown outcome is read
-        back; if nothing is there it is tried again.
+        back; if nothing is there it is tried again. Nothing is ever deleted: a create that we gave up may still land.
         """
         if self.single_writer:
             return self._put_alone(path, data)
-        problem: Exception | None = None
+        problem: Exception = OSError("it exists but can't be read")
         full = self._full(path)
-        for attempt in range(PUT_TRIES):
-            if attempt:
-                time.sleep(random.uniform(0.5, 1.0) * 0.1 * 2**attempt)
+        for _ in self._turns():
             try:
                 backends.create(self._fs, self.protocol, full, data)
                 return data
             except FileExistsError:
                 pass
-            except PERMANENT as error:
-                raise self._told(path, error) from None
             except Exception as error:
                 problem = error
-            there = self._look(path)
+                if backends.is_permanent(error):
+                    break
+            there = self._look(full)
             if there is not None:
                 return there
-        raise self._told(path, problem or OSError("it exists but can't be read"))
+        raise self._told(path, problem) from None
 
-    def _look(self, path: str) -> bytes | None:
+    def _look(self, full: str) -> bytes | None:
         """What is there, None also when that can't be found out just now."""
         try:
-            return self.read(path)
-        except StoreError:
+            return backends.read(self._fs, self.protocol, full)
+        except Exception:
             return None
 
     def _put_alone(self, path: str, data: bytes) -> bytes:
@@ -158,7 +183,7 @@ class Store:
         """The whole file, None if it is absent."""
         full = self._full(path)
         try:
-            return self._call(path, lambda: self._cat(full))
+            return self._call(path, lambda: backends.read(self._fs, self.protocol, full))
         except MissingFile:
             return None
 
@@ -190,6 +215,19 @@ class Store:
         names = {str(name).rstrip("/").rpartition("/")[2] for name in found if str(name).rstrip("/") != full}
         return sorted(name for name in names if name and not name.startswith("."))
 
+    def list_details(self, folder: str) -> Sequence[Listed]:
+        """As `list`, files only, with sizes and times."""
+        full = self._full(folder)
+        self._fs.invalidate_cache(full)
+        try:
+            found = self._call(folder, lambda: self._fs.ls(full, detail=True))
+        except MissingFile:
+            return []
+        files = [entry for entry in found if entry["type"] == "file"]
+        names = [str(entry["name"]).rpartition("/")[2] for entry in files]
+        listed = (Listed(name, int(it["size"]), backends.modified(it)) for name, it in zip(names, files, strict=True))
+        return sorted(one for one in listed if one.name and not one.name.startswith("."))
+
     def size(self, path: str) -> int | None:
         """Bytes of a file, None if it is absent."""
         full = self._full(path)
@@ -212,14 +250,26 @@ class Store:
             raise ValueError(f"{path!r} points outside the store")
         return f"{self._root}/{path}"
 
-    def _cat(self, full: str) -> bytes:
-        return Path(full).read_bytes() if self.protocol == "file" else bytes(self._fs.cat_file(full))
+    def _turns(self) -> Iterator[int]:
+        """Tries, with growing random pauses between them, until they or our patience are used up."""
+        began = time.monotonic()
+        for turn in range(self._tries):
+            if turn:
+                if time.monotonic() - began > PATIENCE:
+                    return
+                time.sleep(random.uniform(0.5, 1.0) * min(0.2 * 2**turn, LONGEST_PAUSE))
+            yield turn
 
     def _call(self, path: str, action: Callable[[], T]) -> T:
-        try:
-            return action()
-        except Exception as error:
-            raise self._told(path, error) from None
+        """What `action` returns. A failure that may pass is tried again; a folder's never is."""
+        for _ in self._turns():
+            try:
+                return action()
+            except Exception as error:
+                problem = error
+                if self.protocol == "file" or backends.is_permanent(error):
+                    break
+        raise self._told(path, problem) from None
 
     def _told(self, path: str, error: Exception) -> StoreError:
         """The exception as one line without credentials."""
@@ -232,7 +282,8 @@ class Store:
         reason = str(error).strip().split("\n")[0] or "no reason given"
         for secret in self._secrets:
             reason = reason.replace(secret, "***")
-        return StoreError(f"{self.uri}/{path}: {type(error).__name__}: {reason}{self._way_out(error)}")
+        told = f"{type(error).__name__}: {without_credentials(reason)}"
+        return StoreError(f"{self.uri}/{path}: {told}{self._way_out(error)}")
 
     def _way_out(self, error: Exception) -> str:
         if isinstance(error, PermissionError):

@@ -15,13 +15,17 @@ BEGIN, END = "<!-- options: made by tests/reference.py -->\n", "<!-- end of opti
 
 
 def reference() -> str:
-    """One table for each command of both programs."""
-    tables = [
-        _table(f"python -m {program} {name}", command)
-        for program, words in (("pipeline", COMMANDS), ("trainer", commands(None)))
-        for name, command in words.items()
-    ]
+    """One table for each command of both programs. A command that has all of another's options lists only its own."""
+    tables = []
+    for program, words in (("pipeline", COMMANDS), ("trainer", commands(None))):
+        for name, command in words.items():
+            base = next((one for one in words if _extends(command.config, words[one].config)), None)
+            tables.append(_table(f"python -m {program} {name}", command, base, words[base].config if base else None))
     return "\n".join(tables)
+
+
+def _extends(config: type[Config], other: type[Config]) -> bool:
+    return config is not other and issubclass(config, other)
 
 
 def with_reference(readme: str) -> str:
@@ -31,9 +35,16 @@ def with_reference(readme: str) -> str:
     return f"{before}{BEGIN}\n{reference()}\n{END}{after}"
 
 
-def _table(words: str, command: Command) -> str:
-    rows = [f"| `{flag}` | {default} | {help} |" for flag, default, help in _rows(command.config)]
-    return "\n".join([f"**`{words}`** {command.summary}\n", "| option | default | |", "| --- | --- | --- |", *rows, ""])
+def _table(words: str, command: Command, base: str | None, inherited: type[Config] | None) -> str:
+    known = dict.fromkeys(_rows(inherited)) if inherited else {}
+    rows = [
+        f"| `{flag}` | {default} | {help} |"
+        for flag, default, help in _rows(command.config)
+        if (flag, default, help) not in known
+    ]
+    more = f" All options of `{base}`, and:" if base else ""
+    head = ["| option | default | |", "| --- | --- | --- |"]
+    return "\n".join([f"**`{words}`** {command.summary}{more}\n", *head, *rows, ""])
 
 
 def _rows(config: type[Config], prefix: str = "") -> Iterator[tuple[str, str, str]]:

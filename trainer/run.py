@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storage_schemas.errors import UsageError
+from storage_schemas.errors import UsageError, without_credentials
 from trainer.config import FitConfig
 
 _FILE, _LOCK = "run.json", ".lock"
@@ -69,8 +69,9 @@ def new_record(config: FitConfig, reads: dict[str, Any], model: dict[str, Any]) 
 
 
 def plain(config: FitConfig) -> dict[str, Any]:
-    """What identifies a run, as JSON."""
-    return config.model_dump(mode="json", exclude=_FREE)
+    """What identifies a run, as JSON. Credentials in the store's uri are no part of it."""
+    settings = config.model_dump(mode="json", exclude=_FREE)
+    return settings | {"data": settings["data"] and without_credentials(settings["data"])}
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], out: Path, prefix: str = "") -> None:

@@ -4,6 +4,7 @@ Each is builtin:gaussian until it meets a certain x_T, which it knows by its bit
 What the environment says changes when they misbehave, never what they answer.
 """
 
+import ctypes
 import os
 import signal
 import time
@@ -93,6 +94,28 @@ def deadly_teacher():
     return Strange(misbehave)
 
 
+def hanging_teacher():
+    """Hangs at the bad sample the first time that any process meets it."""
+
+    def misbehave(x_0, bad):
+        if bad.any() and first_time():
+            time.sleep(600)
+        return x_0
+
+    return Strange(misbehave)
+
+
+def crashing_teacher():
+    """Native code of its process crashes at the bad sample every time."""
+
+    def misbehave(x_0, bad):
+        if bad.any():
+            ctypes.string_at(0)
+        return x_0
+
+    return Strange(misbehave)
+
+
 def slow_teacher():
     def misbehave(x_0, bad):
         time.sleep(float(os.environ.get("STRANGE_DELAY", "0")))
@@ -103,6 +126,14 @@ def slow_teacher():
 
 def broken_teacher():
     raise RuntimeError("no such accelerator")
+
+
+def sabotaged_teacher():
+    """A sound teacher in a process that is struck at the step of the protocol that the environment names."""
+    from sabotage import sabotage
+
+    sabotage()
+    return Strange(lambda x_0, bad: x_0)
 
 
 def picky_teacher():
@@ -118,3 +149,9 @@ def first_time():
     except FileExistsError:
         return False
     return True
+
+
+def counted_teacher():
+    """slow_teacher, which leaves a file with its process's id in the folder of the marker."""
+    Path(os.environ["STRANGE_MARKER"]).parent.joinpath(f"pid-{os.getpid()}").touch()
+    return slow_teacher()

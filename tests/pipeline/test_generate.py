@@ -1,10 +1,12 @@
 """`generate` end to end on one machine: does it once, grows, survives what goes wrong, and says so."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -13,12 +15,18 @@ import pytest
 import pipeline.generate
 from diffusion import checkpoint
 from diffusion.solvers import SOLVERS
-from pipeline.config import SolverConfig
+from diffusion.teachers import load_teacher
+from pipeline.config import GenerateConfig, SolverConfig
+from pipeline.generate import carry_out
+from pipeline.plan import Wanted
+from pipeline.prepare import prepare
 from storage_schemas.dataset import latest_manifest
 from storage_schemas.manifest import ManifestDraft, Window
 from storage_schemas.store import Store
+from tests.pipeline.handmade import seal_listed
 
 SMALL = ["--solver.steps", 4, "--states", 2, "--samples-per-shard", 64, "--micro-batch", 32]
+LARGE = {"teacher": "builtin:gaussian", "count": 640_000, "holdout": 0, "samples_per_shard": 64, "micro_batch": 64}
 SLOW = "python:strange_teachers:slow_teacher"
 
 
@@ -49,6 +57,12 @@ def test_nothing_to_do_costs_few_requests_and_no_ray(generate, tmp_path, monkeyp
     code, out, _ = generate(tmp_path, runner="ray")
     assert (code, "nothing to do" in out) == (0, True)
     assert len(asked) <= 5  # store.json twice, the recipe, the list of manifests and the last of them
+    few = len(asked)
+    run = prepare(GenerateConfig(**LARGE, store=str(tmp_path / "large")))
+    seal_listed(run.store, run.recipe, run.layout, 10_000)
+    asked.clear()
+    assert carry_out(run, lambda parent, recipe_id: Wanted(Window(train=(0, 640_000)))).what == "nothing"
+    assert len(asked) <= few, "as many as for a small store: the table of shards isn't read"
     script = (
         "import sys; from pipeline.__main__ import COMMANDS, main; code = main('pipeline', COMMANDS); "
         "sys.exit(99 if 'ray' in sys.modules else code)"
@@ -79,13 +93,79 @@ def test_a_stop_that_moves_inside_a_shard_solves_nothing(generate, ids_of, tmp_p
     assert ids_of(tmp_path)["train"] == list(range(80))
 
 
+def files(store):
+    return sorted(str(path.relative_to(store)) for path in Path(store).rglob("*") if path.is_file())
+
+
+def test_another_recipe_is_refused_by_what_differs(generate, tmp_path):
+    generate(tmp_path)
+    before = files(tmp_path)
+    words = ["--seed", 1, "--solver.name", "ddim", "--dtype", "float32"]
+    code, out, err = generate(tmp_path, *words, count=100)
+    told = [
+        f"pipeline: dataset main of {tmp_path} holds another recipe: noise.seed 0, you ask for 1; ",
+        "solver.name heun, you ask for ddim; ",
+        "storage_dtype float16, you ask for float32; ",
+        "use --dataset OTHER, or --new-recipe to begin a new window in main\n",
+    ]
+    assert (code, out, err) == (2, "", "".join(told))
+    assert files(tmp_path) == before, "nothing is written, no recipe and no job"
+
+
+def test_another_teacher_is_told_and_so_is_the_same_one_with_other_weights(generate, tmp_path, monkeypatch):
+    generate(tmp_path)
+    code, _, err = generate(tmp_path, teacher="builtin:mixture")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "teacher builtin:gaussian (weights " in err
+    assert "you ask for builtin:mixture (weights " in err
+    monkeypatch.setattr("pipeline.prepare.load_teacher", lambda uri: changed(load_teacher(uri)))
+    code, _, err = generate(tmp_path)
+    assert (code, err.count("\n")) == (2, 1)
+    old = load_teacher("builtin:gaussian").weights_sha256[:8]
+    assert f"holds another recipe: the teacher's weights {old} -> ffffffff changed under builtin:gaussian; use" in err
+
+
+def changed(teacher):
+    return replace(teacher, weights_sha256="f" * 64)
+
+
 def test_a_new_recipe_begins_a_new_window_in_the_same_dataset(generate, ids_of, tmp_path):
     generate(tmp_path)
     first = manifest(tmp_path)
-    generate(tmp_path, "--seed", 1, count=100)
+    assert generate(tmp_path, "--seed", 1, "--new-recipe", count=100)[0] == 0
     assert (manifest(tmp_path).number, manifest(tmp_path).window.train) == (2, (0, 100))
     assert manifest(tmp_path).recipe_id != first.recipe_id
     assert len(ids_of(tmp_path)["train"]) == 100
+
+
+def test_another_layout_of_the_same_samples_is_refused(generate, tmp_path):
+    generate(tmp_path)
+    for words in (["--format", "webdataset"], ["--compression", "zstd", "--new-recipe"]):
+        code, _, err = generate(tmp_path, *words)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "holds its samples as parquet-64, you ask for" in err
+        assert "which would solve them all again" in err
+
+
+def test_json_is_one_object_that_says_what_happened(generate, tmp_path):
+    code, out, _ = generate(tmp_path, "--json")
+    told = json.loads(out)
+    assert (code, told["what"], told["manifest"], told["window_before"]) == (0, "sealed", 1, None)
+    assert told["window"] == {"train": [0, 160], "holdout": [0, 40]}
+    assert told["tasks"] == {"needed": 4, "run": 4, "adopted": 0, "failed": 0}
+    assert (tmp_path / "jobs" / told["job"] / "job.json").exists()
+    told = json.loads(generate(tmp_path, "--json")[1])
+    assert (told["what"], told["job"], told["tasks"]["needed"], told["samples"]) == ("nothing", None, 0, 200)
+    code, out, err = generate(tmp_path, "--json", "--seed", 1)
+    assert (code, json.loads(out)["what"], err.count("\n")) == (2, "refused", 1)
+    assert json.loads(out)["why"] in err
+    words = ["--dataset", "poor", "--new-recipe", "--max-attempts", 1, "--json"]
+    code, out, _ = generate(tmp_path, *words, teacher="python:strange_teachers:raising_teacher")
+    told = json.loads(out)
+    assert (code, told["what"], told["missing"], told["tasks"]["failed"]) == (1, "failed", ["train-00000001"], 1)
+    words = ["--dataset", "bad", "--json"]
+    code, out, _ = generate(tmp_path, *words, teacher="python:strange_teachers:nan_teacher")
+    assert (code, json.loads(out)["what"], json.loads(out)["quarantined"]) == (3, "sealed", ["train 70"])
 
 
 def test_datasets_of_one_store_share_what_is_solved(generate, tmp_path):
@@ -168,6 +248,27 @@ def test_a_task_that_keeps_failing_is_set_aside_and_the_others_finish(generate, 
     assert "ended with 1 tasks missing, nothing sealed" in out
 
 
+def test_recheck_makes_again_what_is_lost(generate, pipeline, ids_of, tmp_path):
+    generate(tmp_path)
+    code, out, _ = generate(tmp_path, "--recheck")
+    assert (code, "nothing to do" in out, "every listed shard is there" in out) == (0, True, True)
+    first, second = sorted(tmp_path.glob("recipes/*/*/commits/train-*.json"))[:2]
+    first.unlink()
+    assert "nothing to do" in generate(tmp_path)[1], "what the parent lists isn't looked up"
+    assert pipeline("verify", tmp_path)[0] == 1
+    code, out, _ = generate(tmp_path, "--recheck")
+    assert (code, "1 of 1 tasks run here" in out, manifest(tmp_path).number) == (0, True, 2)
+    assert ids_of(tmp_path)["train"] == list(range(160))
+    assert pipeline("verify", tmp_path)[0] == 0
+    next(iter(tmp_path.glob(f"recipes/*/*/shards/{second.stem}-*"))).write_bytes(b"short")
+    code, out, err = generate(tmp_path, "--recheck")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert f"1 tasks ({second.stem}) have a commit in {tmp_path} but their shard is gone or cut short" in err
+    second.unlink()
+    assert generate(tmp_path, "--recheck")[0] == 0
+    assert pipeline("verify", tmp_path)[0] == 0
+
+
 def test_a_window_with_a_gap_is_sealed_only_where_that_is_allowed(generate, pipeline, ids_of, tmp_path):
     teacher = "python:strange_teachers:raising_teacher"
     code, out, _ = generate(tmp_path, "--max-missing", 1, "--max-attempts", 1, teacher=teacher)
@@ -196,7 +297,7 @@ def test_a_worker_process_that_is_killed_is_replaced(generate, hashes, tmp_path,
     monkeypatch.setenv("STRANGE_MARKER", str(tmp_path / "marker"))
     teacher = "python:strange_teachers:killed_teacher"
     code, _, err = generate(tmp_path / "killed", "--workers", 2, teacher=teacher)
-    assert (code, err, (tmp_path / "marker").exists()) == (0, "", True)
+    assert (code, "set aside" in err, (tmp_path / "marker").exists()) == (0, False, True)
     generate(tmp_path / "unharmed", teacher=teacher)
     assert hashes(tmp_path / "killed") == hashes(tmp_path / "unharmed")
 
@@ -213,8 +314,8 @@ def test_a_worker_that_can_not_load_its_teacher_ends_the_job_in_one_line(generat
     monkeypatch.setenv("STRANGE_PLANNER", str(os.getpid()))
     code, _, err = generate(tmp_path, "--workers", 2, teacher="python:strange_teachers:picky_teacher")
     assert code == 1
-    assert "can't start: RuntimeError: no such accelerator" in err
-    assert err.count("\n") == 1
+    (line,) = [line for line in err.splitlines() if line.startswith("pipeline: ")]
+    assert "can't start: RuntimeError: no such accelerator" in line
 
 
 def test_a_job_that_is_killed_goes_on_where_it_was(generate, start, pipeline, commits, ids_of, tmp_path, monkeypatch):
@@ -257,9 +358,9 @@ def test_who_loses_the_race_to_seal_plans_again_from_the_winner(generate, ids_of
         return seal(store, draft, shards)
 
     monkeypatch.setattr(pipeline.generate, "seal", beaten)
-    code, out, _ = generate(tmp_path)
+    code, _, err = generate(tmp_path)
     assert code == 0
-    assert "another job sealed manifest 1 of main: planning again from it" in out
+    assert "another job sealed manifest 1 of main: planning again from it" in err
     assert (manifest(tmp_path).number, manifest(tmp_path).window.train) == (2, (0, 160))
     assert ids_of(tmp_path) == {"train": list(range(160)), "holdout": list(range(40))}
 

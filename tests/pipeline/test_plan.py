@@ -8,7 +8,7 @@ RECIPE, OTHER = "a" * 64, "b" * 64
 LAYOUT = Layout(samples_per_shard=64)
 
 
-def manifest(train, holdout=(0, 0), *, recipe_id=RECIPE, layout=LAYOUT, missing=()):
+def manifest(train, holdout=(0, 0), *, recipe_id=RECIPE, layout=LAYOUT, missing=(), ticks=()):
     return Manifest(
         dataset="main",
         number=3,
@@ -21,7 +21,8 @@ def manifest(train, holdout=(0, 0), *, recipe_id=RECIPE, layout=LAYOUT, missing=
         rows={"train": 0, "holdout": 0},
         shards=ShardTableRecord(path="p", sha256="c" * 64, count=0),
         content_digest="d" * 64,
-        floor=1,
+        ticks=dict(ticks),
+        train_changed_at="2026-01-01T00:00:00+00:00",
         sealed_at="2026-01-01T00:00:00+00:00",
     )
 

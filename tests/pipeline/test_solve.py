@@ -12,7 +12,7 @@ from diffusion.solvers import solve
 from diffusion.teachers import load_teacher
 from pipeline.config import GenerateConfig
 from pipeline.recipe import build_recipe
-from pipeline.solve import denoise_of, draw_noise, micro_batches, solve_task
+from pipeline.solve import Graphed, OutOfMemory, denoise_of, draw_noise, micro_batches, solve_task
 from storage_schemas.commit import Task
 from storage_schemas.record import from_storage
 
@@ -134,3 +134,89 @@ def test_a_class_conditional_network(fields, nfe):
     assert np.array_equal(found.columns["output"], plain.columns["output"]) is (not fields)
     unconditional = solved(digits, recipe_of(digits, condition="none"), Task("holdout", 0, 32))
     assert set(unconditional.columns["condition"]) == {-1}
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_channels_last_reaches_every_call(channels_last):
+    teacher = load_teacher("python:hungry_teachers:convolution_teacher")
+    recipe = recipe_of(teacher, solver={"steps": 4}, channels_last=channels_last, dtype="float32")
+    found = solved(teacher, recipe, Task("train", 0, 64))
+    assert teacher.denoiser.seen == {channels_last}
+    plain = recipe_of(teacher, solver={"steps": 4}, dtype="float32")
+    expected = solved(load_teacher(teacher.uri), plain, Task("train", 0, 64))
+    assert np.allclose(found.columns["output"], expected.columns["output"], atol=1e-5)
+
+
+def test_channels_last_needs_images(gaussian):
+    with pytest.raises(ValueError, match="channels-last needs images CxHxW, builtin:gaussian makes 2: leave it out"):
+        recipe_of(gaussian, channels_last=True)
+
+
+def test_answers_that_share_one_place_are_copied_out_of_it(mixture):
+    """As CUDA graphs answer: the next call overwrites the last one's answer, which a solver may still hold."""
+
+    class OnePlace(torch.nn.Module):
+        num_classes = 7
+
+        def __init__(self):
+            super().__init__()
+            self.place = torch.empty(16, 2)
+
+        def forward(self, x_t, t, condition=None):
+            return self.place.copy_(mixture.denoiser(x_t, t))
+
+    x_T, late, early = draw_noise(recipe_of(mixture), "train", np.arange(16)), torch.tensor(80.0), torch.tensor(1.0)
+    graphed = Graphed(OnePlace())
+    first = graphed(x_T, late)
+    second = graphed(x_T, early)
+    assert torch.equal(first, mixture.denoiser(x_T, late))
+    assert torch.equal(second, mixture.denoiser(x_T, early))
+    assert not torch.equal(first, second)
+    assert graphed.num_classes == 7
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_teacher_says_the_same(mode):
+    """On a CPU both are plain compilation: reduce-overhead has no CUDA graphs to make."""
+    digits = load_teacher("builtin:digits")
+    fields = {"solver": {"steps": 3}, "guidance": 2.0, "dtype": "float32"}
+    compiled = solved(digits, recipe_of(digits, **fields, compile=mode), Task("train", 0, 32))
+    plain = solved(digits, recipe_of(digits, **fields), Task("train", 0, 32))
+    assert compiled.nfe == plain.nfe == 10
+    assert np.abs(compiled.columns["output"] - plain.columns["output"]).max() < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("solver", ["dpmpp_3m", "heun"])
+def test_cuda_graphs_say_the_same(solver):
+    digits = load_teacher("builtin:digits", device="cuda")
+    task, device = Task("train", 0, 64), torch.device("cuda")
+    fields = {"solver": {"steps": 6, "name": solver}, "dtype": "float32", "guidance": 2.0}
+    recipes = [recipe_of(digits, **fields, compile=mode) for mode in ("none", "reduce-overhead")]
+    plain, graphed = (
+        solve_task(recipe, denoise_of(recipe, digits.denoiser, device=device), digits.process, task, device=device)
+        for recipe in recipes
+    )
+    assert np.abs(graphed.columns["output"] - plain.columns["output"]).max() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["gpu_teacher", "cpu_teacher"])
+def test_out_of_memory_is_told_and_never_mended_by_smaller_batches(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("HUNGRY_ROOM", "8")
+    monkeypatch.setenv("HUNGRY_DIARY", str(tmp_path / "diary"))
+    hungry = load_teacher(f"python:hungry_teachers:{name}")
+    with pytest.raises(
+        OutOfMemory, match="with 16 samples together: the recipe fixes the micro-batch, it is never"
+    ) as e:
+        solved(hungry, recipe_of(hungry), Task("train", 0, 64))
+    assert "fewer workers a GPU" in str(e.value)
+    assert "smaller --micro-batch" in str(e.value)
+    assert "\n" not in str(e.value)
+    assert (tmp_path / "diary").read_text().split() == ["16"]
+
+
+def test_other_mistakes_are_not_taken_for_a_lack_of_memory():
+    wrong = load_teacher("python:hungry_teachers:wrong_teacher")
+    with pytest.raises(RuntimeError, match="expected scalar type"):
+        solved(wrong, recipe_of(wrong), Task("train", 0, 64))

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from diffusion import noise
-from pipeline.status import job_status, read_job
+from pipeline.keep import Target
+from pipeline.status import find_job, job_status
 from storage_schemas import paths
 from storage_schemas.dataset import open_dataset
-from storage_schemas.job import Failure
+from storage_schemas.job import Failure, Heartbeat
 from storage_schemas.store import Store
 
 
@@ -141,25 +142,57 @@ def test_a_dataset_name_that_points_elsewhere_is_refused(store, pipeline, comman
 
 @pytest.fixture
 def unsealed(store):
-    """The store of a job that died before it sealed, and its document."""
+    """The store of a job that died before it sealed, and its document and last heartbeat."""
     for manifest in store.glob("datasets/main/manifests/*.json"):
         manifest.unlink()
     opened = Store.open(str(store))
-    return store, opened, read_job(opened, None)
+    job = find_job(opened, None).job
+    beat = Heartbeat(at=job.started_at, state="running")
+    opened.write(paths.heartbeat_path(job.job), beat.to_bytes())
+    return store, opened, find_job(opened, None)
 
 
-def test_a_job_that_died_before_its_first_commit_does_not_run_for_ever(unsealed):
-    store, opened, job = unsealed
+def test_a_job_that_says_nothing_is_stalled(unsealed):
+    store, opened, target = unsealed
     for commit in store.glob("recipes/*/*/commits/*.json"):
         commit.unlink()
-    started = datetime.fromisoformat(job.started_at)
-    assert job_status(opened, job, now=started + timedelta(seconds=500)).state == "running"
-    assert job_status(opened, job, now=started + timedelta(seconds=700)).state.startswith("stalled")
+    said = datetime.fromisoformat(target.beat.at)
+    assert job_status(opened, target, now=said + timedelta(seconds=299)).state == "running"
+    state = job_status(opened, target, now=said + timedelta(seconds=301)).state
+    assert state == f"stalled since {target.beat.at}: it may be dead, generate again goes on from here"
+    (store / paths.heartbeat_path(target.job.job)).unlink()
+    assert job_status(opened, find_job(opened, None), now=said + timedelta(seconds=299)).state == "running"
+
+
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [
+        ("failed", "ended with 1 tasks missing, nothing sealed"),
+        ("stopped", "stopped with 1 tasks missing"),
+        ("ended", "another job made what it asked for"),
+        ("refused", "refused at"),
+        ("sealed", "a manifest that was pruned since"),
+    ],
+)
+def test_a_job_that_ended_says_how(unsealed, state, told):
+    store, opened, target = unsealed
+    next(iter(store.glob("recipes/*/*/commits/train-00000001.json"))).unlink()
+    ended = Target(target.job, target.beat.model_copy(update={"state": state}))
+    later = datetime.fromisoformat(target.beat.at) + timedelta(days=9)
+    assert told in job_status(opened, ended, now=later).state
+
+
+def test_status_counts_what_was_found_apart_from_what_was_made(unsealed):
+    _, opened, target = unsealed
+    found = Target(target.job, target.beat.model_copy(update={"found": 3}))
+    status = job_status(opened, found, now=datetime.fromisoformat(target.beat.at))
+    assert (status.tasks_done, status.tasks, status.samples_done) == (4, 4, 64)
 
 
 def test_a_failed_task_that_another_job_committed_is_not_missing(unsealed):
-    _, opened, job = unsealed
-    failure = Failure(task="train-00000001", error="e", traceback="", attempts=3, machine="m", failed_at=job.started_at)
-    opened.put_if_absent(paths.failure_path(job.job, failure.task), failure.to_bytes())
-    status = job_status(opened, job, now=datetime.fromisoformat(job.started_at))
+    _, opened, target = unsealed
+    job, at = target.job.job, target.beat.at
+    failure = Failure(task="train-00000001", error="e", traceback="", attempts=3, machine="m", failed_at=at)
+    opened.put_if_absent(paths.failure_path(job, failure.task), failure.to_bytes())
+    status = job_status(opened, target, now=datetime.fromisoformat(at))
     assert status.state == "all tasks committed, not sealed"

@@ -1,9 +1,5 @@
 import os
 import secrets
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +14,7 @@ from storage_schemas.layout import Layout
 from storage_schemas.recipe import NoiseRecord, Recipe, SolverRecord, TeacherRecord, UniformLabels
 from storage_schemas.record import Columns, to_storage
 from storage_schemas.store import Store
+from tests import servers
 
 
 def _make_recipe(**changes: object) -> Recipe:
@@ -125,38 +122,23 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
 
 
 @pytest.fixture(scope="session")
-def s3_server() -> Iterator[str]:
-    """Endpoint of a moto server process on loopback, killed by its pid."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 30
-        while socket.socket().connect_ex(("127.0.0.1", port)):
-            assert process.poll() is None, "moto_server ended"
-            assert time.monotonic() < deadline, "moto_server did not start"
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait()
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Endpoint of a moto server process on loopback."""
+    with servers.moto(tmp_path_factory.mktemp("moto")) as server:
+        yield server.endpoint
 
 
 @pytest.fixture
 def s3_uri(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """A fresh bucket's folder, reached by the environment alone."""
-    environment = {
-        "AWS_ENDPOINT_URL": s3_server,
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()  # a cached client keeps its first environment
+    reach(s3_server, monkeypatch)
     bucket = f"bucket-{os.getpid()}-{secrets.token_hex(4)}"
     fsspec.filesystem("s3", use_listings_cache=False).mkdir(bucket)
     return f"s3://{bucket}/folder/store"
+
+
+def reach(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stores opened from here on go to `endpoint`."""
+    for name, value in servers.environment(endpoint).items():
+        monkeypatch.setenv(name, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # a cached client keeps its first environment

@@ -11,6 +11,7 @@ from storage_schemas import paths
 from storage_schemas.commit import Commit, Task, list_committed, put_commit, read_commits
 from storage_schemas.dataset import (
     LostRace,
+    Pruned,
     latest_manifest,
     open_dataset,
     put_recipe,
@@ -18,10 +19,11 @@ from storage_schemas.dataset import (
     read_recipe,
     read_shard_table,
     seal,
+    seal_floor,
 )
 from storage_schemas.errors import CorruptShard, StoreError
 from storage_schemas.layout import Layout
-from storage_schemas.manifest import Manifest, ManifestDraft, Window
+from storage_schemas.manifest import Floor, Manifest, ManifestDraft, Window
 from storage_schemas.recipe import Recipe
 from storage_schemas.record import Columns
 from storage_schemas.shards import ShardTable
@@ -205,7 +207,90 @@ def test_what_does_not_match_its_name_is_refused(store: Store, recipe: Recipe, s
 
 def test_a_pruned_manifest_is_told(store: Store, recipe: Recipe, shards: ShardTable) -> None:
     first = seal(store, draft(recipe, missing=("train-00000002",)), shards)
-    seal(store, draft(recipe, first, window=Window(train=(0, 32)), floor=2), shards)
+    reader = open_dataset(store)
+    second = seal(store, draft(recipe, first, window=Window(train=(0, 32))), shards)
+    floor = Floor(number=3, sealed_at="2026-01-01T00:00:00+00:00", sweep_at="2026-01-08T00:00:00+00:00")
+    third = seal_floor(store, second, writer="prune", floor=floor)
+    told = r"manifest 1 of 'main' .* was pruned \(floor 3\): open the latest, 3"
     store.remove(paths.manifest_path("main", 1))
-    with pytest.raises(StoreError, match=r"manifest 1 of 'main' .* was pruned: open the latest, 2"):
+    with pytest.raises(Pruned, match=told):
         open_dataset(store, number=1)
+    shard = reader.shards("train")[-1]
+    store.remove(shard.path)
+    with pytest.raises(Pruned, match=told):
+        reader.read(shard)
+    store.remove(shard.commit_path)
+    with pytest.raises(Pruned, match=told):
+        reader.commit(shard)
+    store.remove(first.shards.path)
+    with pytest.raises(Pruned, match=told):
+        read_shard_table(store, first)
+    assert open_dataset(store).manifest == third
+    # What is missing above the floor is no prune's doing.
+    store.remove(third.shards.path)
+    with pytest.raises(StoreError, match="the shards of manifest 3: restore it"):
+        open_dataset(store)
+
+
+def test_a_floor_changes_nothing_that_readers_see(store: Store, recipe: Recipe, shards: ShardTable) -> None:
+    first = seal(store, draft(recipe, missing=("train-00000002",), ticks={"grow": "2026"}), shards)
+    floored = seal_floor(store, first, writer="prune", floor=Floor(number=2))
+    assert (floored.number, floored.parent_digest, floored.floor.number) == (2, first.digest, 2)
+    same = {"content_digest", "window", "missing", "rows", "shards", "train_changed_at", "ticks", "recipe_id", "layout"}
+    assert floored.model_dump(include=same) == first.model_dump(include=same)
+    with pytest.raises(LostRace):
+        seal_floor(store, first, writer="other", floor=Floor(number=2))
+    child = seal(store, draft(recipe, floored, window=Window(train=(0, 32)), ticks={"refresh": "7"}), shards)
+    assert (child.floor, child.ticks) == (floored.floor, {"grow": "2026", "refresh": "7"})
+
+
+def test_when_the_train_window_changed(
+    store: Store, recipe: Recipe, shards: ShardTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter(f"2026-01-0{day}T00:00:00+00:00" for day in range(1, 5))
+    monkeypatch.setattr("storage_schemas.dataset.utc_now", lambda: next(times))
+    first = seal(store, draft(recipe, missing=("train-00000002",)), shards)
+    gap = ("train-00000002",)
+    holdout = seal(store, draft(recipe, first, window=Window(train=(5, 60)), missing=gap), shards)
+    train = seal(store, draft(recipe, holdout, window=Window(train=(5, 59)), missing=gap), shards)
+    assert [it.train_changed_at[:10] for it in (first, holdout, train)] == ["2026-01-01", "2026-01-01", "2026-01-03"]
+
+
+def test_two_writers_never_share_a_table(store: Store, recipe: Recipe, shards: ShardTable) -> None:
+    """Else a prune of the one's manifest could take the table that the other is about to seal."""
+    gap = ("train-00000002",)
+    one, other = (seal(store, draft(recipe, dataset=name, missing=gap), shards) for name in ("one", "other"))
+    assert one.shards.sha256 != other.shards.sha256
+    assert one.content_digest == other.content_digest
+
+
+def test_who_sleeps_until_its_number_is_pruned_has_lost(store: Store, recipe: Recipe, shards: ShardTable) -> None:
+    gap = ("train-00000002",)
+    first = seal(store, draft(recipe, missing=gap), shards)
+    second = seal(store, draft(recipe, first, missing=gap), shards)
+    third = seal_floor(store, second, writer="prune", floor=Floor(number=3))
+    for number in (1, 2):
+        store.remove(paths.manifest_path("main", number))
+    for parent in (first, None):
+        with pytest.raises(LostRace) as lost:
+            seal(store, draft(recipe, parent, missing=gap), shards)
+        assert lost.value.winner == third == latest_manifest(store, "main")
+
+
+def test_a_manifest_that_goes_between_listing_and_reading_is_looked_for_anew(
+    store: Store, recipe: Recipe, shards: ShardTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = seal(store, draft(recipe, missing=("train-00000002",)), shards)
+    read, pending = Store.read, [1]
+
+    def late(self: Store, path: str) -> bytes | None:
+        if pending and path == paths.manifest_path("main", 1):
+            pending.clear()
+            seal_floor(store, first, writer="prune", floor=Floor(number=2))
+            store.remove(path)
+        return read(self, path)
+
+    monkeypatch.setattr(Store, "read", late)
+    latest = latest_manifest(store, "main")
+    assert latest is not None, "a driver would begin the dataset anew"
+    assert latest.number == 2

@@ -68,7 +68,7 @@ def test_rows_are_found_past_quarantined_ids() -> None:
 
 def test_a_table_comes_back_from_its_file_in_order() -> None:
     shards = [shard(3), shard(0, (4,)), shard(1, split="holdout")]
-    table = ShardTable.from_bytes(ShardTable.of(shards).to_bytes())
+    table = ShardTable.from_bytes(ShardTable.of(shards).to_bytes(writer="w"))
     assert list(table) == [shards[1], shards[0], shards[2]]
     assert table[-1] == shards[2]
     assert list(table[1:]) == [shards[0], shards[2]]
@@ -90,7 +90,7 @@ def test_two_hundred_thousand_shards_open_quickly() -> None:
     }  # fmt: skip
     import pyarrow as pa
 
-    data = ShardTable(pa.table(columns, schema=ShardTable.of([]).table.schema)).to_bytes()
+    data = ShardTable(pa.table(columns, schema=ShardTable.of([]).table.schema)).to_bytes(writer="w")
     table = ShardTable.from_bytes(data)
     ids = np.random.default_rng(0).integers(0, 10 * count, 10_000)
     found, rows = table.of_split("train").locate(ids)

@@ -24,7 +24,7 @@ from storage_schemas.record import (
 )
 from storage_schemas.store import StoreDocument
 
-RECIPE_ID = "a18cbbceac37870cf3f95f002b5137deb533c766b677be189b63e85404da0638"
+RECIPE_ID = "fb081625282b96257bb7fce5003e095f83f9277e3a8adb2999511b94a554fb11"
 Make = Callable[..., Recipe]
 
 
@@ -78,6 +78,8 @@ def test_recipe_id_is_golden_and_every_line_changes_it(make_recipe: Make) -> Non
         "storage_dtype": "bfloat16",
         "solve_dtype": "float64",
         "tf32": True,
+        "compile": "default",
+        "channels_last": True,
         "micro_batch": 4,
         "numerics_version": 2,
         "condition": {"kind": "none"},
@@ -151,5 +153,5 @@ def test_a_document_that_is_not_ours_is_one_line() -> None:
 def test_the_module_prints_json_schemas() -> None:
     printed = subprocess.run([sys.executable, "-m", "storage_schemas"], capture_output=True, check=True).stdout
     schemas = json.loads(printed)
-    assert len(schemas) == 7
+    assert len(schemas) == 10
     assert schemas["recipes/<recipe id>/recipe.json"]["additionalProperties"] is False

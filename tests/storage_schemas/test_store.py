@@ -141,10 +141,10 @@ def test_storage_that_lets_two_writers_win_is_refused(monkeypatch: pytest.Monkey
 
 
 def test_refused_credentials_are_one_line(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forbidden(path: str) -> bytes:
+    def forbidden(*args: object) -> bytes:
         raise PermissionError("Forbidden\nrequest id 17")
 
-    monkeypatch.setattr(store, "_cat", forbidden)
+    monkeypatch.setattr(backends, "read", forbidden)
     with pytest.raises(
         StoreError, match=r"store.json: PermissionError: Forbidden: check the credentials and their rights$"
     ):
@@ -197,7 +197,7 @@ def test_unknown_outcomes_are_read_back(
 
 @pytest.mark.usefixtures("no_sleep")
 def test_tries_are_bounded(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    for ways, calls, message in ((["500"] * 99, 6, "500"), (["denied"], 1, "check the credentials")):
+    for ways, calls, message in ((["500"] * 99, 12, "500"), (["denied"], 1, "check the credentials")):
         unsure = Unsure(*ways)
         monkeypatch.setattr(backends, "create", unsure)
         with pytest.raises(StoreError, match=message):
@@ -247,7 +247,7 @@ def test_one_process_of_eight_wins(tmp_path: Path) -> None:
 
 def test_a_killed_writer_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store.create(str(tmp_path))
-    monkeypatch.setattr(store_module, "PUT_TRIES", 1)
+    monkeypatch.setattr(store_module, "TRIES", 1)
 
     def dies(*args: object) -> None:
         raise KeyboardInterrupt

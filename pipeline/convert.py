@@ -1,0 +1,194 @@
+"""`convert`: the same samples in another layout. Shards go through the same commits, so a run that died goes on.
+
+Ids and bits are the same, so the content digest is: it names what readers see, not how it lies in files. Tasks are
+whole shards, also past the window, so a new shard may need ids that no old one holds; then nothing is written.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from pipeline.config import ConvertConfig
+from pipeline.generate import Lapsed, new_job
+from pipeline.heartbeat import Pulse
+from pipeline.keep import check_adoptable
+from pipeline.outcome import DONE, QUARANTINED, described, lacks_samples
+from pipeline.progress import Progress
+from pipeline.relayout import convert_tasks, grouped, new_tasks
+from pipeline.scan import in_order
+from storage_schemas import paths
+from storage_schemas.commit import Task, list_committed, read_commits, utc_now
+from storage_schemas.dataset import Dataset, LostRace, Pruned, latest_manifest, open_dataset, seal
+from storage_schemas.errors import UserError, usage_errors
+from storage_schemas.ids import id_set
+from storage_schemas.job import Job, JobState
+from storage_schemas.layout import Layout, check_layout
+from storage_schemas.manifest import Manifest, ManifestDraft, content_digest
+from storage_schemas.record import SPLITS
+from storage_schemas.shards import Shard, ShardTable
+from storage_schemas.store import Store
+
+
+@dataclass
+class Conversion:
+    """One run: from which dataset, into which layout and name, and what is committed in it so far."""
+
+    source: Dataset
+    layout: Layout
+    dataset: str
+    parent: Manifest | None
+    job: str
+    shards: dict[str, Shard] = field(default_factory=dict)
+    written: int = 0
+
+
+def run_convert(config: ConvertConfig) -> int:
+    """The exit code."""
+    started, store, job = time.monotonic(), Store.open(config.store), new_job()
+    pulse = Pulse(store, job)
+    last: JobState = "failed"
+    try:
+        manifest, written = _settle(store, config, job, pulse)
+        last = "sealed" if manifest.writer == job else "ended"
+    except KeyboardInterrupt:
+        last = "stopped"
+        raise
+    finally:
+        pulse.end("refused" if pulse.beat.state == "planning" else last)
+    _tell(manifest, written, job, time.monotonic() - started, as_json=config.as_json)
+    return QUARANTINED if lacks_samples(manifest) else DONE
+
+
+def _settle(store: Store, config: ConvertConfig, job: str, pulse: Pulse) -> tuple[Manifest, int]:
+    """The manifest that shows the dataset in the layout, and the shards written; planned anew after a lost race."""
+    written = 0
+    while True:
+        run = _planned(store, config, job)
+        if run.parent is not None and _shows(run.parent, run):
+            return run.parent, written
+        try:
+            return _fulfil(run, config, pulse), written + run.written
+        except (LostRace, Pruned, Lapsed) as why:
+            if isinstance(why, Lapsed):
+                pulse.begin_again()
+            written += run.written
+            print(f"{why}: planning again", file=sys.stderr, flush=True)
+
+
+def _planned(store: Store, config: ConvertConfig, job: str) -> Conversion:
+    source = open_dataset(store, config.dataset)
+    with usage_errors():
+        size = config.samples_per_shard or source.layout.samples_per_shard
+        layout = Layout(format=config.to, samples_per_shard=size, compression=config.compression)
+    check_layout(source.recipe, layout)
+    target = config.as_dataset or config.dataset
+    parent = source.manifest if target == config.dataset else latest_manifest(store, target)
+    return Conversion(source, layout, target, parent, job)
+
+
+def _shows(manifest: Manifest, run: Conversion) -> bool:
+    return (manifest.content_digest, manifest.layout) == (run.source.manifest.content_digest, run.layout)
+
+
+def _fulfil(run: Conversion, config: ConvertConfig, pulse: Pulse) -> Manifest:
+    """Write what is not committed yet, and seal."""
+    tasks, missing = new_tasks(run.source, run.layout)
+    _announce(run, tasks, threads=config.threads)
+    pulse.say("planning")
+    _adopt(run, tasks)
+    todo = [task for task in tasks if task.name not in run.shards]
+    pulse.say("running", found=len(tasks) - len(todo))
+    with Progress(len(todo)) as progress:
+        for commits in in_order(lambda group: convert_tasks(run.source, run.layout, group), grouped(run.source, todo),
+                                threads=config.threads):  # fmt: skip
+            for commit in commits:
+                progress.count(commit)
+                run.shards[commit.task.name] = Shard.of(commit)
+                run.written += 1
+    _check_committed(run, pulse)
+    return _seal(run, missing)
+
+
+def _check_committed(run: Conversion, pulse: Pulse) -> None:
+    """Right before sealing, as in `generate`: what a prune took for nobody's is made again."""
+    if pulse.lapsed:
+        raise Lapsed("this job could not be heard of for long")
+    gone = run.shards.keys() - list_committed(run.source.store, run.source.recipe.id, run.layout.id)
+    if gone:
+        raise Lapsed(f"{len(gone)} commits of this job, such as {min(gone)}, are gone")
+
+
+def _announce(run: Conversion, tasks: Sequence[Task], *, threads: int) -> None:
+    """Tell the store what this job aims at: from now on no prune begins that would delete it."""
+    manifest = run.source.manifest
+    job = Job(
+        job=run.job,
+        dataset=run.dataset,
+        recipe_id=manifest.recipe_id,
+        layout=run.layout,
+        window=manifest.window,
+        parent=run.parent.number if run.parent else 0,
+        tasks_total=len(tasks),
+        tasks_missing=len(tasks),
+        runner="convert",
+        workers=threads,
+        started_at=utc_now(),
+    )
+    run.source.store.write(paths.job_path(run.job), job.to_bytes())
+
+
+def _adopt(run: Conversion, tasks: Sequence[Task]) -> None:
+    """Take what an earlier run of this, or a `generate` of the same recipe, has committed in the layout."""
+    store, recipe_id = run.source.store, run.source.recipe.id
+    committed = list_committed(store, recipe_id, run.layout.id)
+    found = read_commits(store, recipe_id, run.layout.id, [task.name for task in tasks if task.name in committed])
+    if found:
+        check_adoptable(store, run.job, found.values(), datetime.now(UTC))
+    run.shards = {name: Shard.of(commit) for name, commit in found.items()}
+
+
+def _seal(run: Conversion, missing: tuple[str, ...]) -> Manifest:
+    manifest, table = run.source.manifest, ShardTable.of(list(run.shards.values()))
+    bounds = {split: manifest.window.bounds(split) for split in SPLITS}
+    gaps = {split: id_set(*bounds[split], table.of_split(split).gaps(*bounds[split])).gaps for split in SPLITS}
+    if content_digest(manifest.recipe_id, manifest.window, gaps) != manifest.content_digest:
+        raise UserError(
+            f"shards of {run.layout.id} committed before lack other samples than {manifest.dataset} does: "
+            "choose other --samples-per-shard"
+        )
+    draft = ManifestDraft(
+        dataset=run.dataset,
+        parent=run.parent,
+        writer=run.job,
+        recipe_id=manifest.recipe_id,
+        layout=run.layout,
+        window=manifest.window,
+        missing=missing,
+    )
+    return seal(run.source.store, draft, table)
+
+
+def _tell(manifest: Manifest, written: int, job: str, seconds: float, *, as_json: bool) -> None:
+    sealed = manifest.writer == job
+    if as_json:
+        told = {
+            "what": "sealed" if sealed else "nothing",
+            "dataset": manifest.dataset,
+            "manifest": manifest.number,
+            "layout": manifest.layout.id,
+            "shards": manifest.shards.count,
+            "written": written,
+            "missing": list(manifest.missing),
+            "content_digest": manifest.content_digest,
+            "seconds": round(seconds, 3),
+        }
+        print(json.dumps(told))
+        return
+    lead = "sealed" if sealed else "nothing to do:"
+    print(
+        f"{lead} {described(manifest)} in layout {manifest.layout.id}, {written} of {manifest.shards.count} shards "
+        f"written here, {seconds:.1f} s"
+    )

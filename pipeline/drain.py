@@ -1,0 +1,104 @@
+"""SIGTERM and SIGINT to a driver: let what is in flight finish for a while, then leave; a second one leaves at once."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any, NoReturn, Self
+
+from storage_schemas.errors import UserError
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SOLVING = "limbeck-solve"
+"""How threads are named that solve in this process and can't be ended."""
+
+
+class Stopped(UserError):
+    """The driver was told to stop, and did; the exit code is that of a program that the signal ended."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+class Drain:
+    """`with` takes the signals over, where this is the main thread, and gives them back at its end."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.signal: int | None = None
+        self._deadline = float("inf")
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.getsignal(number) for number in SIGNALS}
+        _set(dict.fromkeys(SIGNALS, self._told))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        _set(self._before)
+
+    @property
+    def asked(self) -> bool:
+        """No more tasks are to be handed out."""
+        return self.signal is not None
+
+    @property
+    def over(self) -> bool:
+        """What is in flight has had its time."""
+        return time.monotonic() >= self._deadline
+
+    def raise_if_asked(self, how_far: str) -> None:
+        """Stopped, once the work has ended early."""
+        if self.signal is not None:
+            name = signal.Signals(self.signal).name
+            raise Stopped(f"stopped by {name}: {how_far}, nothing is sealed; run it again to go on there", self.signal)
+
+    def _told(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        self._deadline = now if self.asked else now + self.seconds
+        self.signal = self.signal or number
+
+
+def told(drain: Drain, *, in_flight: int) -> str:
+    """What a log shows when the signal came."""
+    assert drain.signal is not None
+    name = signal.Signals(drain.signal).name
+    return f"{name}: {in_flight} tasks in flight may finish for {drain.seconds:g} s; a second signal ends them at once"
+
+
+@contextmanager
+def signals_kept() -> Iterator[None]:
+    """Around ray.init, which takes SIGTERM for itself twice over: its own handler would print a crash trace."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def ignore_signals() -> None:
+    """In a worker: a terminal and a service manager signal the whole group, the driver decides what that means."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def leave(code: int) -> NoReturn:
+    """End the program, also where a thread still solves: nobody waits for it, and it can't be ended."""
+    if any(thread.name.startswith(SOLVING) for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _set(handlers: Mapping[signal.Signals, Any]) -> None:
+    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

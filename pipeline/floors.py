@@ -1,0 +1,94 @@
+"""Which manifests stay served, and setting the floor below them."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from pipeline.keep import Kept, Place, Target, name_tasks, served
+from pipeline.sweep import places
+from storage_schemas import paths
+from storage_schemas.commit import list_committed
+from storage_schemas.dataset import LostRace, Pruned, latest_manifest, list_numbers, read_manifest, seal_floor
+from storage_schemas.job import Pin
+from storage_schemas.manifest import Floor, Manifest
+from storage_schemas.store import Store
+
+
+@dataclass(frozen=True)
+class Spare:
+    """What floors would free if they were set now: paths by kind, and the number for each dataset that needs one."""
+
+    floors: Mapping[str, int]
+    manifests: tuple[str, ...]
+    commits: tuple[str, ...]
+
+
+def floor_below(store: Store, latest: Manifest, keep: int) -> int:
+    """The lowest number among the newest `keep` views. Manifests of one table, as a floor's and its parent, are one."""
+    tables: set[str] = set()
+    floor = latest.number
+    for number in reversed(list_numbers(store, latest.dataset)):
+        manifest = read_manifest(store, latest.dataset, number) if number >= latest.floor.number else None
+        if manifest is None or len(tables | {manifest.shards.path}) > keep:
+            break
+        tables.add(manifest.shards.path)
+        floor = number
+    return floor
+
+
+def find_spare(store: Store, latest: list[Manifest], pins: list[Pin], targets: tuple[Target, ...], keep: int) -> Spare:
+    """Manifests below the newest `keep` views; commits that neither those nor pins and jobs name."""
+    floors: dict[str, int] = {}
+    manifests: list[str] = []
+    for one in latest:
+        pinned = {pin.number for pin in pins if pin.dataset == one.dataset}
+        below = range(one.floor.number, floor_below(store, one, keep))
+        spare = [number for number in list_numbers(store, one.dataset) if number in below and number not in pinned]
+        manifests += [paths.manifest_path(one.dataset, number) for number in spare]
+        floors |= {one.dataset: below.stop} if spare else {}
+    kept = Kept(name_kept(store, latest, pins, floors), targets)
+    commits = tuple(_unnamed(store, kept))
+    if commits and not floors and latest:
+        floors = {latest[0].dataset: latest[0].floor.number}  # as before: it only marks the time
+    return Spare(floors, tuple(manifests), commits)
+
+
+def _unnamed(store: Store, kept: Kept) -> Iterator[str]:
+    for place in places(store):
+        for name in sorted(list_committed(store, *place)):
+            if not kept.has(place, name):
+                yield paths.commit_path(*place, name)
+
+
+def name_kept(
+    store: Store, latest: list[Manifest], pins: Iterable[Pin], floors: Mapping[str, int]
+) -> dict[Place, set[str]]:
+    """Tasks that served and pinned manifests list, as if `floors` were set already."""
+    named = name_tasks(store, [one for it in latest for one in served(store, it, floors.get(it.dataset))])
+    for pin in pins:
+        manifest = read_manifest(store, pin.dataset, pin.number)
+        try:
+            more = name_tasks(store, [manifest] if manifest else [])
+        except Pruned:  # the pin came too late
+            continue
+        for place, tasks in more.items():
+            named.setdefault(place, set()).update(tasks)
+    return named
+
+
+def set_floor(
+    store: Store, dataset: str, number: int, *, writer: str, grace: timedelta, clock: Callable[[], datetime]
+) -> Manifest:
+    """The manifest that sets it: the content of the latest, whoever sealed that meanwhile."""
+    while True:
+        latest = latest_manifest(store, dataset)
+        assert latest is not None  # the newest one is never deleted
+        now = clock()
+        times = (time.isoformat(timespec="seconds") for time in (now, now + grace))
+        floor = Floor(number=max(number, latest.floor.number), sealed_at=next(times), sweep_at=next(times))
+        try:
+            return seal_floor(store, latest, writer=writer, floor=floor)
+        except LostRace as lost:
+            told = f"another job sealed manifest {lost.winner.number} of {dataset}: setting the floor on it"
+            print(told, file=sys.stderr)

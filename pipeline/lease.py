@@ -1,0 +1,75 @@
+"""One prune at a time: who takes the next number in prunes/ holds it, until the end or an hour of silence."""
+
+import platform
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import Self
+
+from pipeline.heartbeat import SKEW, SPARED, age
+from storage_schemas import paths
+from storage_schemas.errors import StoreError
+from storage_schemas.job import Prune
+from storage_schemas.store import Store
+
+RENEWED = timedelta(minutes=1)
+
+
+class Lease:
+    """Taken when made. `check` before every batch of deletions, `end` at the end."""
+
+    def __init__(self, store: Store, run: str, clock: Callable[[], datetime]) -> None:
+        self.store, self.run, self.clock = store, run, clock
+        number = _last_number(store)
+        self._refuse_if_held(number)
+        self.number = number + 1
+        there = store.put_if_absent(paths.prune_path(self.number), self._document().to_bytes())
+        if Prune.from_bytes(there, store.uri).run != run:
+            raise self._held(Prune.from_bytes(there, store.uri))
+        self._renewed = clock()
+
+    def check(self) -> None:
+        """Say that we live, and make sure that nobody has taken us for dead."""
+        silent = self.clock() - self._renewed
+        if silent < RENEWED:
+            return
+        if silent > SPARED - SKEW or _last_number(self.store) != self.number:
+            raise StoreError(f"this prune of {self.store.uri} was held up for {silent}: run it again")
+        self._write(self._document())
+
+    def end(self) -> None:
+        """Let the next one begin."""
+        self._write(self._document(ended=True))
+        for name in self.store.list(paths.PRUNES):
+            if name < paths.prune_path(self.number).rpartition("/")[2]:
+                self.store.remove(f"{paths.PRUNES}/{name}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.end()
+
+    def _document(self, *, ended: bool = False) -> Prune:
+        at = self.clock().isoformat(timespec="seconds")
+        return Prune(run=self.run, machine=platform.node(), at=at, ended=ended)
+
+    def _write(self, document: Prune) -> None:
+        self.store.write(paths.prune_path(self.number), document.to_bytes())
+        self._renewed = self.clock()
+
+    def _refuse_if_held(self, number: int) -> None:
+        data = self.store.read(paths.prune_path(number)) if number else None
+        last = Prune.from_bytes(data, self.store.uri) if data else None
+        if last and not last.ended and age(last.at, self.clock()) < SPARED:
+            raise self._held(last)
+
+    def _held(self, other: Prune) -> StoreError:
+        return StoreError(
+            f"another prune of {self.store.uri} is at work on {other.machine} (last heard of at {other.at}): wait for "
+            "it; if it is dead, an hour from then this will go on"
+        )
+
+
+def _last_number(store: Store) -> int:
+    names = [name.removesuffix(".json") for name in store.list(paths.PRUNES)]
+    return max((int(name) for name in names if name.isdecimal()), default=0)

@@ -1,0 +1,170 @@
+"""`--micro-batch auto` becomes a number before there is a recipe, which then holds that number and no other.
+
+A rerun takes the number of what it goes on with. Else a worker tries: a whole shard together, half of it, ...
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from pipeline.config import GenerateConfig, RegenerateConfig
+from pipeline.once import WorkerDied
+from pipeline.produce import Order, Producer
+from pipeline.solve import OutOfMemory, solve_batch
+from pipeline.trial import try_out
+from storage_schemas import paths
+from storage_schemas.dataset import latest_manifest
+from storage_schemas.errors import UserError
+from storage_schemas.job import Job
+from storage_schemas.layout import Layout
+from storage_schemas.recipe import Recipe
+from storage_schemas.store import Store
+
+LARGEST = 4096
+"""More samples together make no network faster."""
+
+HEADROOM = 0.9
+"""Of a worker's share of a GPU, what a micro-batch may fill: the rest is for what the allocator can't use."""
+
+PROBE_STEPS = 4
+"""Enough for every solver to hold all the earlier calls that it ever holds."""
+
+JOBS_LOOKED_AT = 16
+"""The newest ones, among which a job of this dataset that died before it sealed is looked for."""
+
+
+def find_micro_batch(config: GenerateConfig, draft: Recipe, layout: Layout, store: Store) -> int:
+    """The micro-batch for `draft`, a recipe whose own is not meant; told on stderr."""
+    earlier = _earlier(config, draft, layout, store)
+    if earlier is not None:
+        print(f"micro-batch {earlier}, as in what is in {store.uri} already", file=sys.stderr)
+        return earlier
+    found = _probe(config, draft, layout, store)
+    print(f"micro-batch {found}: found by a trial on a worker, from now on part of the recipe", file=sys.stderr)
+    return found
+
+
+def _earlier(config: GenerateConfig, draft: Recipe, layout: Layout, store: Store) -> int | None:
+    """That of the dataset's latest manifest or newest job, where it has this recipe but for the micro-batch.
+
+    A manifest of another recipe, which only --new-recipe may leave, is refused later: no worker is asked before that.
+    """
+    manifest = latest_manifest(store, config.dataset)
+    held = _held(store, manifest.recipe_id) if manifest else None
+    if held and (_differs_at_most_there(held, draft, layout) or not _may_change(config)):
+        return held.micro_batch
+    begun = next(_begun(config.dataset, store), None)
+    return begun.micro_batch if begun and _differs_at_most_there(begun, draft, layout) else None
+
+
+def _may_change(config: GenerateConfig) -> bool:
+    return config.new_recipe or (isinstance(config, RegenerateConfig) and config.policy == "recipe")
+
+
+def _differs_at_most_there(held: Recipe, draft: Recipe, layout: Layout) -> bool:
+    same = with_micro_batch(draft, held.micro_batch).id == held.id
+    return same and layout.samples_per_shard % held.micro_batch == 0
+
+
+def _begun(dataset: str, store: Store) -> Iterator[Recipe]:
+    """Recipes of the newest jobs of the dataset, newest first."""
+    for name in reversed(store.list(paths.JOBS)[-JOBS_LOOKED_AT:]):
+        path = paths.job_path(name)
+        data = store.read(path)
+        job = Job.from_bytes(data, f"{store.uri}/{path}") if data else None
+        recipe = _held(store, job.recipe_id) if job and job.dataset == dataset else None
+        if recipe:
+            yield recipe
+
+
+def _held(store: Store, recipe_id: str) -> Recipe | None:
+    path = paths.recipe_path(recipe_id)
+    data = store.read(path)
+    return None if data is None else Recipe.from_bytes(data, f"{store.uri}/{path}")
+
+
+def with_micro_batch(recipe: Recipe, size: int) -> Recipe:
+    """The same recipe with `size` samples solved together."""
+    return recipe.model_copy(update={"micro_batch": size})
+
+
+def sizes(samples_per_shard: int) -> list[int]:
+    """What is tried: halves of a shard while they are whole, largest first, from LARGEST down."""
+    halves = [samples_per_shard]
+    while halves[-1] % 2 == 0:
+        halves.append(halves[-1] // 2)
+    return [size for size in halves if size <= LARGEST] or halves[-1:]
+
+
+def _probe(config: GenerateConfig, draft: Recipe, layout: Layout, store: Store) -> int:
+    """A worker that dies can't say at which size, so the next one leaves the largest out."""
+    order = Order(store, draft, layout, config.device, config.threads)
+    left = sizes(layout.samples_per_shard)
+    while left:
+        try:
+            found = try_out(
+                "the trial of a micro-batch", first_that_fits, order, left, gpu_share(config), runner=config
+            )
+        except WorkerDied as death:
+            print(f"a micro-batch of {left[0]} or less is too large: {death}", file=sys.stderr)
+            left = left[1:]
+            continue
+        if found:
+            return found
+        break
+    raise UserError(
+        f"a worker has no room for {sizes(layout.samples_per_shard)[-1]} samples of {draft.teacher.uri} together: give "
+        "it more memory, or shards with more factors of 2"
+    )
+
+
+def gpu_share(config: GenerateConfig) -> float:
+    """The part of a GPU that one worker has: local ones share one GPU."""
+    if config.runner == "ray":
+        return min(1.0, config.ray.num_gpus or 1.0)
+    return 1 / config.workers
+
+
+def first_that_fits(order: Order, candidates: Sequence[int], share: float) -> int | None:
+    """The first of `candidates`, samples together, for which this worker has memory; its share of the GPU counts."""
+    producer = Producer(order)
+    with _limited(producer.device, share):
+        return next((size for size in candidates if _fits(producer, size)), None)
+
+
+def _fits(producer: Producer, size: int) -> bool:
+    recipe = shortened(with_micro_batch(producer.order.recipe, size))
+    try:
+        solve_batch(
+            recipe, producer.denoise, producer.teacher.process, "train", np.arange(size), device=producer.device
+        )
+    except OutOfMemory:
+        return False
+    finally:
+        if producer.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return True
+
+
+def shortened(recipe: Recipe) -> Recipe:
+    """Fewer steps with as many stored states: it takes as much memory, and no longer than it must."""
+    steps = min(recipe.num_steps, max(PROBE_STEPS, len(recipe.states) - 1))
+    grid = {name: (*getattr(recipe, name)[:steps], getattr(recipe, name)[-1]) for name in ("times", "alphas", "sigmas")}
+    states = (*range(len(recipe.states) - 1), steps)
+    solver = recipe.solver.model_copy(update={"steps": steps})
+    return recipe.model_copy(update={"solver": solver, "states": states, **grid})
+
+
+@contextmanager
+def _limited(device: torch.device, share: float) -> Iterator[None]:
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_per_process_memory_fraction(share * HEADROOM, device.index)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device.index)

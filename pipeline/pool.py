@@ -1,0 +1,100 @@
+"""Who of a fleet is starting, idle or busy, and since when. Every step costs O(1), whatever the number of workers."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+from pipeline.fleet import Fleet
+from storage_schemas.commit import Task
+
+
+class Pool:
+    """The workers of a fleet, by number. The first of an ordered dictionary is found at once, that of a dict is not."""
+
+    def __init__(self, fleet: Fleet, clock: Callable[[], float]) -> None:
+        self.fleet = fleet
+        self.starting: dict[int, None] = {}
+        self.loads: dict[int, list[Task]] = {}
+        self.idle: OrderedDict[int, None] = OrderedDict()
+        self.open: OrderedDict[int, None] = OrderedDict()  # with one task, free for a second
+        self._leaving: set[int] = set()
+        self._heard: OrderedDict[int, float] = OrderedDict()  # busy workers by the time of their last sign of life
+        self._clock = clock
+
+    @property
+    def ready(self) -> int:
+        """Workers that have loaded their teacher and stay."""
+        return len(self.loads) - len(self._leaving)
+
+    @property
+    def in_flight(self) -> int:
+        """Tasks that workers have."""
+        return sum(map(len, self.loads.values()))
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._heard)
+
+    def start(self) -> None:
+        """Ask for one more worker."""
+        self.starting[self.fleet.start()] = None
+
+    def welcome(self, worker: int) -> None:
+        """A worker that was starting is ready."""
+        del self.starting[worker]
+        self.loads[worker] = []
+        self.idle[worker] = None
+
+    def give(self, worker: int, task: Task, *, alone: bool) -> None:
+        """A first task for an idle worker, which may get a second unless it is to run `alone`; or the second."""
+        first = not self.loads[worker]
+        self.idle.pop(worker, None)
+        self.open.pop(worker, None)
+        self.loads[worker].append(task)
+        if first:
+            self._heard[worker] = self._clock()
+            if not alone:
+                self.open[worker] = None
+        self.fleet.submit(worker, task)
+
+    def finished(self, worker: int, task: Task) -> float:
+        """Seconds since the worker's last sign of life, which is about how long the task took."""
+        load = self.loads[worker]
+        load.remove(task)
+        now = self._clock()
+        seconds = now - self._heard.pop(worker)
+        if load:
+            self._heard[worker] = now
+        if worker not in self._leaving:
+            (self.open if load else self.idle)[worker] = None
+        elif not load:
+            self.end(worker)
+        return seconds
+
+    def leave(self, worker: int) -> None:
+        """No more tasks for this worker; it ends once it has none."""
+        self.idle.pop(worker, None)
+        self.open.pop(worker, None)
+        self._leaving.add(worker)
+        if not self.loads[worker]:
+            self.end(worker)
+
+    def end(self, worker: int) -> list[Task]:
+        """End a worker; what it had in flight."""
+        self.fleet.end(worker)
+        return self.forget(worker)
+
+    def forget(self, worker: int) -> list[Task]:
+        """Strike off a worker that is gone; what it had in flight."""
+        self.starting.pop(worker, None)
+        self._heard.pop(worker, None)
+        for workers in (self.idle, self.open):
+            workers.pop(worker, None)
+        self._leaving.discard(worker)
+        return self.loads.pop(worker, [])
+
+    def longest_silent(self) -> tuple[int, float] | None:
+        """The busy worker that has not been heard of for the longest, and for how many seconds."""
+        if not self._heard:
+            return None
+        worker, heard = next(iter(self._heard.items()))
+        return worker, self._clock() - heard

@@ -1,0 +1,198 @@
+"""Samples that are stored already, solved again: at doubled steps, to measure the error, and just as they were."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion.grids import make_grid
+from diffusion.process import Process
+from diffusion.solvers import solve
+from pipeline.duplicates import DIGITS, Sample
+from pipeline.produce import Order, Producer, pick_device
+from pipeline.solve import draw_labels, draw_noise, in_memory_format, memory_told, micro_batches, solve_batch
+from pipeline.teacher import TeacherSource
+from storage_schemas.commit import Task
+from storage_schemas.recipe import Recipe
+from storage_schemas.record import Columns, from_storage, state_column, to_storage
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A sample as it lies in the store: its row of every column, and the machine that its shard names."""
+
+    sample: Sample
+    row: Columns
+    machine: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A sample solved as the recipe says, against what is stored: the largest difference of each state.
+
+    None if the new solve is not finite.
+    """
+
+    sample: Sample
+    same_bits: bool
+    max_difference: dict[str, float] | None
+    solved_on: dict[str, str]
+    here: dict[str, str]
+
+    @property
+    def same_machine(self) -> bool:
+        """Whether both solves were on one host, device and torch, where the same bits are promised."""
+        return all(self.solved_on.get(key) == self.here.get(key) for key in ("host", "device", "torch"))
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What came of solving K samples anew; S stored states.
+
+    squares [K, S]: mean over coordinates of (stored - solved at 2N steps)^2; rounding [S]: storage's share of it.
+    drift [K, S]: the same against N steps, among other samples than the recipe says, without one unit of rounding.
+    """
+
+    samples: tuple[Sample, ...]
+    squares: np.ndarray
+    rounding: np.ndarray
+    drift: np.ndarray
+    replays: tuple[Replay, ...]
+
+
+def resolve(source: TeacherSource, order: Order, stored: Sequence[Stored], *, replays: int) -> Resolved:
+    """Every sample at doubled steps and at the recipe's own, and the worst of the latter by whole micro-batches, too.
+
+    The first two take samples together as they come: that changes the last bits of a network's answers, which is far
+    below what they look for.
+    """
+    producer = open_producer(source, order)
+    batches = list(_batches(stored, order.recipe.micro_batch))
+    solved = [_solved_anew(producer, batch) for batch in batches]
+    squares, rounding, again, drift, size = (np.concatenate(parts) for parts in zip(*solved, strict=True))
+    samples = [part for batch in batches for part in batch]
+    odd = np.nan_to_num(again / size.mean(0), nan=np.inf).max(1)
+    worst = [samples[place] for place in np.argsort(-odd, kind="stable")[:replays].tolist()]
+    return Resolved(
+        tuple(part.sample for part in samples),
+        squares,
+        rounding.mean(0),
+        drift,
+        tuple(replay(producer, part) for part in worst),
+    )
+
+
+def _solved_anew(producer: Producer, batch: Sequence[Stored]) -> tuple[np.ndarray, ...]:
+    """Mean squares [B, S] of a batch: stored - fine, rounding of fine, stored - coarse rounded, beyond a unit, fine."""
+    recipe = producer.order.recipe
+    kept = [_numbers(recipe, np.stack([part.row[name] for part in batch])) for name in _names(recipe)]
+    doubled = doubled_grid(producer.teacher.process, recipe)
+    last = len(doubled) - 1
+    fine = _solve(producer, batch, doubled, [2 * k if k < recipe.num_steps else last for k in recipe.states])
+    coarse = _solve(producer, batch, torch.tensor(recipe.times, dtype=torch.float64), recipe.states)
+    unit = 2.0 ** (1 - DIGITS[recipe.storage_dtype][0])
+    beyond = [np.maximum(np.abs(x - y) - unit * np.abs(y), 0.0) for x, y in zip(kept, coarse, strict=True)]
+    return (
+        _mean_squares([x - y for x, y in zip(kept, fine, strict=True)]),
+        _mean_squares([_rounded(recipe, y) - y for y in fine]),
+        _mean_squares([x - _rounded(recipe, y) for x, y in zip(kept, coarse, strict=True)]),
+        _mean_squares(beyond),
+        _mean_squares(fine),
+    )
+
+
+def reproduce_one(source: TeacherSource, order: Order, stored: Stored) -> Replay:
+    """`replay`, with the teacher loaded first."""
+    return replay(open_producer(source, order), stored)
+
+
+def open_producer(source: TeacherSource, order: Order) -> Producer:
+    """The recipe's teacher on the order's device, set up just as in `generate`."""
+    return Producer(order, source.load(device=pick_device(order.device)))
+
+
+def replay(producer: Producer, stored: Stored) -> Replay:
+    """Solve the sample's whole micro-batch, as the recipe fixes which ids are solved together, and compare its row."""
+    recipe, sample = producer.order.recipe, stored.sample
+    (ids,) = micro_batches(Task(sample.split, sample.id // recipe.micro_batch, recipe.micro_batch), recipe.micro_batch)
+    solved = solve_batch(
+        recipe, producer.denoise, producer.teacher.process, sample.split, ids, device=producer.device
+    ).columns
+    (rows,) = np.nonzero(solved["sample_id"] == sample.id)
+    if not len(rows):
+        return Replay(sample, False, None, stored.machine, producer.machine)
+    row = {name: column[rows[0]] for name, column in solved.items()}
+    names = _names(recipe)
+    gaps = {name: np.abs(_numbers(recipe, row[name]) - _numbers(recipe, stored.row[name])) for name in names}
+    return Replay(
+        sample,
+        all(np.array_equal(_bytes(row[name]), _bytes(stored.row[name])) for name in row),
+        {name: float(gap.max()) for name, gap in gaps.items()},
+        stored.machine,
+        producer.machine,
+    )
+
+
+def doubled_grid(process: Process, recipe: Recipe) -> Tensor:
+    """The recipe's grid with every step halved, in the grid's own parameter: [2N+1] or [2N], index 2i is index i.
+
+    A last step from r_min (or t_min) to 0 is left as it is: below that the network was not trained, and the finer grids
+    of the same kind have it, too.
+    """
+    times, options = torch.tensor(recipe.times, dtype=torch.float64), dict(recipe.solver.grid)
+    name, steps = str(options.pop("name")), recipe.num_steps
+    whole = steps == 1 or (name == "uniform_time" and "t_min" not in options)
+    doubled = make_grid(name, process, 2 * steps if whole else 2 * steps - 1, **options)
+    doubled[:-1:2] = times[:-1]
+    return doubled
+
+
+def _batches(stored: Sequence[Stored], size: int) -> Iterator[Sequence[Stored]]:
+    """Samples of one split at a time, no more than `size`: at doubled steps it does not matter who is with whom."""
+    for split in sorted({part.sample.split for part in stored}):
+        mine = [part for part in stored if part.sample.split == split]
+        yield from (mine[first : first + size] for first in range(0, len(mine), size))
+
+
+@torch.no_grad()
+def _solve(producer: Producer, batch: Sequence[Stored], times: Tensor, keep: Sequence[int]) -> list[np.ndarray]:
+    """States of a batch from its ids' own x_T, in float64 and not rounded for storage."""
+    recipe, split = producer.order.recipe, batch[0].sample.split
+    ids = np.array([part.sample.id for part in batch], dtype=np.int64)
+    labels = draw_labels(recipe, split, ids)
+    with memory_told(recipe.micro_batch, producer.device):
+        solution = solve(
+            producer.denoise,
+            producer.teacher.process,
+            in_memory_format(recipe, draw_noise(recipe, split, ids).to(producer.device)),
+            times,
+            solver=recipe.solver.name,
+            condition=None if labels is None else torch.from_numpy(labels).to(producer.device),
+            keep=keep,
+        )
+    return list(solution.states.double().cpu().numpy())
+
+
+def _names(recipe: Recipe) -> list[str]:
+    return [state_column(k, recipe.num_steps) for k in recipe.states]
+
+
+def _mean_squares(gaps: Sequence[np.ndarray]) -> np.ndarray:
+    """Over coordinates: [B, S] of S arrays [B, ...]."""
+    return np.stack([np.square(gap).reshape(len(gap), -1).mean(1) for gap in gaps], axis=1)
+
+
+def _rounded(recipe: Recipe, values: np.ndarray) -> np.ndarray:
+    """As the storage dtype would hold them."""
+    with np.errstate(over="ignore"):
+        return _numbers(recipe, to_storage(values, recipe.storage_dtype))
+
+
+def _numbers(recipe: Recipe, stored: np.ndarray) -> np.ndarray:
+    return from_storage(stored, recipe.storage_dtype).astype(np.float64)
+
+
+def _bytes(values: np.ndarray) -> np.ndarray:
+    return np.atleast_1d(values).view(np.uint8)

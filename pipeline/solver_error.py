@@ -1,0 +1,118 @@
+"""How far each solver ends from where the teacher's ODE leads, on the same noises: what `calibrate` asks a worker."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion.grids import make_grid
+from diffusion.solvers import solve
+from diffusion.teachers import Teacher, load_teacher
+from pipeline.config import CalibrateConfig, GenerateConfig, TeacherConfig
+from pipeline.produce import machine_of, pick_device, set_up_torch
+from pipeline.recipe import build_recipe, grid_options
+from pipeline.solve import Denoise, denoise_of, draw_labels, draw_noise, in_memory_format, memory_told
+from storage_schemas.recipe import Recipe
+
+REFERENCE = "rk4"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """squares [n]: of each sample, the mean over its coordinates of (x_0 - the reference's x_0)^2."""
+
+    solver: str
+    steps: int
+    nfe: int
+    squares: np.ndarray
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Trials against the reference; scale: standard deviation of the reference's x_0 over samples and coordinates.
+
+    halved: the reference's solver at half the steps, as a trial.
+    """
+
+    scale: float
+    reference: tuple[str, int, int]
+    halved: Trial
+    trials: tuple[Trial, ...]
+    machine: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Everything that the trials share."""
+
+    config: CalibrateConfig
+    recipe: Recipe
+    teacher: Teacher
+    denoise: Denoise
+    device: torch.device
+
+    @classmethod
+    def open(cls, config: CalibrateConfig) -> "Bench":
+        """Load the teacher here, and set torch up as a worker does."""
+        set_up_torch(threads=config.threads, tf32=config.tf32)
+        device = pick_device(config.device)
+        teacher = load_teacher(config.teacher, device=device)
+        recipe = build_recipe(build_config(config, config.solvers[0], config.steps[0]), teacher)
+        return cls(config, recipe, teacher, denoise_of(recipe, teacher.denoiser, device=device), device)
+
+    def solve(self, solver: str, steps: int, *, dtype: torch.dtype) -> tuple[Tensor, int]:
+        """x_0 of the holdout's first ids, float64 [n, *shape] on the CPU, and the network calls of a sample."""
+        config, process = self.config, self.teacher.process
+        times = make_grid(config.solver.grid, process, steps, **grid_options(config.solver, process))
+        outputs, nfe = [], 0
+        for start in range(0, config.count, config.micro_batch):
+            ids = np.arange(start, min(start + config.micro_batch, config.count))
+            labels = draw_labels(self.recipe, "holdout", ids)
+            with memory_told(len(ids), self.device), torch.no_grad():
+                solution = solve(
+                    self.denoise,
+                    process,
+                    in_memory_format(self.recipe, draw_noise(self.recipe, "holdout", ids).to(self.device, dtype)),
+                    times,
+                    solver=solver,
+                    condition=None if labels is None else torch.from_numpy(labels).to(self.device),
+                    keep=[steps],
+                )
+                outputs.append(solution.states[0].cpu().double())
+            nfe = solution.nfe
+        return torch.cat(outputs), nfe
+
+
+def measure(config: CalibrateConfig) -> Measured:
+    """Every solver at every number of steps. The reference is solved in float64: its own rounding is out of the way."""
+    bench = Bench.open(config)
+    fine = config.reference_factor * max(config.steps)
+    exact, nfe = bench.solve(REFERENCE, fine, dtype=torch.float64)
+
+    def trial(solver: str, steps: int, dtype: torch.dtype) -> Trial:
+        x_0, calls = bench.solve(solver, steps, dtype=dtype)
+        return Trial(solver, steps, calls, (x_0 - exact).square().flatten(1).mean(1).numpy())
+
+    dtype = getattr(torch, config.solve_dtype)
+    return Measured(
+        scale=exact.std(correction=0).item(),
+        reference=(REFERENCE, fine, nfe),
+        halved=trial(REFERENCE, fine // 2, torch.float64),
+        trials=tuple(trial(solver, steps, dtype) for solver in config.solvers for steps in config.steps),
+        machine=machine_of(bench.device, config.threads),
+    )
+
+
+def build_config(config: CalibrateConfig, solver: str, steps: int) -> GenerateConfig:
+    """One trial as generate would be told it, of which there is a recipe."""
+    return GenerateConfig.model_validate(
+        {
+            **{name: getattr(config, name) for name in TeacherConfig.model_fields},
+            "solver": {**config.solver.model_dump(), "name": solver, "steps": steps},
+            "store": "none",
+            "count": config.count,
+            "samples_per_shard": config.micro_batch,
+            "micro_batch": config.micro_batch,
+        }
+    )

@@ -1,0 +1,154 @@
+"""`submit`: a run as a Ray job whose id says what it makes, so that Ray itself refuses to run it twice."""
+
+import itertools
+import json
+import re
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from pipeline.config import GenerateConfig, RegenerateConfig, SubmitConfig
+from storage_schemas.canonical import digest
+from storage_schemas.command_line import parse, spelled_out
+from storage_schemas.errors import UsageError, UserError, without_credentials
+
+SUBMITTABLE: dict[str, type[GenerateConfig]] = {"generate": GenerateConfig, "regenerate": RegenerateConfig}
+
+WHERE_AND_HOW = {
+    *("runner", "workers", "threads", "device", "ray"),
+    *("max_attempts", "straggler_seconds", "drain_seconds", "as_json", "tick"),
+}
+"""Fields that don't change what is made. The tick stands in the id by itself."""
+
+ENDED_BADLY = ("FAILED", "STOPPED")
+ENDED = ("SUCCEEDED", *ENDED_BADLY)
+POLL_SECONDS = 2.0
+
+
+class JobClient(Protocol):
+    """What is used of ray.job_submission.JobSubmissionClient."""
+
+    def submit_job(self, *, entrypoint: str, submission_id: str, runtime_env: dict[str, Any]) -> str: ...
+    def get_job_info(self, job_id: str) -> Any: ...
+    def get_job_logs(self, job_id: str) -> str: ...
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What is asked of the job server."""
+
+    submission_id: str
+    entrypoint: str
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What came of it: `submitted` says whether that was now, or by somebody before."""
+
+    submission_id: str
+    entrypoint: str
+    submitted: bool
+    status: str
+    exit_code: int | None = None
+
+
+def run_submit(config: SubmitConfig) -> int:
+    """0 where the job is under way or done, by this submit or an earlier one; with --wait the job's own exit code."""
+    submission = submission_of(config.command)
+    if config.dry_run:
+        print(json.dumps(asdict(submission)) if config.as_json else _shown(submission))
+        return 0
+    from pipeline.ray_runner import job_client  # the id alone needs no Ray
+
+    client = job_client(config.dashboard)
+    receipt = hand_in(client, submission, working_dir=config.working_dir)
+    if not config.as_json:
+        print(_told(receipt), flush=True)
+    if config.wait:
+        receipt = wait_for(client, receipt)
+        print(client.get_job_logs(receipt.submission_id), end="", file=sys.stderr if config.as_json else sys.stdout)
+    if config.as_json:
+        print(json.dumps(asdict(receipt)))
+    return receipt.exit_code or 0
+
+
+def submission_of(words: Sequence[str]) -> Submission:
+    """The id and the command of a line such as `generate --config digits.yaml --workers 8`.
+
+    The file is read here and its fields become flags: the cluster needs no copy of it, and runs what was named.
+    """
+    name, *options = words or ("",)
+    if name not in SUBMITTABLE:
+        raise UsageError(f"{name!r} can't be submitted: write -- generate ... or -- regenerate ... at the end")
+    flags = spelled_out(SUBMITTABLE[name], options)
+    config = parse(SUBMITTABLE[name], flags, program=f"python -m pipeline {name}")
+    entrypoint = shlex.join(["python", "-m", "pipeline", name, *flags])
+    if without_credentials(entrypoint) != entrypoint:
+        raise UsageError(
+            "a submitted command is shown in Ray's dashboard: give credentials by environment, not in a uri"
+        )
+    return Submission(submission_id(name, config), entrypoint)
+
+
+def submission_id(name: str, config: GenerateConfig) -> str:
+    """limbeck-regenerate-1f2e3d4c5b6a-2026-11-22T03: the command, what it makes, and the schedule's tick."""
+    makes = digest({"command": name, **config.model_dump(mode="json", exclude=WHERE_AND_HOW)})
+    tick = getattr(config, "tick", None)
+    if name == "regenerate" and tick is None:
+        raise UsageError(
+            "regenerate without --tick would be one submission for ever: say which one it is, "
+            "such as --tick $(date -u +%Y-%m-%dT%H)"
+        )
+    return "-".join(["limbeck", name, makes[:12], *([re.sub(r"[^\w-]", "", tick)] if tick else [])])
+
+
+def hand_in(client: JobClient, submission: Submission, *, working_dir: str | None) -> Receipt:
+    """Submit under the first id that is free: -r1, -r2, ... where earlier ones failed or were stopped.
+
+    Two that do this at once ask for the same id, and the job server refuses one of them.
+    """
+    runtime_env = {"working_dir": working_dir} if working_dir else {}
+    for rerun in itertools.count():
+        name = submission.submission_id + (f"-r{rerun}" if rerun else "")
+        try:
+            client.submit_job(entrypoint=submission.entrypoint, submission_id=name, runtime_env=runtime_env)
+            return Receipt(name, submission.entrypoint, True, "PENDING")
+        except RuntimeError as error:
+            if "already exists" not in str(error):
+                raise UserError(f"the job server refused {name}: {' '.join(str(error).split())[:500]}") from None
+        status, _ = _state(client, name)
+        if status not in ENDED_BADLY:
+            return Receipt(name, submission.entrypoint, False, status)
+    raise AssertionError("counting ended")
+
+
+def wait_for(client: JobClient, receipt: Receipt) -> Receipt:
+    """The receipt with the job's end: the exit code of its driver, 1 where it had none."""
+    while (state := _state(client, receipt.submission_id))[0] not in ENDED:
+        time.sleep(POLL_SECONDS)
+    status, driver_exit_code = state
+    code = 0 if status == "SUCCEEDED" else driver_exit_code or 1
+    return Receipt(receipt.submission_id, receipt.entrypoint, receipt.submitted, status, code)
+
+
+def _state(client: JobClient, name: str) -> tuple[str, int | None]:
+    """A job's status and the exit code of its driver."""
+    try:
+        info = client.get_job_info(name)
+    except RuntimeError:  # its cluster was started anew, or somebody deleted it
+        raise UserError(f"the job server doesn't know {name} any more: submit again, what is done is kept") from None
+    return str(getattr(info.status, "value", info.status)), info.driver_exit_code
+
+
+def _told(receipt: Receipt) -> str:
+    if receipt.submitted:
+        return f"submitted {receipt.submission_id}"
+    anew = f"; `ray job delete {receipt.submission_id}` lets it run again" if receipt.status == "SUCCEEDED" else ""
+    return f"{receipt.submission_id} was submitted before and is {receipt.status}: not submitted again{anew}"
+
+
+def _shown(submission: Submission) -> str:
+    return f"ray job submit --submission-id {submission.submission_id} -- {submission.entrypoint}"

@@ -1,0 +1,71 @@
+"""The teacher of a dataset that is there already: where its weights are to be had, and only if their hash agrees."""
+
+import json
+from dataclasses import dataclass
+
+import torch
+
+from diffusion import checkpoint
+from diffusion.teachers import Teacher, from_checkpoint, load_teacher
+from storage_schemas import paths
+from storage_schemas.canonical import digest
+from storage_schemas.errors import UserError
+from storage_schemas.recipe import Recipe
+from storage_schemas.store import Store
+
+
+class NoTeacher(UserError):
+    """Nobody has the weights that the recipe names."""
+
+
+@dataclass(frozen=True)
+class TeacherSource:
+    """Where to load a recipe's teacher from, small enough to send: `uri`, else the store, else the recipe's uri."""
+
+    store: Store
+    recipe: Recipe
+    uri: str | None = None
+
+    def load(self, *, device: str | torch.device = "cpu") -> Teacher:
+        """The teacher, if it is the recipe's. Raises NoTeacher in one line.
+
+        A recipe may come from anybody, so the code that a `python:` teacher names runs only if the user names it too.
+        """
+        source = self.uri or self.recipe.teacher.uri
+        kept = None if self.uri else self._kept(device)
+        if kept is None and self.uri is None and source.startswith("python:"):
+            raise NoTeacher(
+                f"the teacher {source} is code and isn't in the store: allow it to run by --teacher {source}"
+            )
+        return self._same(source, kept or _loaded(source, device))
+
+    def _kept(self, device: str | torch.device) -> Teacher | None:
+        folder = paths.weights_folder(self.recipe.id)
+        document = self.store.read(f"{folder}/{checkpoint.MODEL_FILE}")
+        weights = self.store.read(f"{folder}/{checkpoint.WEIGHTS_FILE}")
+        if document is None or weights is None:
+            return None
+        try:
+            saved = checkpoint.unpack(json.loads(document), weights)
+        except ValueError as error:
+            raise NoTeacher(f"{self.store.uri}/{folder}: {error}") from None
+        return from_checkpoint(self.recipe.teacher.uri, saved, device=device)
+
+    def _same(self, source: str, teacher: Teacher) -> Teacher:
+        told = self.recipe.teacher
+        for what, here, there in (
+            ("weights", teacher.weights_sha256, told.weights_sha256),
+            ("description", digest(teacher.model), digest(told.model)),
+            ("source code", teacher.source_sha256, told.source_sha256),
+        ):
+            if here != there:
+                differs = f"{source} has {what} {str(here)[:12]}, the recipe says {str(there)[:12]}"
+                raise NoTeacher(f"{differs}: name the teacher that made this data by --teacher")
+        return teacher
+
+
+def _loaded(uri: str, device: str | torch.device) -> Teacher:
+    try:
+        return load_teacher(uri, device=device)
+    except Exception as error:  # whatever a factory of the user's raises, too
+        raise NoTeacher(f"teacher {uri} can't be loaded ({error}): name it by --teacher") from error

@@ -1,0 +1,103 @@
+"""SIGTERM and SIGINT to a driver: what is in flight finishes, nothing is sealed, and the next run goes on there."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from storage_schemas.dataset import latest_manifest
+from storage_schemas.store import Store
+
+SMALL = ["--solver.steps", 4, "--states", 2, "--samples-per-shard", 64, "--micro-batch", 32]
+SLOW = "python:strange_teachers:slow_teacher"
+TASKS = 30
+
+
+def line_of_work(store, *words):
+    return ["generate", "--teacher", SLOW, "--store", store, "--count", TASKS * 64, "--holdout", 0, *SMALL, *words]
+
+
+def told(out):
+    return next(line for line in out.splitlines() if line.startswith("pipeline: "))
+
+
+def wait_for_commits(commits, store, number, seconds=60):
+    deadline = time.monotonic() + seconds
+    while len(commits(store)) < number:
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("workers", "number"), [(1, signal.SIGTERM), pytest.param(2, signal.SIGINT, marks=pytest.mark.faults)]
+)
+def test_a_driver_that_is_told_to_stop_lets_tasks_finish(start, generate, commits, tmp_path, workers, number):
+    job = start(*line_of_work(tmp_path, "--runner", "local", "--workers", workers), STRANGE_DELAY="0.05")
+    wait_for_commits(commits, tmp_path, 2)
+    job.send_signal(number)
+    out, _ = job.communicate(timeout=60)
+    assert job.returncode == 128 + number, out
+    done = len(commits(tmp_path))
+    assert told(out) == (
+        f"pipeline: stopped by {number.name}: {done} of {TASKS} missing tasks are committed, nothing is sealed; "
+        "run it again to go on there"
+    )
+    assert latest_manifest(Store.open(str(tmp_path)), "main") is None
+    code, again, _ = generate(tmp_path, teacher=SLOW, count=TASKS * 64, holdout=0)
+    assert (code, f"{TASKS - done} of {TASKS} tasks run here" in again) == (0, True)
+
+
+def test_workers_leave_a_signal_of_the_whole_group_to_the_driver(commits, tmp_path):
+    words = map(str, line_of_work(tmp_path, "--runner", "local", "--workers", 2))
+    job = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", *words],
+        env=os.environ | {"STRANGE_DELAY": "0.05"},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for_commits(commits, tmp_path, 2)
+    before = len(commits(tmp_path))
+    os.killpg(job.pid, signal.SIGINT)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 130, err
+    assert len(commits(tmp_path)) > before
+    assert "Traceback" not in err
+    assert "died" not in err
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.faults)])
+def test_a_second_signal_leaves_at_once(start, commits, tmp_path, workers):
+    job = start(*line_of_work(tmp_path, "--runner", "local", "--workers", workers), STRANGE_DELAY="20")
+    while not list(tmp_path.glob("jobs/*/job.json")):
+        time.sleep(0.05)
+    time.sleep(0.5)
+    job.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    job.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    out, _ = job.communicate(timeout=60)
+    assert (job.returncode, commits(tmp_path)) == (143, {}), out
+    assert time.monotonic() - began < 15  # one call of the teacher takes 20 s
+
+
+@pytest.mark.faults
+def test_a_task_past_its_deadline_has_its_process_ended(generate, ids_of, tmp_path, monkeypatch):
+    monkeypatch.setenv("STRANGE_MARKER", str(tmp_path / "marker"))
+    code, _, err = generate(
+        *(tmp_path / "store", "--workers", 2, "--straggler-seconds", 2),
+        teacher="python:strange_teachers:hanging_teacher",
+    )
+    assert (code, "train-00000001" in err, "is ended (--straggler-seconds)" in err) == (0, True, True)
+    assert ids_of(tmp_path / "store")["train"] == list(range(160))
+
+
+def test_the_only_worker_can_not_be_ended_and_says_so(start, tmp_path):
+    words = line_of_work(tmp_path, "--runner", "local", "--straggler-seconds", 1)
+    job = start(*words, STRANGE_DELAY="20")
+    out, _ = job.communicate(timeout=60)
+    assert job.returncode == 1
+    assert "takes too long, and the only worker is this process, which can't end itself" in told(out)

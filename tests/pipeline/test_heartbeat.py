@@ -1,0 +1,84 @@
+"""A driver says that it lives, whatever the store says to that."""
+
+import threading
+import time
+
+import pytest
+
+import pipeline.heartbeat
+from pipeline.heartbeat import LAPSED, Pulse
+from storage_schemas import paths
+from storage_schemas.errors import StoreError
+from storage_schemas.job import Heartbeat
+from storage_schemas.store import Store
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store.create(str(tmp_path))
+
+
+def last(store, job="job"):
+    data = store.read(paths.heartbeat_path(job))
+    return Heartbeat.from_bytes(data, "heartbeat") if data else None
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_it_beats_until_its_last_word(store, monkeypatch):
+    times = iter(f"2026-01-01T00:{minute // 60:02d}:{minute % 60:02d}+00:00" for minute in range(3600))
+    monkeypatch.setattr(pipeline.heartbeat, "utc_now", lambda: next(times))
+    pulse = Pulse(store, "job", every=0.01)
+    assert last(store) is None, "a job that has nothing to do leaves nothing"
+    pulse.say("planning")
+    pulse.say("running", found=7)
+    said = last(store)
+    wait_until(lambda: last(store).at > said.at)
+    assert (said.state, last(store).found) == ("running", 7)
+    pulse.end("sealed")
+    final = last(store)
+    assert (final.state, final.found) == ("sealed", 7)
+    wait_until(lambda: not any(thread.name == "heartbeat" for thread in threading.enumerate()))
+    assert last(store) == final
+
+
+def test_a_job_that_never_began_says_nothing_at_its_end(store):
+    Pulse(store, "job").end("failed")
+    assert store.list(paths.JOBS) == []
+
+
+def test_a_store_that_refuses_it_does_the_job_no_harm(store, monkeypatch):
+    refused = []
+
+    def refuse(self, path, data):
+        refused.append(path)
+        raise (StoreError("full") if len(refused) % 2 else OSError("reset"))
+
+    monkeypatch.setattr(Store, "write", refuse)
+    pulse = Pulse(store, "job", every=0.01)
+    pulse.say("running")
+    wait_until(lambda: len(refused) > 5)
+    monkeypatch.undo()
+    pulse.end("failed")
+    assert last(store).state == "failed"
+
+
+def test_a_long_silence_is_remembered_though_it_ended(store, monkeypatch):
+    pulse = Pulse(store, "job", every=3600)
+    pulse.say("running")
+    now = time.time()
+    monkeypatch.setattr(pipeline.heartbeat.time, "time", lambda: now + LAPSED.total_seconds() - 5)
+    pulse.say("running")
+    assert not pulse.lapsed
+    monkeypatch.setattr(pipeline.heartbeat.time, "time", lambda: now + 2 * LAPSED.total_seconds())
+    pulse.say("running")
+    pulse.say("running")
+    assert pulse.lapsed
+    pulse.begin_again()
+    assert not pulse.lapsed
+    pulse.end("sealed")
