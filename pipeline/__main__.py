@@ -1,6 +1,9 @@
 """`python -m pipeline COMMAND`."""
 
-from pipeline.calibrate import run_calibrate
+from pipeline.after.reproduce import run_reproduce
+from pipeline.after.verify import run_verify
+from pipeline.before.calibrate import run_calibrate
+from pipeline.before.estimate import run_plan
 from pipeline.config import (
     CalibrateConfig,
     ConvertConfig,
@@ -14,17 +17,14 @@ from pipeline.config import (
     SubmitConfig,
     VerifyConfig,
 )
-from pipeline.convert import run_convert
-from pipeline.drain import leave
-from pipeline.estimate import run_plan
 from pipeline.generate import run_generate
 from pipeline.inspection import run_inspect
-from pipeline.prune import run_prune
 from pipeline.regenerate import run_regenerate
-from pipeline.reproduce import run_reproduce
 from pipeline.status import run_status
-from pipeline.submission import run_submit
-from pipeline.verify import run_verify
+from pipeline.upkeep.convert import run_convert
+from pipeline.upkeep.prune import run_prune
+from pipeline.workers.drain import leave
+from pipeline.workers.submission import run_submit
 from storage_schemas.command_line import Command, main
 
 COMMANDS = {

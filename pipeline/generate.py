@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from pipeline.config import GenerateConfig
-from pipeline.drain import Stopped
 from pipeline.guard import check_continues
 from pipeline.heartbeat import Pulse
-from pipeline.keep import StaleCommits
 from pipeline.outcome import Outcome, What, names, tell
 from pipeline.plan import Aim, Goal, Nothing, Policy, Wanted, grow, missing_tasks
 from pipeline.prepare import Run, keep_recipe, prepare
-from pipeline.recheck import still_there
+from pipeline.upkeep.keep import StaleCommits
+from pipeline.upkeep.recheck import still_there
 from pipeline.work import adopt, announce, solve_missing
+from pipeline.workers.drain import Stopped
 from storage_schemas import paths
 from storage_schemas.commit import Task, list_committed, utc_now
 from storage_schemas.dataset import LostRace, Pruned, latest_manifest, read_shard_table, seal

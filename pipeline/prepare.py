@@ -7,8 +7,8 @@ from pathlib import Path
 from diffusion import checkpoint
 from diffusion.checkpoint import Checkpoint
 from diffusion.teachers import Teacher, load_checkpoint, load_teacher
+from pipeline.before.micro_batch import find_micro_batch, with_micro_batch
 from pipeline.config import GenerateConfig
-from pipeline.micro_batch import find_micro_batch, with_micro_batch
 from pipeline.recipe import build_layout, build_recipe
 from storage_schemas import paths
 from storage_schemas.dataset import put_recipe

@@ -6,8 +6,8 @@ from datetime import UTC, datetime, timedelta
 
 from pipeline.config import StatusConfig
 from pipeline.heartbeat import age
-from pipeline.keep import Target, read_target
 from pipeline.plan import Goal, missing_tasks
+from pipeline.upkeep.keep import Target, read_target
 from storage_schemas import paths
 from storage_schemas.commit import Commit, Task, list_committed, read_commits
 from storage_schemas.dataset import Pruned, latest_number, read_manifest, read_shard_table

@@ -5,16 +5,16 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 
 from pipeline.config import GenerateConfig
-from pipeline.dispatch import dispatch
-from pipeline.drain import Drain
-from pipeline.fleet import Fleet
-from pipeline.keep import check_adoptable
-from pipeline.local import local_fleet
-from pipeline.patience import Patience
 from pipeline.plan import Goal
 from pipeline.prepare import Run
 from pipeline.produce import Order
 from pipeline.progress import Progress
+from pipeline.upkeep.keep import check_adoptable
+from pipeline.workers.dispatch import dispatch
+from pipeline.workers.drain import Drain
+from pipeline.workers.fleet import Fleet
+from pipeline.workers.local import local_fleet
+from pipeline.workers.patience import Patience
 from storage_schemas import paths
 from storage_schemas.commit import Commit, Task, list_committed, read_commits, utc_now
 from storage_schemas.job import Failure, Job
@@ -96,6 +96,6 @@ def _fleet(run: Run, workers: int) -> Iterator[Fleet]:
 
 
 def _ray_fleet(order: Order, config: GenerateConfig, workers: int) -> Fleet:
-    from pipeline.ray_runner import RayFleet  # only a job with something to do pays for Ray
+    from pipeline.workers.ray_runner import RayFleet  # only a job with something to do pays for Ray
 
     return RayFleet(order, config.ray, workers=workers)

@@ -6,8 +6,8 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 
 from pipeline.__main__ import COMMANDS
-from pipeline.prune import prune
-from pipeline.verify import check_dataset, check_manifest
+from pipeline.after.verify import check_dataset, check_manifest
+from pipeline.upkeep.prune import prune
 from storage_schemas.command_line import main
 from storage_schemas.commit import list_committed, read_commits
 from storage_schemas.dataset import Dataset, latest_number, open_dataset

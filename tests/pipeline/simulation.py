@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
-from pipeline.dispatch import Died, Event, Finished, Ready, dispatch
+from pipeline.workers.dispatch import Died, Event, Finished, Ready, dispatch
 from storage_schemas import paths
 from storage_schemas.commit import Commit, Task, list_committed, put_commit, read_commit, read_commits
 from storage_schemas.layout import Layout

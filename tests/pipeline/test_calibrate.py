@@ -10,11 +10,11 @@ import torch
 from diffusion.grids import karras
 from diffusion.solvers import SOLVERS, solve
 from diffusion.teachers import load_teacher
-from pipeline.calibrate import _point, judge, orders
+from pipeline.before.calibrate import _point, judge, orders
+from pipeline.before.solver_error import Trial, build_config, measure
 from pipeline.config import CalibrateConfig
 from pipeline.recipe import build_recipe
 from pipeline.solve import draw_noise
-from pipeline.solver_error import Trial, build_config, measure
 from storage_schemas.errors import UserError
 from storage_schemas.notes import Calibration, CalibrationPoint, cheapest, read_calibrations
 from storage_schemas.recipe import Recipe

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.cluster import connect, draining_nodes, room, why_gone
 from pipeline.config import RayConfig
+from pipeline.workers.cluster import connect, draining_nodes, room, why_gone
 from storage_schemas.errors import UsageError
 
 DIED = "The actor died unexpectedly before finishing this task.\n\tclass_name: _Worker\n\tip: 10.0.0.7\n"

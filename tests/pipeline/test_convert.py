@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from pipeline import convert, relayout
+from pipeline.upkeep import convert, relayout
 from storage_schemas.dataset import open_dataset
 from storage_schemas.errors import StoreError
 from storage_schemas.record import SPLITS
@@ -77,7 +77,7 @@ def test_a_commit_that_is_gone_before_the_sealing_is_made_again(generate, pipeli
             commit.unlink()
         return look(store, recipe_id, layout_id)
 
-    monkeypatch.setattr("pipeline.convert.list_committed", missing_one)
+    monkeypatch.setattr("pipeline.upkeep.convert.list_committed", missing_one)
     code, out, err = pipeline("convert", tmp_path, "--to", "webdataset", "--json")
     assert (code, json.loads(out)["written"], "train-00000001, are gone: planning again" in err) == (0, 5, True)
     assert pipeline("verify", tmp_path)[0] == 0
@@ -175,11 +175,11 @@ def test_a_conversion_that_died_goes_on_where_it_was(generate, pipeline, tmp_pat
             raise StoreError("the store is gone")
         return publish(order, task, *given, **named)
 
-    monkeypatch.setattr("pipeline.relayout.publish", dying)
+    monkeypatch.setattr("pipeline.upkeep.relayout.publish", dying)
     words = ("convert", tmp_path, "--to", "webdataset", "--samples-per-shard", 32, "--threads", 1)
     code, _, err = pipeline(*words)
     assert (code, "the store is gone" in err, dataset(tmp_path).manifest.number) == (1, True, 1)
-    monkeypatch.setattr("pipeline.relayout.publish", publish)
+    monkeypatch.setattr("pipeline.upkeep.relayout.publish", publish)
     code, out, _ = pipeline(*words, "--json")
     assert (code, json.loads(out)["written"], json.loads(out)["shards"]) == (0, 4, 7)
     assert pipeline("verify", tmp_path)[0] == 0
@@ -205,7 +205,7 @@ def test_who_grows_the_dataset_meanwhile_is_not_undone(generate, pipeline, tmp_p
             grown.append(generate(tmp_path, count=300))
         return seal(store, draft, shards)
 
-    monkeypatch.setattr("pipeline.convert.seal", late)
+    monkeypatch.setattr("pipeline.upkeep.convert.seal", late)
     code, out, _ = pipeline("convert", tmp_path, "--to", "webdataset", "--json")
     told, after = json.loads(out), dataset(tmp_path)
     assert (code, told["manifest"], told["written"], after.manifest.window.train) == (0, 3, 6, (0, 300))

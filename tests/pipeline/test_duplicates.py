@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pipeline import duplicates
-from pipeline.duplicates import Fingerprints, Sample, collision_tail, expected_pairs, fingerprints
+from pipeline.after import duplicates
+from pipeline.after.duplicates import Fingerprints, Sample, collision_tail, expected_pairs, fingerprints
 from storage_schemas.record import to_storage
 
 

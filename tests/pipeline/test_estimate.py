@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from diffusion.teachers import load_teacher
+from pipeline.before.estimate import Work, foretell, told
+from pipeline.before.timing import Timing
 from pipeline.config import PlanConfig
-from pipeline.estimate import Work, foretell, told
 from pipeline.prepare import Run
 from pipeline.recipe import build_layout, build_recipe
-from pipeline.timing import Timing
 from storage_schemas.store import Store
 
 SLEEPY = "python:hungry_teachers:sleepy_teacher"

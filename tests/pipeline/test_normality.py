@@ -5,8 +5,8 @@ import pytest
 import scipy.stats
 import torch
 
-from pipeline.checks import ALARM
-from pipeline.normality import NoiseSums, chi_square_tail, judge_noise, noise_sums, stored_moments
+from pipeline.after.checks import ALARM
+from pipeline.after.normality import NoiseSums, chi_square_tail, judge_noise, noise_sums, stored_moments
 from storage_schemas.record import from_storage, to_storage
 
 SIGMA = 80.0

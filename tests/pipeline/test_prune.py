@@ -8,12 +8,12 @@ from pathlib import Path
 import fsspec
 import pytest
 
-import pipeline.sweep
+import pipeline.upkeep.sweep
 from pipeline.generate import carry_out
 from pipeline.heartbeat import Pulse
-from pipeline.keep import StaleCommits
 from pipeline.plan import Wanted, grow
-from pipeline.prune import prune
+from pipeline.upkeep.keep import StaleCommits
+from pipeline.upkeep.prune import prune
 from storage_schemas import paths
 from storage_schemas.commit import Task, list_committed
 from storage_schemas.dataset import Pruned, latest_manifest, latest_number, list_numbers, open_dataset
@@ -46,7 +46,7 @@ PLACE = (RECIPE.id, LAYOUT.id)
 def by_hand(monkeypatch):
     """Drivers solve by hand, sweeps go one by one, and files are as old as their name says."""
     monkeypatch.setattr("pipeline.generate.solve_missing", solve_by_hand)
-    monkeypatch.setattr(pipeline.sweep, "THREADS", 1)
+    monkeypatch.setattr(pipeline.upkeep.sweep, "THREADS", 1)
     monkeypatch.setattr(Store, "list_details", aged(Store.list_details))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import ResolveConfig
-from pipeline.once import WorkerDied, run_once
+from pipeline.workers.once import WorkerDied, run_once
 
 MEMORY = 100 * 2**20
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from pipeline.after.duplicates import Sample
+from pipeline.after.reproduce import agrees, read_sample
+from pipeline.after.resolve import Replay
 from pipeline.config import ReproduceConfig
-from pipeline.duplicates import Sample
-from pipeline.reproduce import agrees, read_sample
-from pipeline.resolve import Replay
 from storage_schemas.dataset import open_dataset
 from storage_schemas.store import Store
 from tests.pipeline import wrong_shards
@@ -16,7 +16,7 @@ from tests.pipeline import wrong_shards
 @pytest.fixture
 def here(monkeypatch):
     """Solve in this process: a test of what is found needs no other."""
-    monkeypatch.setattr("pipeline.reproduce.run_once", lambda function, *arguments, runner: function(*arguments))
+    monkeypatch.setattr("pipeline.after.reproduce.run_once", lambda function, *arguments, runner: function(*arguments))
 
 
 def test_a_sample_comes_out_to_the_same_bits_in_a_process_of_its_own(generate, pipeline, commits, tmp_path):

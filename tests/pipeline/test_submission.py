@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.submission import Receipt, Submission, hand_in, submission_of, wait_for
+from pipeline.workers.submission import Receipt, Submission, hand_in, submission_of, wait_for
 from storage_schemas.errors import UsageError, UserError
 
 LINE = ["generate", "--teacher", "builtin:digits", "--store", "s3://bucket/store", "--count", "100"]

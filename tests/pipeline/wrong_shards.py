@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pipeline.after.teacher import TeacherSource
 from pipeline.produce import Order, publish
 from pipeline.solve import Solved, denoise_of, solve_task
-from pipeline.teacher import TeacherSource
 from storage_schemas import paths
 from storage_schemas.commit import list_committed, read_commits
 from storage_schemas.dataset import open_dataset, seal

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from pipeline.keep import Kept, Place, Target, name_tasks, served
-from pipeline.sweep import places
+from pipeline.upkeep.keep import Kept, Place, Target, name_tasks, served
+from pipeline.upkeep.sweep import places
 from storage_schemas import paths
 from storage_schemas.commit import list_committed
 from storage_schemas.dataset import LostRace, Pruned, latest_manifest, list_numbers, read_manifest, seal_floor

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable
 
-from pipeline.fleet import Fleet
+from pipeline.workers.fleet import Fleet
 from storage_schemas.commit import Task
 
 

@@ -10,7 +10,7 @@ from threading import Lock
 from typing import TypeVar
 
 from pipeline.heartbeat import SKEW, SPARED, age
-from pipeline.keep import Kept, Place, Target, read_targets
+from pipeline.upkeep.keep import Kept, Place, Target, read_targets
 from storage_schemas import paths
 from storage_schemas.commit import list_committed, read_commit
 from storage_schemas.dataset import list_numbers, read_manifest

@@ -10,17 +10,17 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from pipeline import checks
-from pipeline.accuracy import error_check, replay_check
-from pipeline.checks import Check
+from pipeline.after import checks
+from pipeline.after.accuracy import error_check, replay_check
+from pipeline.after.checks import Check
+from pipeline.after.duplicates import Fingerprints, Repeats, Sample
+from pipeline.after.normality import NoiseSums
+from pipeline.after.resolve import Resolved, Stored, resolve
+from pipeline.after.scan import Findings, in_order, scan_shard
+from pipeline.after.teacher import NoTeacher, TeacherSource
 from pipeline.config import VerifyConfig
-from pipeline.duplicates import Fingerprints, Repeats, Sample
-from pipeline.normality import NoiseSums
-from pipeline.once import run_once
 from pipeline.produce import Order
-from pipeline.resolve import Resolved, Stored, resolve
-from pipeline.scan import Findings, in_order, scan_shard
-from pipeline.teacher import NoTeacher, TeacherSource
+from pipeline.workers.once import run_once
 from storage_schemas.dataset import Dataset
 from storage_schemas.errors import UserError
 from storage_schemas.recipe import Recipe

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pipeline.before.timing import Timing, time_a_worker
 from pipeline.config import PlanConfig
 from pipeline.guard import check_continues
 from pipeline.plan import Goal, grow, missing_tasks
 from pipeline.prepare import Run, prepare
 from pipeline.produce import Order
-from pipeline.timing import Timing, time_a_worker
 from pipeline.work import adopt
 from storage_schemas import paths
 from storage_schemas.dataset import latest_manifest, read_shard_table

@@ -4,10 +4,10 @@ import hashlib
 import json
 
 from diffusion.checkpoint import WEIGHTS_FILE
-from pipeline.audit import audit
-from pipeline.checks import Check, plain, tally
+from pipeline.after.audit import audit
+from pipeline.after.checks import Check, plain, tally
+from pipeline.after.scan import check_bytes, in_order, near
 from pipeline.config import VerifyConfig
-from pipeline.scan import check_bytes, in_order, near
 from storage_schemas import paths
 from storage_schemas.commit import Task
 from storage_schemas.dataset import Dataset, open_dataset, read_manifest

@@ -61,7 +61,7 @@ def run_submit(config: SubmitConfig) -> int:
     if config.dry_run:
         print(json.dumps(asdict(submission)) if config.as_json else _shown(submission))
         return 0
-    from pipeline.ray_runner import job_client  # the id alone needs no Ray
+    from pipeline.workers.ray_runner import job_client  # the id alone needs no Ray
 
     client = job_client(config.dashboard)
     receipt = hand_in(client, submission, working_dir=config.working_dir)

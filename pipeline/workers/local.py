@@ -14,10 +14,10 @@ from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_any
 from multiprocessing.context import SpawnProcess
 
-from pipeline.drain import SOLVING, ignore_signals
-from pipeline.fleet import IN_FLIGHT, Died, Event, Finished, Fleet, Ready, WorkerError
 from pipeline.produce import Order, Problem, Producer, attempt_task, describe
-from pipeline.worker_death import exit_reason
+from pipeline.workers.drain import SOLVING, ignore_signals
+from pipeline.workers.fleet import IN_FLIGHT, Died, Event, Finished, Fleet, Ready, WorkerError
+from pipeline.workers.worker_death import exit_reason
 from storage_schemas.commit import Commit, Task
 
 WAIT_SECONDS = 1.0

@@ -8,12 +8,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.cluster import actor_options, draining_nodes, first_line, joined, room, why_gone
 from pipeline.config import RayConfig
-from pipeline.fleet import IN_FLIGHT, Died, Event, Finished, Leaving, Ready, WorkerError
-from pipeline.local import load_producer
-from pipeline.once import WorkerDied, caught
 from pipeline.produce import Order, Problem, attempt_task
+from pipeline.workers.cluster import actor_options, draining_nodes, first_line, joined, room, why_gone
+from pipeline.workers.fleet import IN_FLIGHT, Died, Event, Finished, Leaving, Ready, WorkerError
+from pipeline.workers.local import load_producer
+from pipeline.workers.once import WorkerDied, caught
 from storage_schemas.commit import Commit, Task
 from storage_schemas.errors import UsageError
 

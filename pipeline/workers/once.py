@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from pipeline.config import RayConfig
 from pipeline.produce import describe
-from pipeline.worker_death import exit_reason
+from pipeline.workers.worker_death import exit_reason
 from storage_schemas.errors import UserError
 
 T = TypeVar("T")
@@ -90,7 +90,7 @@ def _end_with_parent(pipe: Connection) -> None:
 
 
 def _on_ray(function: Callable[..., T], arguments: tuple[object, ...], config: RayConfig) -> T | Raised:
-    from pipeline.ray_runner import call_once  # only who asks for Ray pays for it
+    from pipeline.workers.ray_runner import call_once  # only who asks for Ray pays for it
 
     return call_once(function, arguments, config)
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from diffusion.grids import make_grid
 from diffusion.process import Process
 from diffusion.solvers import solve
-from pipeline.duplicates import DIGITS, Sample
+from pipeline.after.duplicates import DIGITS, Sample
+from pipeline.after.teacher import TeacherSource
 from pipeline.produce import Order, Producer, pick_device
 from pipeline.solve import draw_labels, draw_noise, in_memory_format, memory_told, micro_batches, solve_batch
-from pipeline.teacher import TeacherSource
 from storage_schemas.commit import Task
 from storage_schemas.recipe import Recipe
 from storage_schemas.record import Columns, from_storage, state_column, to_storage

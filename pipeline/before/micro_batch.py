@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from pipeline.config import GenerateConfig, RegenerateConfig
-from pipeline.once import WorkerDied
 from pipeline.produce import Order, Producer
 from pipeline.solve import OutOfMemory, solve_batch
-from pipeline.trial import try_out
+from pipeline.workers.once import WorkerDied
+from pipeline.workers.trial import try_out
 from storage_schemas import paths
 from storage_schemas.dataset import latest_manifest
 from storage_schemas.errors import UserError

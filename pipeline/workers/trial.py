@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-from pipeline.once import Runner, run_once
 from pipeline.produce import describe
+from pipeline.workers.once import Runner, run_once
 from storage_schemas.errors import UserError
 
 T = TypeVar("T")

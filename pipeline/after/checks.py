@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from diffusion import noise
-from pipeline.duplicates import EXACT_BYTES, Repeats, Sample, collision_tail, expected_pairs
-from pipeline.normality import FEWEST, chi_square_tail, judge_noise
-from pipeline.resolve import Stored
-from pipeline.scan import Findings, labels_asked
+from pipeline.after.duplicates import EXACT_BYTES, Repeats, Sample, collision_tail, expected_pairs
+from pipeline.after.normality import FEWEST, chi_square_tail, judge_noise
+from pipeline.after.resolve import Stored
+from pipeline.after.scan import Findings, labels_asked
 from pipeline.solve import draw_labels
 from storage_schemas.dataset import Dataset
 from storage_schemas.recipe import Recipe, UniformLabels
@@ -119,7 +119,7 @@ def _stored_noise(dataset: Dataset, sample: Sample) -> bytes:
 
 
 def normality(found: Findings) -> list[Check]:
-    """x_T ~ N(0, sigma_T^2 I): each family of tests of pipeline/normality.py."""
+    """x_T ~ N(0, sigma_T^2 I): each family of tests of pipeline/after/normality.py."""
     if found.rows < FEWEST:
         return [Check("x_T is normal", None, f"{found.rows} samples are too few, {FEWEST} are needed")]
     return [

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.calibration_plot import draw
+from pipeline.before.calibration_plot import draw
+from pipeline.before.solver_error import Measured, Trial, build_config, measure
 from pipeline.config import CalibrateConfig, GridConfig
 from pipeline.prepare import load
 from pipeline.recipe import build_recipe
-from pipeline.solver_error import Measured, Trial, build_config, measure
-from pipeline.trial import try_out
+from pipeline.workers.trial import try_out
 from storage_schemas.commit import utc_now
 from storage_schemas.errors import UserError, usage_errors
 from storage_schemas.notes import Calibration, CalibrationPoint, Reference, cheapest

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from pipeline.after.scan import in_order
 from pipeline.config import ConvertConfig
 from pipeline.generate import Lapsed, new_job
 from pipeline.heartbeat import Pulse
-from pipeline.keep import check_adoptable
 from pipeline.outcome import DONE, QUARANTINED, described, lacks_samples
 from pipeline.progress import Progress
-from pipeline.relayout import convert_tasks, grouped, new_tasks
-from pipeline.scan import in_order
+from pipeline.upkeep.keep import check_adoptable
+from pipeline.upkeep.relayout import convert_tasks, grouped, new_tasks
 from storage_schemas import paths
 from storage_schemas.commit import Task, list_committed, read_commits, utc_now
 from storage_schemas.dataset import Dataset, LostRace, Pruned, latest_manifest, open_dataset, seal

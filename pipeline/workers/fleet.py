@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from pipeline.produce import Problem
-from pipeline.worker_death import Cause
+from pipeline.workers.worker_death import Cause
 from storage_schemas.commit import Commit, Task
 from storage_schemas.errors import UserError
 

@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.config import PlanConfig
 from pipeline.produce import Order, Producer, publish
 from pipeline.solve import Solved, solve_batch
-from pipeline.trial import try_out
+from pipeline.workers.trial import try_out
 from storage_schemas import paths
 from storage_schemas.commit import Commit, Task
 from storage_schemas.errors import UserError

@@ -8,13 +8,13 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from pipeline.backlog import Backlog
-from pipeline.drain import Drain, told
-from pipeline.fleet import IN_FLIGHT, Died, Event, Finished, Fleet, Leaving, Ready, WorkerError
-from pipeline.patience import Deadline, Patience, RoomWatch
-from pipeline.pool import Pool
 from pipeline.produce import Problem
-from pipeline.worker_death import Cause
+from pipeline.workers.backlog import Backlog
+from pipeline.workers.drain import Drain, told
+from pipeline.workers.fleet import IN_FLIGHT, Died, Event, Finished, Fleet, Leaving, Ready, WorkerError
+from pipeline.workers.patience import Deadline, Patience, RoomWatch
+from pipeline.workers.pool import Pool
+from pipeline.workers.worker_death import Cause
 from storage_schemas.commit import Commit, Task
 from storage_schemas.job import Failure
 

@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 
-from pipeline.audit import refuse_segments
+from pipeline.after.audit import refuse_segments
+from pipeline.after.duplicates import Sample
+from pipeline.after.resolve import Replay, Stored, reproduce_one
+from pipeline.after.teacher import TeacherSource
 from pipeline.config import ReproduceConfig
-from pipeline.duplicates import Sample
-from pipeline.once import run_once
 from pipeline.produce import Order
-from pipeline.resolve import Replay, Stored, reproduce_one
-from pipeline.teacher import TeacherSource
+from pipeline.workers.once import run_once
 from storage_schemas.dataset import Dataset, open_dataset
 from storage_schemas.errors import UserError
 from storage_schemas.store import Store

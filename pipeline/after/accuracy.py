@@ -5,10 +5,10 @@ import math
 import numpy as np
 
 from diffusion.solvers import SOLVERS
-from pipeline.checks import Check, named
+from pipeline.after.checks import Check, named
+from pipeline.after.resolve import Resolved
+from pipeline.after.scan import Findings
 from pipeline.config import VerifyConfig
-from pipeline.resolve import Resolved
-from pipeline.scan import Findings
 from storage_schemas.recipe import Recipe
 from storage_schemas.record import state_column
 

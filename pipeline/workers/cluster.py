@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from pipeline.config import RayConfig
-from pipeline.drain import signals_kept
-from pipeline.worker_death import OUT_OF_MEMORY_HINT, Cause
+from pipeline.workers.drain import signals_kept
+from pipeline.workers.worker_death import OUT_OF_MEMORY_HINT, Cause
 from storage_schemas.errors import UsageError
 
 OBJECT_STORE_BYTES = 100 * 2**20

@@ -32,10 +32,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pipeline.config import PruneConfig, duration
-from pipeline.floors import find_spare, name_kept, set_floor
-from pipeline.keep import Kept, due, grace_of, latest_manifests, read_targets, spared
-from pipeline.lease import Lease
-from pipeline.sweep import Sweep, Swept, places, read_pins
+from pipeline.upkeep.floors import find_spare, name_kept, set_floor
+from pipeline.upkeep.keep import Kept, due, grace_of, latest_manifests, read_targets, spared
+from pipeline.upkeep.lease import Lease
+from pipeline.upkeep.sweep import Sweep, Swept, places, read_pins
 from storage_schemas import paths
 from storage_schemas.commit import list_committed
 from storage_schemas.store import Store

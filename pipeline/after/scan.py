@@ -15,9 +15,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from pipeline.duplicates import RECORD, Sample, fingerprints
-from pipeline.normality import NoiseSums, noise_sums
-from pipeline.resolve import Stored
+from pipeline.after.duplicates import RECORD, Sample, fingerprints
+from pipeline.after.normality import NoiseSums, noise_sums
+from pipeline.after.resolve import Stored
 from storage_schemas.commit import Commit
 from storage_schemas.dataset import Dataset
 from storage_schemas.formats import PIECE, check_shard, read_shard

@@ -1,0 +1,1 @@
+"""After a job: every byte checked, samples solved again, noise and labels put to the test."""

@@ -1,0 +1,1 @@
+"""A store over the years: other layouts, what was lost, what may go."""
