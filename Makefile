@@ -44,6 +44,7 @@ results: venv
 bench: venv
 	$(BIN)/python -m tests.benchmarks.stream
 	$(BIN)/python -m tests.benchmarks.generation
+	$(BIN)/python -m tests.benchmarks.planning
 
 clean:
 	rm -rf .venv runs build *.egg-info

@@ -29,7 +29,15 @@ def _is_duration(text: str) -> str:
 
 
 Duration = Annotated[str, AfterValidator(_is_duration)]
-Tick = Annotated[str, Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z:._-]{0,63}$")]
+
+
+def _is_tick(text: str) -> str:
+    if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z:._-]{0,63}", text):
+        raise ValueError(f"{text!r} is no tick: write the schedule's time in letters, digits and :._- as 2026-11-22T03")
+    return text
+
+
+Tick = Annotated[str, AfterValidator(_is_tick)]
 PrintJson = Annotated[bool, arg(name="json"), Field(description="print JSON")]
 StoreArgument = Annotated[Positional[str], Field(description="the store's URI")]
 
@@ -107,7 +115,7 @@ class WorkerConfig(Config):
     ray: RayConfig = RayConfig()
 
 
-class GenerateConfig(TeacherConfig, WorkerConfig):
+class GenerateConfig(WorkerConfig, TeacherConfig):
     """Solve the teacher's trajectories that a dataset is missing, and seal them as its next manifest."""
 
     store: str = Field(description="where the dataset lies: a folder, s3://, gs:// or az://")
@@ -183,7 +191,7 @@ class PlanConfig(GenerateConfig):
     price_gb_month: float | None = Field(None, ge=0, description="money for a gigabyte (10^9 bytes) stored for a month")
 
 
-class CalibrateConfig(TeacherConfig, WorkerConfig):
+class CalibrateConfig(WorkerConfig, TeacherConfig):
     """Measure each solver's error at a range of steps, and name the cheapest under a tolerance."""
 
     tolerance: float = Field(

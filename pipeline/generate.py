@@ -11,12 +11,12 @@ from pipeline.heartbeat import Pulse
 from pipeline.outcome import Outcome, What, names, tell
 from pipeline.plan import Aim, Goal, Nothing, Policy, Wanted, grow, missing_tasks
 from pipeline.prepare import Run, keep_recipe, prepare
-from pipeline.upkeep.keep import StaleCommits
+from pipeline.upkeep.keep import Lapsed, Place, StaleCommits, check_committed
 from pipeline.upkeep.recheck import still_there
 from pipeline.work import adopt, announce, solve_missing
-from pipeline.workers.drain import Stopped
+from pipeline.workers.drain import Stopped, stoppable
 from storage_schemas import paths
-from storage_schemas.commit import Task, list_committed, utc_now
+from storage_schemas.commit import Task, utc_now
 from storage_schemas.dataset import LostRace, Pruned, latest_manifest, read_shard_table, seal
 from storage_schemas.errors import UsageError, UserError, without_credentials
 from storage_schemas.job import JobState
@@ -25,10 +25,6 @@ from storage_schemas.record import SPLITS
 from storage_schemas.shards import ShardTable
 
 LAST_WORDS: dict[str, JobState] = {"sealed": "sealed", "nothing": "ended", "failed": "failed"}
-
-
-class Lapsed(Exception):
-    """What this job holds for committed may be gone, as its message says: it must look again."""
 
 
 def run_generate(config: GenerateConfig) -> int:
@@ -43,16 +39,18 @@ def _grown(config: GenerateConfig, parent: Manifest | None, recipe_id: str) -> W
 def report(config: GenerateConfig, act: Callable[[], Outcome]) -> int:
     """The exit code of what `act` did, told on stdout; what it raises is told there too if that is to be JSON."""
     try:
-        outcome = act()
-    except UserError as error:
+        with stoppable():
+            outcome = act()
+    except (UserError, ValueError, OSError) as error:
         if config.as_json:
-            tell(Outcome(_what(error), config.dataset, str(error)), config.store, as_json=True)
+            why, tick = without_credentials(" ".join(str(error).split())), getattr(config, "tick", None)
+            tell(Outcome(_what(error), config.dataset, why, tick=tick), "", as_json=True)
         raise
     tell(outcome, without_credentials(config.store), as_json=config.as_json)
     return outcome.exit_code
 
 
-def _what(error: UserError) -> What:
+def _what(error: Exception) -> What:
     if isinstance(error, Stopped):
         return "stopped"
     return "refused" if isinstance(error, UsageError | StaleCommits) else "failed"
@@ -72,13 +70,13 @@ def carry_out(run: Run, aim: Aim, policy: Policy | None = None) -> Outcome:
     last: JobState = "failed"
     try:
         outcome = _settle(run, aim, policy, pulse)
-        last = LAST_WORDS[outcome.what]
+        last = "failed" if outcome.what == "nothing" and outcome.missing else LAST_WORDS[outcome.what]
         return outcome
     except (Stopped, KeyboardInterrupt):
         last = "stopped"
         raise
     finally:
-        pulse.end("refused" if pulse.beat.state == "planning" else last)
+        pulse.end(last)
 
 
 def _settle(run: Run, aim: Aim, policy: Policy | None, pulse: Pulse) -> Outcome:
@@ -90,13 +88,15 @@ def _settle(run: Run, aim: Aim, policy: Policy | None, pulse: Pulse) -> Outcome:
         try:
             return _act(run, parent, wanted, pulse)
         except LostRace as lost:
-            _say(f"another job sealed manifest {lost.winner.number} of {run.config.dataset}: planning again from it")
+            why = f"another job sealed manifest {lost.winner.number} of {run.config.dataset}"
         except Pruned as gone:
-            _say(f"{gone}: planning again from it")
-        except Lapsed as why:
+            why = str(gone)
+        except Lapsed as lapsed:
             run.shards.clear()
-            pulse.begin_again()
-            _say(f"{why}: looking up again what is there, and planning again")
+            pulse.lapsed = False
+            why = str(lapsed)
+        pulse.plan_again()
+        _say(f"{why}: planning again")
 
 
 def _act(run: Run, parent: Manifest | None, wanted: Wanted | Nothing, pulse: Pulse) -> Outcome:
@@ -126,10 +126,11 @@ def fulfil(run: Run, goal: Goal, pulse: Pulse) -> Outcome:
     if needed:
         pulse.say("running", found=len(needed) - len(to_solve))
     if to_solve:
+        run.tried |= {task.name for task in to_solve}
         solve_missing(run, to_solve)
     if needed:
-        _check_committed(run, pulse)
-    return _sealed(run, goal, listed, needed, len(to_solve))
+        check_committed(run.store, Place(run.recipe.id, run.layout.id), run.shards.keys(), pulse)
+    return _sealed(run, goal, listed, needed)
 
 
 def _listed(run: Run, goal: Goal) -> ShardTable:
@@ -138,16 +139,7 @@ def _listed(run: Run, goal: Goal) -> ShardTable:
     return still_there(run.store, listed) if run.config.recheck else listed
 
 
-def _check_committed(run: Run, pulse: Pulse) -> None:
-    """Right before sealing. A prune's deletion whose answer was lost may be tried again when its task was made anew."""
-    if pulse.lapsed:
-        raise Lapsed("this job could not be heard of for long")
-    gone = run.shards.keys() - list_committed(run.store, run.recipe.id, run.layout.id)
-    if gone:
-        raise Lapsed(f"{len(gone)} commits of this job, such as {min(gone)}, are gone")
-
-
-def _sealed(run: Run, goal: Goal, listed: ShardTable, needed: list[Task], solved: int) -> Outcome:
+def _sealed(run: Run, goal: Goal, listed: ShardTable, needed: list[Task]) -> Outcome:
     missing = tuple(task.name for task in needed if task.name not in run.shards)
     done = Outcome(
         "sealed",
@@ -156,7 +148,7 @@ def _sealed(run: Run, goal: Goal, listed: ShardTable, needed: list[Task], solved
         manifest=goal.parent,
         job=run.job if needed else None,
         needed=len(needed),
-        run=solved,
+        run=sum(task.name in run.tried for task in needed),
         failed=tuple(run.failures),
         missing=missing,
     )

@@ -37,6 +37,8 @@ class Pulse:
     def say(self, state: JobState, *, found: int = 0) -> None:
         """Write this state now and every minute from now on."""
         with self._lock:
+            if self._thread is None:
+                self._written = time.time()  # a long look before the first word is no silence
             self.beat = Heartbeat(at=utc_now(), state=state, found=found)
             self._write()
         if self._thread is None:
@@ -44,14 +46,16 @@ class Pulse:
             self._thread.start()
 
     def end(self, state: JobState) -> None:
-        """The last word, if there was a first one."""
+        """The last word, if there was a first one. A job that ends badly while it plans has checked nothing."""
         self._ended.set()
+        unchecked = self.beat.state == "planning" and state in ("failed", "stopped")
         if self._thread is not None:
-            self.say(state, found=self.beat.found)
+            self.say("refused" if unchecked else state, found=self.beat.found)
 
-    def begin_again(self) -> None:
-        """The driver knows that it lapsed, and plans anew."""
-        self.lapsed = False
+    def plan_again(self) -> None:
+        """The driver's aim will change: nobody builds on it before the driver has checked it, and says so."""
+        if self._thread is not None:
+            self.say("planning")
 
     def _go_on(self) -> None:
         while not self._ended.wait(self.every):

@@ -95,7 +95,7 @@ def told(found: dict[str, Any]) -> str:
         f"manifest   {found['manifest']} of {found['latest_manifest']}, sealed {found['sealed_at']}",
         *_told_recipe(found["recipe_id"], found["recipe"], found["nfe"]),
         *map(_told_calibration, found["calibrations"]),
-        *(f"{split:<10} {found['samples'][split]} samples, window {found['window'][split]}" for split in SPLITS),
+        *(_told_window(split, found["samples"][split], *found["window"][split]) for split in SPLITS),
         f"shards     {found['shards']} of layout {found['layout']}, {found['bytes']} bytes",
         *([f"missing    {', '.join(found['missing'])}"] if found["missing"] else []),
         *(f"quarantined {split}: {ids}" for split, ids in found["quarantined"].items() if ids),
@@ -120,6 +120,10 @@ def _told_recipe(recipe_id: str, recipe: dict[str, Any], nfe: int | None) -> lis
         f"samples    {shape} {recipe['storage_dtype']}, solved in {recipe['solve_dtype']} by {recipe['micro_batch']}",
         f"recipe     {recipe_id}, seed {recipe['noise']['seed']}",
     ]
+
+
+def _told_window(split: str, samples: int, start: int, stop: int) -> str:
+    return f"{split:<10} {samples} samples, window [{start}, {stop})"
 
 
 def _told_calibration(note: dict[str, Any]) -> str:

@@ -39,8 +39,7 @@ class Outcome:
         """Of a run that ends by itself; what is raised has a code of its own."""
         if self.what == "failed":
             return FAILED
-        lacking = self.what == "nothing" and self.manifest and lacks_samples(self.manifest)
-        return QUARANTINED if self.quarantined or lacking else DONE
+        return QUARANTINED if self.manifest and lacks_samples(self.manifest) else DONE
 
     def plain(self) -> dict[str, Any]:
         """One JSON object."""

@@ -33,6 +33,7 @@ class Run:
     calibration: Calibration | None = None
     job: str = ""
     shards: dict[str, Shard] = field(default_factory=dict)
+    tried: set[str] = field(default_factory=set)
     failures: dict[str, Failure] = field(default_factory=dict)
 
 

@@ -9,14 +9,14 @@ from pipeline.plan import Goal
 from pipeline.prepare import Run
 from pipeline.produce import Order
 from pipeline.progress import Progress
-from pipeline.upkeep.keep import check_adoptable
+from pipeline.upkeep.keep import Place, adoptable
 from pipeline.workers.dispatch import dispatch
 from pipeline.workers.drain import Drain
 from pipeline.workers.fleet import Fleet
 from pipeline.workers.local import local_fleet
 from pipeline.workers.patience import Patience
 from storage_schemas import paths
-from storage_schemas.commit import Commit, Task, list_committed, read_commits, utc_now
+from storage_schemas.commit import Commit, Task, utc_now
 from storage_schemas.job import Failure, Job
 from storage_schemas.record import SPLITS
 from storage_schemas.shards import Shard
@@ -44,11 +44,7 @@ def adopt(run: Run, needed: list[Task]) -> None:
     """Take what is committed already, by an earlier run that died or by a job beside this one."""
     names = [task.name for task in needed if task.name not in run.shards]
     if names:
-        committed = list_committed(run.store, run.recipe.id, run.layout.id)
-        found = read_commits(run.store, run.recipe.id, run.layout.id, [name for name in names if name in committed])
-        if found:
-            check_adoptable(run.store, run.job, found.values(), datetime.now(UTC))
-        run.shards |= {name: Shard.of(commit) for name, commit in found.items()}
+        run.shards |= adoptable(run.store, run.job, Place(run.recipe.id, run.layout.id), names, datetime.now(UTC))
 
 
 def solve_missing(run: Run, tasks: list[Task]) -> None:

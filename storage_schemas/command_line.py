@@ -81,7 +81,8 @@ def parse(config: type[ConfigT], arguments: Sequence[str], *, program: str) -> C
             return tyro.cli(config, args=flags, prog=program)
         except SystemExit:
             pass
-    raise UsageError(f"{without_credentials(_one_line(complaint.getvalue()))}; {program} --help lists every option")
+    told = without_credentials(_one_line(complaint.getvalue(), _renamed(config)))
+    raise UsageError(f"{told}; {program} --help lists every option")
 
 
 def spelled_out(config: type[Config], arguments: Sequence[str]) -> list[str]:
@@ -107,6 +108,12 @@ def _help(config: type[Config]) -> str:
 def _positionals(config: type[Config]) -> set[str]:
     """Fields that the command line gives by place: they have no flag."""
     return {name for name, field in config.model_fields.items() if tyro.conf.Positional in field.metadata}
+
+
+def _renamed(config: type[Config]) -> dict[str, str]:
+    """Fields whose flag has another name."""
+    marks = [(name, mark) for name, field in config.model_fields.items() for mark in field.metadata]
+    return {name: mark.name for name, mark in marks if getattr(mark, "name", None)}
 
 
 def _with_yaml(arguments: list[str], positionals: set[str]) -> list[str]:
@@ -159,13 +166,28 @@ def _flags_of(document: dict[str, Any], prefix: str = "") -> list[tuple[str, lis
     return flags
 
 
-def _one_line(complaint: str) -> str:
+def _one_line(complaint: str, renamed: Mapping[str, str]) -> str:
     """Tyro's box as one sentence: what is wrong and, where it knows, what was perhaps meant."""
     lines = [line.strip("│ \n") for line in complaint.splitlines()]
     lines = [line for line in lines if line and not line.startswith(("╭", "╰", "For full helptext", "For further"))]
     told = [line for line in lines if not set(line) <= {"─"}]
     stop = next((i for i, line in enumerate(told) if line.startswith("Argument helptext")), len(told))
-    sentence = " ".join(told[:stop]) or "these options do not parse"
-    sentence = re.sub(r"Error parsing (\S+): \d+ validation errors? for \S+ (Value error, )?", r"\1: ", sentence)
-    sentence = re.sub(r" \[type=\w+, input_value=\{.*?, input_type=dict\]", "", sentence)
-    return re.sub(r" \[type=\w+, input_value=(.*?), input_type=\w+\]", r", got \1", sentence)
+    told = told[:stop] or ["these options do not parse"]
+    heading = re.fullmatch(r"Error parsing (\S+): \d+ validation errors? for \S+", told[0])
+    return _refused(told[1:], heading[1], renamed) if heading else " ".join(told)
+
+
+def _refused(lines: Sequence[str], what: str, renamed: Mapping[str, str]) -> str:
+    """Pydantic's lines, a field's name before each complaint, as `--solver.steps: should be greater than 0, got 0`."""
+    prefix = "" if what[0].isupper() else f"{what}."  # a group of options, else the whole configuration
+    said: list[str] = []
+    flag = ""
+    for line in lines:
+        field = re.fullmatch(r"([a-z_]+)(\.\S+)?", line)
+        if field:
+            flag = f"--{prefix}{renamed.get(field[1], field[1])}: ".replace("_", "-")
+            continue
+        line = re.sub(r" \[type=value_error, .*\]$", "", line)
+        line = re.sub(r" \[type=\w+, input_value=(.*?), input_type=\w+\]", r", got \1", line)
+        said.append(flag + re.sub(r"^(Value error, |Input (?=should)|String (?=should))", "", line))
+    return "; ".join(said)

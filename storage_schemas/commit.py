@@ -80,7 +80,7 @@ def _inside(path: str) -> str:
 class Commit(Document):
     """The winner of a task. `path` is relative to the store."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     split: Split
     index: int = Field(ge=0)
     samples_per_shard: int = Field(ge=1)

@@ -73,7 +73,7 @@ class Manifest(Document):
     recipe or the train window last changed.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     dataset: str
     number: int = Field(ge=1)
     parent_digest: Sha256 | None

@@ -40,13 +40,14 @@ class Calibration(Document):
     reference's outputs over samples and coordinates.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     teacher: TeacherRecord
     guidance: Guidance
     condition: Condition
     grid: dict[str, Any]
     solve_dtype: str
     autocast: str
+    tf32: bool
     seed: int
     count: int
     tolerance: float
@@ -80,6 +81,7 @@ def check_calibration(calibration: Calibration, recipe: Recipe, source: str) -> 
         "grid": (calibration.grid, recipe.solver.grid),
         "solve dtype": (calibration.solve_dtype, recipe.solve_dtype),
         "autocast": (calibration.autocast, recipe.autocast),
+        "TF32": (calibration.tf32, recipe.tf32),
     }
     for what, (had, wanted) in pairs.items():
         if had != wanted:

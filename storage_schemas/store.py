@@ -45,7 +45,7 @@ class Listed:
 class StoreDocument(Document):
     """store.json. A store of a single writer makes no promise when two programs write to it at once."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     single_writer: bool = False
     writer: str = Field(default_factory=paths.new_attempt, description="who created it")
 
@@ -215,8 +215,8 @@ class Store:
         names = {str(name).rstrip("/").rpartition("/")[2] for name in found if str(name).rstrip("/") != full}
         return sorted(name for name in names if name and not name.startswith("."))
 
-    def list_details(self, folder: str) -> Sequence[Listed]:
-        """As `list`, files only, with sizes and times."""
+    def list_details(self, folder: str, *, unfinished: bool = False) -> Sequence[Listed]:
+        """As `list`, files only, with sizes and times; or the hidden ones that a killed writer left in a local folder."""
         full = self._full(folder)
         self._fs.invalidate_cache(full)
         try:
@@ -226,7 +226,7 @@ class Store:
         files = [entry for entry in found if entry["type"] == "file"]
         names = [str(entry["name"]).rpartition("/")[2] for entry in files]
         listed = (Listed(name, int(it["size"]), backends.modified(it)) for name, it in zip(names, files, strict=True))
-        return sorted(one for one in listed if one.name and not one.name.startswith("."))
+        return sorted(one for one in listed if one.name and one.name.startswith(".") == unfinished)
 
     def size(self, path: str) -> int | None:
         """Bytes of a file, None if it is absent."""

@@ -23,6 +23,7 @@ def assert_exactly_once(uri, *, count, holdout=0, name="main"):
     prune(store, keep=1000, grace=timedelta(days=7), clock=lambda: a_month_later)
     left, still_named = _check(store, uri, count, holdout, name)
     assert (left, still_named) == (set(), named), "prune takes the orphans and nothing else"
+    assert not [path for path in every_file(store) if re.search(r"/(commits|manifests)/\.", path)], "half a file"
     return orphans
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from diffusion.solvers import SOLVERS
 from pipeline.after.checks import Check, named
-from pipeline.after.resolve import Resolved
+from pipeline.after.resolve import Resolved, halves_last
 from pipeline.after.scan import Findings
 from pipeline.config import VerifyConfig
 from storage_schemas.recipe import Recipe
@@ -23,8 +23,9 @@ def error_check(recipe: Recipe, found: Findings, resolved: Resolved, place: int,
     """RMS over samples and coordinates of (stored - solved at 2N steps), relative to the spread of the output.
 
     With `richardson` it is scaled to the error against the exact solution: for a solver of order p the difference is
-    (1 - 2^-p) of it. Storage's rounding, which is known, is not scaled. The interval is a studentised bootstrap over
-    samples; from a few dozen samples with rare large errors it is too short, so take more for a verdict that matters.
+    (1 - 2^-p) of it. A last step that both have in common is no part of either. Storage's rounding, which is known, is
+    not scaled. The interval is a studentised bootstrap over samples; from a few dozen samples with rare large errors it
+    is too short, so take more for a verdict that matters.
     """
     order, name = SOLVERS[recipe.solver.name].order, state_column(recipe.states[place], recipe.num_steps)
     factor = (2**order / (2**order - 1)) ** 2 if config.richardson else 1.0
@@ -40,7 +41,8 @@ def error_check(recipe: Recipe, found: Findings, resolved: Resolved, place: int,
     }
     limit = config.tolerance if name == "output" else None
     against = "the exact solution" if config.richardson else "doubled steps"
-    told = f"{error:.3g} of the output's spread against {against}, 95% in [{low:.3g}, {high:.3g}]"
+    aside = "" if halves_last(recipe) or name != "output" else ", the last step to sigma = 0 aside"
+    told = f"{error:.3g} of the output's spread against {against}{aside}, 95% in [{low:.3g}, {high:.3g}]"
     told += f", tolerance {limit:g}" if limit else ""
     told += "; worst sample {worst:.3g}, storage's rounding {rounding:.3g}".format(**figures)
     passed = math.isfinite(error) and (limit is None or high <= limit)
@@ -76,7 +78,8 @@ def _root(value: float) -> float:
 def replay_check(recipe: Recipe, found: Findings, resolved: Resolved) -> Check:
     """All samples solved again at the recipe's own steps: each within DRIFT of what is stored, besides its rounding.
 
-    The worst of them also among the samples that the recipe says: on the same host, device and torch to the same bits.
+    The worst of them also among the samples that the recipe says: to the same bits on the same host, device and torch
+    by as many threads.
     """
     stds = np.array([found.states[state_column(k, recipe.num_steps)].std for k in recipe.states])
     alike = (np.sqrt(resolved.drift) <= DRIFT[recipe.tf32 or recipe.autocast != "none"] * stds).all(1).tolist()
@@ -90,6 +93,6 @@ def replay_check(recipe: Recipe, found: Findings, resolved: Resolved) -> Check:
         f"{sum(alike)} of {len(alike)} samples come out alike; of the {len(replays)} least alike {same} have the same "
         f"bits in their micro-batch, largest difference {largest:.3g}"
     )
-    told += f"; {elsewhere} were solved on another machine" if elsewhere else ""
+    told += f"; {elsewhere} were solved on another machine, or by other threads" if elsewhere else ""
     figures = {"samples": len(alike), "alike": sum(alike), "replayed": len(replays), "same_bits": same}
     return Check("solved again", not wrong, told + named(wrong), figures | {"max_difference": largest, "wrong": wrong})

@@ -122,10 +122,10 @@ def _joined(a: tuple[int, Tensor] | None, b: tuple[int, Tensor] | None) -> tuple
 
 
 def judge_noise(sums: NoiseSums) -> dict[str, Verdict]:
-    """Each family's verdict."""
+    """Each family's verdict. Rows of one coordinate that came one by one have no neighbours."""
     return {
         "coordinates": _smooth_test(sums.coordinates, sums.count, sums.shape),
-        "neighbours": _neighbour_test(sums),
+        **({"neighbours": _neighbour_test(sums)} if sums.neighbours else {}),
         "norms": _smooth_test(sums.norms, sums.count, ()),
         "sums": _smooth_test(sums.sums, sums.count, ()),
     }

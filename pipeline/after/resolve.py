@@ -43,8 +43,8 @@ class Replay:
 
     @property
     def same_machine(self) -> bool:
-        """Whether both solves were on one host, device and torch, where the same bits are promised."""
-        return all(self.solved_on.get(key) == self.here.get(key) for key in ("host", "device", "torch"))
+        """Whether both solves were on one host, device and torch by as many threads: the same bits are promised."""
+        return all(self.solved_on.get(key) == self.here.get(key) for key in ("host", "device", "torch", "threads"))
 
 
 @dataclass(frozen=True)
@@ -143,10 +143,15 @@ def doubled_grid(process: Process, recipe: Recipe) -> Tensor:
     """
     times, options = torch.tensor(recipe.times, dtype=torch.float64), dict(recipe.solver.grid)
     name, steps = str(options.pop("name")), recipe.num_steps
-    whole = steps == 1 or (name == "uniform_time" and "t_min" not in options)
-    doubled = make_grid(name, process, 2 * steps if whole else 2 * steps - 1, **options)
+    doubled = make_grid(name, process, 2 * steps if halves_last(recipe) else 2 * steps - 1, **options)
     doubled[:-1:2] = times[:-1]
     return doubled
+
+
+def halves_last(recipe: Recipe) -> bool:
+    """Whether the doubled grid halves the last step, too; if not, its error is in both solutions and not seen."""
+    grid = recipe.solver.grid
+    return recipe.num_steps == 1 or (grid["name"] == "uniform_time" and "t_min" not in grid)
 
 
 def _batches(stored: Sequence[Stored], size: int) -> Iterator[Sequence[Stored]]:

@@ -73,6 +73,7 @@ def judge(config: CalibrateConfig, recipe: Recipe, measured: Measured) -> Calibr
         grid=recipe.solver.grid,
         solve_dtype=recipe.solve_dtype,
         autocast=recipe.autocast,
+        tf32=recipe.tf32,
         seed=config.seed,
         count=config.count,
         tolerance=config.tolerance,
@@ -89,7 +90,8 @@ def _point(trial: Trial, scale: float) -> CalibrationPoint:
     """Root of the mean square over samples, and of the ends of the mean's normal interval, in units of `scale`."""
     squares = trial.squares / scale**2
     mean = float(squares.mean())
-    margin = Z_95 * float(squares.std(ddof=1)) / math.sqrt(len(squares))
+    with np.errstate(invalid="ignore"):  # of a solve that ran away
+        margin = Z_95 * float(squares.std(ddof=1)) / math.sqrt(len(squares))
     ends = [
         math.sqrt(max(value, 0)) if math.isfinite(value) else None for value in (mean, mean - margin, mean + margin)
     ]

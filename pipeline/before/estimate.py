@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from diffusion import checkpoint
 from pipeline.before.timing import Timing, time_a_worker
 from pipeline.config import PlanConfig
 from pipeline.guard import check_continues
@@ -15,6 +16,7 @@ from pipeline.prepare import Run, prepare
 from pipeline.produce import Order
 from pipeline.work import adopt
 from storage_schemas import paths
+from storage_schemas.canonical import digest
 from storage_schemas.dataset import latest_manifest, read_shard_table
 
 GB = 1e9
@@ -26,7 +28,7 @@ PER_JOB = 4
 
 @dataclass(frozen=True)
 class Work:
-    """What there is to do; objects counts all that would be written, recipe_bytes a recipe that isn't there yet."""
+    """What there is to do; objects counts all that would be written, recipe_bytes what of a recipe isn't there yet."""
 
     tasks: int
     tasks_in_window: int
@@ -86,15 +88,27 @@ def find_work(run: Run) -> Work:
     needed = missing_tasks(goal, listed)
     adopt(run, needed)
     left = len(needed) - sum(task.name in run.shards for task in needed)
-    is_new = not run.store.exists(paths.recipe_path(run.recipe.id))
+    recipe = [len(data) for path, data in _of_recipe(run) if not run.store.exists(path)]
     return Work(
         tasks=left,
         tasks_in_window=sum(1 for _ in window.tasks(run.layout.samples_per_shard)),
         tasks_adopted=len(needed) - left,
         samples=left * run.layout.samples_per_shard,
-        objects=2 * left + PER_JOB + is_new + (not run.store.exists(paths.STORE)),
-        recipe_bytes=len(run.recipe.to_bytes()) if is_new else 0,
+        objects=2 * left + PER_JOB + len(recipe) + (not run.store.exists(paths.STORE)),
+        recipe_bytes=sum(recipe),
     )
+
+
+def _of_recipe(run: Run) -> Iterator[tuple[str, bytes]]:
+    """Paths and contents of what a run keeps once for its recipe."""
+    yield paths.recipe_path(run.recipe.id), run.recipe.to_bytes()
+    if run.weights:
+        folder = paths.weights_folder(run.recipe.id)
+        yield f"{folder}/{checkpoint.WEIGHTS_FILE}", run.weights.weights
+        yield f"{folder}/{checkpoint.MODEL_FILE}", json.dumps(run.weights.document(), sort_keys=True).encode()
+    if run.calibration:
+        name = digest(run.calibration.plain())
+        yield paths.calibration_path(run.recipe.id, name), run.calibration.to_bytes()
 
 
 def foretell(config: PlanConfig, run: Run, work: Work, timing: Timing) -> Estimate:
@@ -126,13 +140,16 @@ def foretell(config: PlanConfig, run: Run, work: Work, timing: Timing) -> Estima
 
 
 def _paid(config: PlanConfig, timing: Timing, workers: int) -> tuple[str, float]:
-    """GPU or CPU, and how many of them these workers take. Local workers share one GPU."""
-    on_gpu = timing.machine["device"].startswith(("cuda", "xpu", "mps"))
-    if config.runner == "local":
-        return ("GPU", 1.0) if on_gpu else ("CPU", float(workers * config.threads))
-    if on_gpu:
+    """GPU or CPU, and how many of them these workers take. Workers that share a GPU are slower than the timed one."""
+    if _on_gpu(timing):
         return "GPU", workers * (config.ray.num_gpus or 1.0)
+    if config.runner == "local":
+        return "CPU", float(workers * config.threads)
     return "CPU", workers * (config.ray.num_cpus or 1.0)
+
+
+def _on_gpu(timing: Timing) -> bool:
+    return timing.machine["device"].startswith(("cuda", "xpu", "mps"))
 
 
 def told(config: PlanConfig, run: Run, work: Work, timing: Timing | None, estimate: Estimate | None) -> Iterator[str]:
@@ -157,8 +174,8 @@ def told(config: PlanConfig, run: Run, work: Work, timing: Timing | None, estima
     )
     yield from _warnings(estimate, timing)
     yield (
-        f"in all     {_time(estimate.wall_seconds)} with workers: {estimate.workers}, {estimate.device_hours:.3g} "
-        f"{estimate.device} hours"
+        f"in all     {_time(estimate.wall_seconds)} with workers: {estimate.workers}"
+        f"{_sharing(config, timing, estimate)}, {estimate.device_hours:.3g} {estimate.device} hours"
     )
     if estimate.compute_cost is not None:
         yield f"compute    {_money(estimate.compute_cost)} at {config.price_gpu_hour:g} an hour of {estimate.device}"
@@ -170,6 +187,12 @@ def told(config: PlanConfig, run: Run, work: Work, timing: Timing | None, estima
         f"{timing.machine['host']}, {timing.machine['device']}; it was there after {_time(timing.start)}, had its "
         f"teacher {_time(timing.load)} later, and took {_time(timing.warm_up)} for the first one"
     )
+
+
+def _sharing(config: PlanConfig, timing: Timing, estimate: Estimate) -> str:
+    """What the wall time takes for granted, and `--runner local` has not: a plan made there is often for a cluster."""
+    alone = config.runner == "ray" or estimate.workers == 1 or not _on_gpu(timing)
+    return "" if alone else " as if each had a GPU of its own"
 
 
 def _warnings(estimate: Estimate, timing: Timing) -> Iterator[str]:

@@ -48,7 +48,7 @@ def find_micro_batch(config: GenerateConfig, draft: Recipe, layout: Layout, stor
 
 
 def _earlier(config: GenerateConfig, draft: Recipe, layout: Layout, store: Store) -> int | None:
-    """That of the dataset's latest manifest or newest job, where it has this recipe but for the micro-batch.
+    """That of the dataset's latest manifest or of its newest job with this recipe but for the micro-batch.
 
     A manifest of another recipe, which only --new-recipe may leave, is refused later: no worker is asked before that.
     """
@@ -56,8 +56,8 @@ def _earlier(config: GenerateConfig, draft: Recipe, layout: Layout, store: Store
     held = _held(store, manifest.recipe_id) if manifest else None
     if held and (_differs_at_most_there(held, draft, layout) or not _may_change(config)):
         return held.micro_batch
-    begun = next(_begun(config.dataset, store), None)
-    return begun.micro_batch if begun and _differs_at_most_there(begun, draft, layout) else None
+    begun = _begun(config.dataset, store)
+    return next((recipe.micro_batch for recipe in begun if _differs_at_most_there(recipe, draft, layout)), None)
 
 
 def _may_change(config: GenerateConfig) -> bool:

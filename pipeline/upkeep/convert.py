@@ -13,14 +13,15 @@ from datetime import UTC, datetime
 
 from pipeline.after.scan import in_order
 from pipeline.config import ConvertConfig
-from pipeline.generate import Lapsed, new_job
+from pipeline.generate import new_job
 from pipeline.heartbeat import Pulse
 from pipeline.outcome import DONE, QUARANTINED, described, lacks_samples
 from pipeline.progress import Progress
-from pipeline.upkeep.keep import check_adoptable
+from pipeline.upkeep.keep import Lapsed, Place, adoptable, check_committed
 from pipeline.upkeep.relayout import convert_tasks, grouped, new_tasks
+from pipeline.workers.drain import stoppable
 from storage_schemas import paths
-from storage_schemas.commit import Task, list_committed, read_commits, utc_now
+from storage_schemas.commit import Task, utc_now
 from storage_schemas.dataset import Dataset, LostRace, Pruned, latest_manifest, open_dataset, seal
 from storage_schemas.errors import UserError, usage_errors
 from storage_schemas.ids import id_set
@@ -48,18 +49,25 @@ class Conversion:
 def run_convert(config: ConvertConfig) -> int:
     """The exit code."""
     started, store, job = time.monotonic(), Store.open(config.store), new_job()
+    with stoppable():
+        manifest, written = _carry_out(store, config, job)
+    _tell(manifest, written, job, time.monotonic() - started, as_json=config.as_json)
+    return QUARANTINED if lacks_samples(manifest) else DONE
+
+
+def _carry_out(store: Store, config: ConvertConfig, job: str) -> tuple[Manifest, int]:
+    """`_settle`, with the job's last word."""
     pulse = Pulse(store, job)
     last: JobState = "failed"
     try:
         manifest, written = _settle(store, config, job, pulse)
         last = "sealed" if manifest.writer == job else "ended"
+        return manifest, written
     except KeyboardInterrupt:
         last = "stopped"
         raise
     finally:
-        pulse.end("refused" if pulse.beat.state == "planning" else last)
-    _tell(manifest, written, job, time.monotonic() - started, as_json=config.as_json)
-    return QUARANTINED if lacks_samples(manifest) else DONE
+        pulse.end(last)
 
 
 def _settle(store: Store, config: ConvertConfig, job: str, pulse: Pulse) -> tuple[Manifest, int]:
@@ -73,7 +81,8 @@ def _settle(store: Store, config: ConvertConfig, job: str, pulse: Pulse) -> tupl
             return _fulfil(run, config, pulse), written + run.written
         except (LostRace, Pruned, Lapsed) as why:
             if isinstance(why, Lapsed):
-                pulse.begin_again()
+                pulse.lapsed = False
+            pulse.plan_again()
             written += run.written
             print(f"{why}: planning again", file=sys.stderr, flush=True)
 
@@ -98,7 +107,8 @@ def _fulfil(run: Conversion, config: ConvertConfig, pulse: Pulse) -> Manifest:
     tasks, missing = new_tasks(run.source, run.layout)
     _announce(run, tasks, threads=config.threads)
     pulse.say("planning")
-    _adopt(run, tasks)
+    # What an earlier run of this, or a `generate` of the same recipe, has committed in the layout.
+    run.shards = adoptable(run.source.store, run.job, _place(run), [task.name for task in tasks], datetime.now(UTC))
     todo = [task for task in tasks if task.name not in run.shards]
     pulse.say("running", found=len(tasks) - len(todo))
     with Progress(len(todo)) as progress:
@@ -108,17 +118,12 @@ def _fulfil(run: Conversion, config: ConvertConfig, pulse: Pulse) -> Manifest:
                 progress.count(commit)
                 run.shards[commit.task.name] = Shard.of(commit)
                 run.written += 1
-    _check_committed(run, pulse)
+    check_committed(run.source.store, _place(run), run.shards.keys(), pulse)
     return _seal(run, missing)
 
 
-def _check_committed(run: Conversion, pulse: Pulse) -> None:
-    """Right before sealing, as in `generate`: what a prune took for nobody's is made again."""
-    if pulse.lapsed:
-        raise Lapsed("this job could not be heard of for long")
-    gone = run.shards.keys() - list_committed(run.source.store, run.source.recipe.id, run.layout.id)
-    if gone:
-        raise Lapsed(f"{len(gone)} commits of this job, such as {min(gone)}, are gone")
+def _place(run: Conversion) -> Place:
+    return Place(run.source.recipe.id, run.layout.id)
 
 
 def _announce(run: Conversion, tasks: Sequence[Task], *, threads: int) -> None:
@@ -138,16 +143,6 @@ def _announce(run: Conversion, tasks: Sequence[Task], *, threads: int) -> None:
         started_at=utc_now(),
     )
     run.source.store.write(paths.job_path(run.job), job.to_bytes())
-
-
-def _adopt(run: Conversion, tasks: Sequence[Task]) -> None:
-    """Take what an earlier run of this, or a `generate` of the same recipe, has committed in the layout."""
-    store, recipe_id = run.source.store, run.source.recipe.id
-    committed = list_committed(store, recipe_id, run.layout.id)
-    found = read_commits(store, recipe_id, run.layout.id, [task.name for task in tasks if task.name in committed])
-    if found:
-        check_adoptable(store, run.job, found.values(), datetime.now(UTC))
-    run.shards = {name: Shard.of(commit) for name, commit in found.items()}
 
 
 def _seal(run: Conversion, missing: tuple[str, ...]) -> Manifest:

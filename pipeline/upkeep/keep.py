@@ -4,18 +4,19 @@ A commit is stale if it is older than the sealing of a floor whose sweep is due.
 manifest, a pin or a job names them. Age is a fact in the documents, so no clock makes the two sides disagree on it.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from pipeline.heartbeat import SKEW, SPARED, age
+from pipeline.heartbeat import SKEW, SPARED, Pulse, age
 from storage_schemas import paths
-from storage_schemas.commit import Commit, Task
+from storage_schemas.commit import Task, list_committed, read_commits
 from storage_schemas.dataset import latest_manifest, list_numbers, read_manifest, read_shard_table
 from storage_schemas.errors import StoreError
 from storage_schemas.job import Heartbeat, Job
 from storage_schemas.manifest import Floor, Manifest
+from storage_schemas.shards import Shard
 from storage_schemas.store import Store
 
 OVER = ("sealed", "ended", "refused")
@@ -25,8 +26,16 @@ VOUCHES = ("running", "failed", "stopped")
 """A job in one of these states has checked what it builds on, so others may build on it too."""
 
 
+BATCH = 4096
+"""Commits that are in memory at a time."""
+
+
 class StaleCommits(StoreError):
     """Commits that a prune may be deleting just now."""
+
+
+class Lapsed(Exception):
+    """What a job holds for committed may be gone, as its message says: it must look again."""
 
 
 class Place(NamedTuple):
@@ -131,25 +140,52 @@ def spared(targets: Iterable[Target], now: datetime, grace: timedelta) -> tuple[
     return tuple(it for it in targets if it.beat.state not in OVER and age(it.beat.at, now) < patience)
 
 
-def check_adoptable(store: Store, job: str, commits: Collection[Commit], now: datetime) -> None:
-    """Refuse to build on commits that a prune may be deleting. `job` is announced in the store already.
+def adoptable(store: Store, job: str, place: Place, tasks: Sequence[str], now: datetime) -> dict[str, Shard]:
+    """Shards of those tasks that are committed. StaleCommits if a prune may be deleting one of the commits.
 
-    A prune that has listed the jobs before that began its sweep before now: what it may delete is stale now, and was
-    then neither served nor named by a job.
+    `job` is announced in the store already. A prune that has listed the jobs before that began its sweep before now:
+    what it may delete is stale now, and was then neither served nor named by a job. The floors are read before the
+    commits: should that prune have set another floor by then, what it deleted isn't listed any more.
     """
     latest = latest_manifests(store)
     since = due((manifest.floor for manifest in latest), now + SKEW)
-    stale = [commit for commit in commits if since and commit.committed_at < since]
+    committed = list_committed(store, *place)
+    names = [name for name in tasks if name in committed]
+    shards: dict[str, Shard] = {}
+    stale: list[str] = []
+    for first in range(0, len(names), BATCH):  # a commit is much larger than what is kept of it
+        commits = read_commits(store, *place, names[first : first + BATCH])
+        shards |= {name: Shard.of(commit) for name, commit in commits.items()}
+        stale += [name for name, commit in commits.items() if since and commit.committed_at < since]
     if stale:
-        place = Place(stale[0].recipe_id, stale[0].layout_id)
-        alike = (it for newest in latest for it in served(store, newest) if Place.of(it) == place)
-        kept = Kept(name_tasks(store, alike), _vouchers(store, job, [it.floor for it in latest], now))
-        names = [commit.task.name for commit in stale if not kept.has(place, commit.task.name)]
-        if names:
-            raise StaleCommits(
-                f"{len(names)} tasks, such as {names[0]}, have commits that nothing in {store.uri} names any more and "
-                f"that a prune may delete: run `python -m pipeline prune {store.uri}` to its end first"
-            )
+        _refuse_unnamed(store, job, place, stale, latest, now)
+    return shards
+
+
+def _refuse_unnamed(
+    store: Store, job: str, place: Place, stale: Sequence[str], latest: Sequence[Manifest], now: datetime
+) -> None:
+    alike = (it for newest in latest for it in served(store, newest) if Place.of(it) == place)
+    kept = Kept(name_tasks(store, alike), _vouchers(store, job, [it.floor for it in latest], now))
+    names = [name for name in stale if not kept.has(place, name)]
+    if names:
+        raise StaleCommits(
+            f"{len(names)} tasks, such as {names[0]}, have commits that nothing in {store.uri} names any more and "
+            f"that a prune may delete: run `python -m pipeline prune {store.uri}` to its end first"
+        )
+
+
+def check_committed(store: Store, place: Place, tasks: Set[str], pulse: Pulse) -> None:
+    """Right before sealing: Lapsed if commits that the job holds are gone, or if a prune may take it for dead.
+
+    A prune's deletion whose answer was lost may be tried again when its task was made anew.
+    """
+    pulse.say("running", found=pulse.beat.found)  # the machine may just have woken up
+    if pulse.lapsed:
+        raise Lapsed("this job could not be heard of for long")
+    gone = tasks - list_committed(store, *place)
+    if gone:
+        raise Lapsed(f"{len(gone)} commits of this job, such as {min(gone)}, are gone")
 
 
 def _vouchers(store: Store, job: str, floors: list[Floor], now: datetime) -> tuple[Target, ...]:

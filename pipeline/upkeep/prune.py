@@ -36,6 +36,7 @@ from pipeline.upkeep.floors import find_spare, name_kept, set_floor
 from pipeline.upkeep.keep import Kept, due, grace_of, latest_manifests, read_targets, spared
 from pipeline.upkeep.lease import Lease
 from pipeline.upkeep.sweep import Sweep, Swept, places, read_pins
+from pipeline.workers.drain import stoppable
 from storage_schemas import paths
 from storage_schemas.commit import list_committed
 from storage_schemas.store import Store
@@ -70,7 +71,8 @@ class Pruning:
 def run_prune(config: PruneConfig) -> int:
     """The exit code."""
     grace = duration(config.grace)
-    done = prune(Store.open(config.store), keep=config.keep_manifests, grace=grace, dry_run=config.dry_run)
+    with stoppable():  # so that the lease ends, too
+        done = prune(Store.open(config.store), keep=config.keep_manifests, grace=grace, dry_run=config.dry_run)
     print(json.dumps(done.plain()) if config.as_json else "\n".join(_lines(done)))
     return 0
 
@@ -115,10 +117,12 @@ def _sweep(
     sweep = Sweep(store, kept, due(floors, now) if ready else None, now, patience, dry_run, guard, swept)
     for manifest in latest:
         sweep.manifests(manifest, {pin.number for pin in pins if pin.dataset == manifest.dataset})
+        sweep.unfinished(paths.manifests_folder(manifest.dataset))
     for place in places(store):
         if sweep.since:
             sweep.commits(place)
         sweep.orphans(place)
+        sweep.unfinished(paths.commits_folder(*place))
     sweep.jobs(targets)
     sweep.pins()
     if sweep.since:

@@ -10,7 +10,7 @@ from threading import Lock
 from typing import TypeVar
 
 from pipeline.heartbeat import SKEW, SPARED, age
-from pipeline.upkeep.keep import Kept, Place, Target, read_targets
+from pipeline.upkeep.keep import Kept, Place, Target, read_target, read_targets
 from storage_schemas import paths
 from storage_schemas.commit import list_committed, read_commit
 from storage_schemas.dataset import list_numbers, read_manifest
@@ -88,6 +88,13 @@ class Sweep:
             if commit is None or commit.path != f"{folder}/{file.name}":
                 self._delete("orphans", f"{folder}/{file.name}", file.size)
 
+    def unfinished(self, folder: str) -> None:
+        """What killed writers left in a folder store under hidden names."""
+        if self.store.protocol == "file":
+            for file in self.store.list_details(folder, unfinished=True):
+                if self._is_old(file):
+                    self._delete("unfinished", f"{folder}/{file.name}", file.size)
+
     def manifests(self, latest: Manifest, pinned: set[int]) -> None:
         """Manifests below the floor, so that nobody opens them from now on, and old tables that no manifest names."""
         numbers = list_numbers(self.store, latest.dataset)
@@ -113,9 +120,12 @@ class Sweep:
         newest = max((target.job.job for target in targets), default="")
         patience = max(self.grace, SPARED)
         silent = [it.job.job for it in targets if age(it.beat.at, self.now) > patience and it.job.job != newest]
-        self._each(silent, self._job)
+        self._each(silent, lambda job: self._job(job, patience))
 
-    def _job(self, job: str) -> None:
+    def _job(self, job: str, patience: timedelta) -> None:
+        target = read_target(self.store, job)
+        if target and age(target.beat.at, self.now) <= patience:
+            return  # its machine was suspended, and woke up
         failures = paths.failures_folder(job)
         for name in self.store.list(failures):
             self._delete("jobs", f"{failures}/{name}")

@@ -50,6 +50,7 @@ def connect(ray: Any, config: RayConfig, *, workers: int) -> None:
     # Ray may otherwise turn token authentication on by itself and write a token to the home folder.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     ray.init(
+        address="local",  # without it Ray would join a cluster that somebody started on this machine, or fail to
         num_cpus=max(1, math.ceil(workers * config.num_cpus)),
         num_gpus=None if config.num_gpus else 0,
         object_store_memory=OBJECT_STORE_BYTES,

@@ -67,6 +67,7 @@ class _Dispatch:
         self.watch = RoomWatch(self.pool, patience, workers=workers, tell=tell)
         self.start_at = -math.inf
         self.stillborn = self.successes = 0
+        self.sick: set[str] = set()  # machines that could not load the teacher, since the last one that could
         self.streaks: dict[int, tuple[int, int]] = {}  # failures in a row, and all successes before them
 
     def run(self) -> Iterator[Commit | Failure]:
@@ -133,7 +134,7 @@ class _Dispatch:
             case Died(worker) if worker in self.pool.starting:
                 self.pool.forget(worker)
                 if event.cause == "process":
-                    self._one_more_stillborn(event.reason)
+                    self._died_at_birth(event.reason)
             case Died(worker):
                 problem = Problem(f"its worker died: {event.reason}", event.detail, event.machine)
                 yield from self._lost(self.pool.forget(worker), problem, event.cause)
@@ -144,23 +145,29 @@ class _Dispatch:
         if problem is None:
             self.pool.welcome(worker)
             self.stillborn = 0
+            self.sick.clear()
             return
         reason = f"a worker on {problem.machine} can't start: {problem.error}"
-        if not self.pool.ready:
+        self.pool.end(worker)
+        self.sick.add(problem.machine)
+        # One sick node fails the fastest of all. Two say that it is the teacher, and so does one that is alone.
+        if not self.pool.ready and (len(self.sick) > 1 or not self.pool.starting):
             raise WorkerError(reason)
         self.tell(reason)
-        self.pool.end(worker)
         self._one_more_stillborn(reason)
 
-    def _one_more_stillborn(self, reason: str) -> None:
+    def _died_at_birth(self, reason: str) -> None:
+        self._one_more_stillborn(
+            f"{self.stillborn + 1} workers in a row died while they loaded the teacher ({reason}): "
+            "give them more memory, or fewer --workers"
+        )
+
+    def _one_more_stillborn(self, told: str) -> None:
         self.stillborn += 1
         if self.stillborn < max(DEAD_ON_ARRIVAL, self.workers // 2):
             return
         if not self.pool.ready:
-            raise WorkerError(
-                f"{self.stillborn} workers in a row died while they loaded the teacher ({reason}): "
-                "give them more memory, or fewer --workers"
-            )
+            raise WorkerError(told)
         self.start_at = self.clock() + PAUSE_SECONDS
 
     def _finished(self, worker: int, task: Task, outcome: Commit | Problem) -> Iterator[Commit | Failure]:

@@ -66,6 +66,26 @@ class Drain:
         self.signal = self.signal or number
 
 
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM and SIGINT end what runs inside, wherever it is, as Stopped. A Drain inside takes them over."""
+    told: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        told.append(number)
+        raise KeyboardInterrupt  # which no `except Exception` on its way out takes for a fault of the storage
+
+    with signals_kept():
+        _set(dict.fromkeys(SIGNALS, stop))
+        try:
+            yield
+        except KeyboardInterrupt:
+            if not told:
+                raise
+            name = signal.Signals(told[0]).name
+            raise Stopped(f"stopped by {name}: what is done is kept, run it again to go on there", told[0]) from None
+
+
 def told(drain: Drain, *, in_flight: int) -> str:
     """What a log shows when the signal came."""
     assert drain.signal is not None

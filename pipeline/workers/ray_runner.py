@@ -15,7 +15,7 @@ from pipeline.workers.fleet import IN_FLIGHT, Died, Event, Finished, Leaving, Re
 from pipeline.workers.local import load_producer
 from pipeline.workers.once import WorkerDied, caught
 from storage_schemas.commit import Commit, Task
-from storage_schemas.errors import UsageError
+from storage_schemas.errors import UsageError, without_credentials
 
 WAIT_SECONDS = 1.0
 NOTICE_SECONDS = 5.0
@@ -126,7 +126,7 @@ class RayFleet:
             machine = f"Ray node {self._actors[worker].node}"
             self.end(worker)
             reason, cause = why_gone(self._ray, error)
-            return Died(worker, reason, str(error), cause, machine)
+            return Died(worker, without_credentials(reason), without_credentials(str(error)), cause, machine)
         del self._calls[reference]
         self._actors[worker].calls.discard(reference)
         if task is not None:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from pipeline.__main__ import COMMANDS
 from storage_schemas.command_line import Command, parse
-from tests.deploy.manifests import CONFIG, DEPLOY
+from tests.deploy.manifests import CONFIG, DEPLOY, KUBERNETES
 from trainer.__main__ import commands
 
 PROGRAMS: dict[str, dict[str, Command]] = {"pipeline": COMMANDS, "trainer": commands(None)}
+MOUNTED = {"pipeline": CONFIG, "trainer": KUBERNETES / "trainer"}
 
 
 def our_commands(text: str) -> list[tuple[str, list[str]]]:
@@ -21,9 +22,9 @@ def our_commands(text: str) -> list[tuple[str, list[str]]]:
     return [(program, shlex.split(words.rstrip("'") if words.count("'") % 2 else words)) for program, words in found]
 
 
-def parse_ours(program: str, words: list[str], *, mounted: Path = CONFIG) -> None:
+def parse_ours(program: str, words: list[str], *, mounted: Path | None = None) -> None:
     """Parse a command as our own command line does, with its --config file from where it really lies."""
-    command, *options = [_local(word, mounted) for word in words]
+    command, *options = [_local(word, mounted or MOUNTED[program]) for word in words]
     if options == ["--help"] or command == "--help":
         return
     parse(PROGRAMS[program][command].config, options, program=program)

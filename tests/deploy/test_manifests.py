@@ -112,6 +112,20 @@ def test_what_an_overlays_pods_name_is_there(overlay):
 
 
 @needs_kubectl
+def test_overlays_that_stand_side_by_side_change_nothing_of_each_other():
+    """What kubectl applies or deletes with one is no other's; generate and nightly share a ConfigMap of one content."""
+
+    def named(overlay):
+        return {(one["kind"], one["metadata"]["name"]): one for one in rendered(OVERLAYS[0].parent / overlay)}
+
+    demo, spot, nightly, trainer = map(named, ("demo-cpu", "spot-gpu", "nightly", "trainer"))
+    assert not demo.keys() & (spot.keys() | nightly.keys() | trainer.keys())
+    assert not trainer.keys() & (spot.keys() | nightly.keys())
+    assert spot.keys() & nightly.keys() == {("ConfigMap", "limbeck-config")}
+    assert spot["ConfigMap", "limbeck-config"] == nightly["ConfigMap", "limbeck-config"]
+
+
+@needs_kubectl
 def test_a_queued_job_is_as_kueue_and_kuberay_want_it():
     (job,) = (document for document in rendered(OVERLAYS[0].parent / "queued") if document["kind"] == "RayJob")
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "limbeck"

@@ -15,10 +15,8 @@ say python -m trainer fit --data "$out/pairs" --manifest 1 --out "$out/kd" --obj
 say python -m trainer fit --data "$out/pairs" --manifest 1 --out "$out/progressive" --objective.name progressive \
     --objective.schedule 8 4 2 1 --steps 3000
 
-# A second call of this script must not slide the window once more.
-if [ ! -e "$out/pairs/datasets/main/manifests/000002.json" ]; then
-    say python -m pipeline regenerate "${pairs[@]}" --refresh 0.5
-fi
+# A tick is served once: a second call of this script does not slide the window once more.
+say python -m pipeline regenerate "${pairs[@]}" --refresh 0.5 --tick 2026-01-01
 say python -m pipeline verify "$out/pairs"
 say python -m trainer fit --data "$out/pairs" --manifest 2 --out "$out/kd-refreshed" --init "$out/kd" \
     --objective.name knowledge --steps 8000 --lr 0.0005

@@ -41,9 +41,9 @@ def told(capsys, monkeypatch):
 
 
 def test_a_store_of_another_schema_version(told, tmp_path):
-    (tmp_path / "store.json").write_text(json.dumps({"schema_version": 2, "writer": "a", "single_writer": False}))
+    (tmp_path / "store.json").write_text(json.dumps({"schema_version": 1, "writer": "a", "single_writer": False}))
     line = told(f"{GENERATE} {tmp_path}")
-    assert line.startswith(f"pipeline: {tmp_path}/store.json has schema version 2, this program reads 1: use the")
+    assert line.startswith(f"pipeline: {tmp_path}/store.json has schema version 1, this program reads 2: use the")
     assert os.listdir(tmp_path) == ["store.json"]
 
 

@@ -12,7 +12,7 @@ from diffusion.teachers import load_teacher
 from pipeline.after.accuracy import rms_interval
 from pipeline.after.duplicates import fingerprints
 from pipeline.after.normality import noise_sums
-from pipeline.after.resolve import doubled_grid
+from pipeline.after.resolve import doubled_grid, halves_last
 from pipeline.after.scan import spread
 from pipeline.config import GenerateConfig
 from pipeline.recipe import build_recipe
@@ -102,6 +102,17 @@ def test_a_wrong_shard_with_right_checksums_is_named(digits, pipeline, audit, he
     assert expected <= failed(checks)
     if wrong in ("poison_one_output", "bias_labels", "use_a_noise_twice"):
         assert failed(checks) - {"solved again"} == expected - {"solved again"}
+
+
+def test_what_the_error_leaves_out_is_told(digits, pipeline, here):
+    """The doubled grid shares a last step from r_min, so its error shows in no difference."""
+    _, out, _ = pipeline("verify", digits, "--audit", 8, "--richardson")
+    (line,) = [line for line in out.splitlines() if "solver error of output" in line]
+    assert "against the exact solution, the last step to sigma = 0 aside, 95% in" in line
+    _, out, _ = pipeline("verify", digits, "--audit", 8)
+    assert "against doubled steps, the last step to sigma = 0 aside, 95% in" in out
+    assert halves_last(recipe_on(VE(), {"steps": 6, "grid": "uniform_time"}))
+    assert not halves_last(recipe_on(VE(), {"steps": 6, "grid": "uniform_time", "t_min": 0.1}))
 
 
 def test_the_ids_of_duplicates_are_told(digits, pipeline, here):

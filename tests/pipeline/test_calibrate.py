@@ -158,6 +158,7 @@ def test_the_command_goes_from_tolerance_to_the_notes_of_a_dataset(pipeline, gen
         (["--solver.name", "ab2"], "did not measure ab2 at 4 steps"),
         (["--solver.rho", "5"], "was measured with grid"),
         (["--solve-dtype", "float64"], "was measured with solve dtype float32, this recipe has float64"),
+        (["--tf32"], "was measured with TF32 False, this recipe has True"),
     ],
 )
 def test_a_calibration_of_something_else_is_refused_before_any_work(generate, tmp_path, words, message):

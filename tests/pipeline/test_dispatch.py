@@ -132,6 +132,33 @@ def test_a_teacher_that_can_not_be_loaded_ends_the_job_in_one_line():
         ends(Script(broken=True), 3)
 
 
+class Sick(Script):
+    """A start on machine 0 fails, and fails fast; the scheduler goes round."""
+
+    def __init__(self, machines, sick):
+        super().__init__()
+        self.machines, self.sick = machines, sick
+
+    def start(self):
+        number = super().start()
+        machine = f"machine-{number % self.machines}"
+        if number % self.machines in self.sick:
+            self.events[-1] = Ready(number, Problem("RuntimeError: no such accelerator", "", machine))
+            self.events.sort(key=lambda event: event.problem is None)
+        return number
+
+
+def test_a_sick_machine_among_others_does_not_end_a_job_that_begins():
+    lines = []
+    fleet = Sick(machines=4, sick=[1])
+    assert ends(fleet, 20, workers=8, tell=lines.append) == (list(range(20)), {})
+    assert "a worker on machine-1 can't start: RuntimeError: no such accelerator" in lines
+    fleet = Sick(machines=4, sick=[0, 1, 2, 3])
+    with pytest.raises(WorkerError, match=r"machine-2 can't start: RuntimeError: no such accelerator"):
+        ends(fleet, 20, workers=8)
+    assert fleet.numbers < 12, "two machines are enough"
+
+
 def test_workers_that_die_while_they_load_are_replaced_only_so_often():
     assert ends(Script(stillborn=DEAD_ON_ARRIVAL - 1), 3, workers=1) == ([0, 1, 2], {})
     with pytest.raises(WorkerError, match="out of memory"):

@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT to a driver: what is in flight finishes, nothing is sealed, and the next run goes on there."""
 
+import json
 import os
 import signal
 import subprocess
@@ -82,6 +83,34 @@ def test_a_second_signal_leaves_at_once(start, commits, tmp_path, workers):
     out, _ = job.communicate(timeout=60)
     assert (job.returncode, commits(tmp_path)) == (143, {}), out
     assert time.monotonic() - began < 15  # one call of the teacher takes 20 s
+
+
+@pytest.mark.parametrize(("step", "said"), [("after all commits", "stopped"), ("after the manifest", "stopped")])
+def test_a_driver_that_is_told_to_stop_while_it_seals(start, generate, pipeline, tmp_path, step, said):
+    """Outside of the solve there is nothing to wait for: it leaves at once, with its last word and its JSON."""
+    trap = {"STRANGE_STEPS": step, "STRANGE_SIGNAL": "TERM", "STRANGE_MARKER": str(tmp_path / "blow")}
+    store, teacher = tmp_path / "store", "python:strange_teachers:sabotaged_teacher"
+    words = ["generate", "--teacher", teacher, "--store", store, "--count", 160, "--holdout", 0, "--runner", "local"]
+    job = start(*words, *SMALL, "--json", **trap)
+    out, _ = job.communicate(timeout=60)
+    assert job.returncode == 128 + signal.SIGTERM, out
+    assert told(out).startswith("pipeline: stopped by SIGTERM: what is done is kept")
+    outcome = json.loads(next(line for line in out.splitlines() if line.startswith("{")))
+    assert (outcome["what"], outcome["dataset"]) == ("stopped", "main")
+    (beat,) = store.glob("jobs/*/heartbeat.json")
+    assert json.loads(beat.read_bytes())["state"] == said
+    sealed = step == "after the manifest"
+    assert ("sealed as manifest 1" in pipeline("status", store)[1]) == sealed
+    code, again, _ = generate(store, teacher=teacher, holdout=0)
+    assert (code, "0 of 3 tasks run here" in again, "nothing to do" in again) == (0, not sealed, sealed)
+
+
+def test_a_prune_that_is_told_to_stop_lets_the_next_one_begin(generate, pipeline, tmp_path, monkeypatch):
+    generate(tmp_path)
+    monkeypatch.setattr("pipeline.upkeep.prune._sweep", lambda *given: signal.raise_signal(signal.SIGTERM))
+    assert pipeline("prune", tmp_path)[0] == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    assert pipeline("prune", tmp_path)[0] == 0
 
 
 @pytest.mark.faults

@@ -58,8 +58,8 @@ def test_a_run_takes_what_was_foretold(plan, generate, commits, tmp_path, monkey
 
 @pytest.mark.parametrize(
     ("layout", "within"),
-    [([], 0.02), (["--compression", "zstd"], 0.05), (["--format", "webdataset"], 0.02)],
-    ids=["parquet", "zstd", "webdataset"],
+    [([], 0.02), (["--compression", "zstd"], 0.05), (["--format", "webdataset"], 0.02), (["--with-weights"], 0.02)],
+    ids=["parquet", "zstd", "webdataset", "weights"],
 )
 def test_bytes_are_those_of_the_store(at_home, plan, generate, tmp_path, layout, within):
     store, words = tmp_path / "store", [*layout, "--states", *range(8), "--solver.steps", 8, "--samples-per-shard", 512]
@@ -68,6 +68,7 @@ def test_bytes_are_those_of_the_store(at_home, plan, generate, tmp_path, layout,
     found = plan(store, *words, "--micro-batch", 64, "--time-batches", 2, **given)
     assert generate(store, *words, "--micro-batch", 64, **given)[0] == 0
     assert found["estimate"]["bytes"] == pytest.approx(sum(files(store).values()), rel=within)
+    assert found["work"]["objects"] == len(files(store))
 
 
 def test_what_is_there_is_not_counted_again(at_home, plan, generate, tmp_path):
@@ -166,6 +167,14 @@ def test_the_sums():
     assert "compute    0.066 at 3.6 an hour of GPU" in text
 
 
+def test_a_plan_made_on_one_gpu_is_for_workers_that_have_one_each():
+    """GPU hours are those of a cluster's workers, not of the one GPU that was timed."""
+    estimate, text = summed(runner="local", ray={"num_gpus": 1})
+    assert estimate.device_hours == pytest.approx(4 * 33 / 3600)
+    assert "with workers: 4 as if each had a GPU of its own, 0.0367 GPU hours" in text
+    assert "as if" not in summed(runner="local", workers=1)[1] + summed()[1]
+
+
 def test_writing_may_be_the_bottleneck_and_is_told():
     estimate, text = summed(replace(TIMING, upload=20.0))
     assert (estimate.bottleneck, estimate.wall_seconds) == ("writing", 5 + 8 + 21 + 2 * 21)
@@ -181,7 +190,7 @@ def test_an_upload_that_was_not_timed_has_a_rate_that_it_must_reach():
     ("fields", "device", "paid"),
     [
         ({"ray": {"num_gpus": 1}}, "cuda NVIDIA", ("GPU", 4)),
-        ({"runner": "local"}, "cuda NVIDIA", ("GPU", 1)),
+        ({"runner": "local", "ray": {"num_gpus": 1}}, "cuda NVIDIA", ("GPU", 4)),
         ({"runner": "local", "threads": 2}, "cpu x86_64", ("CPU", 8)),
         ({"ray": {"num_cpus": 3}}, "cpu x86_64", ("CPU", 12)),
         ({"workers": 64, "ray": {"num_gpus": 1}}, "cuda NVIDIA", ("GPU", 10)),

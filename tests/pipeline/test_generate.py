@@ -232,6 +232,8 @@ def test_samples_that_are_not_finite_are_quarantined(generate, pipeline, ids_of,
 
 def test_a_quarantined_sample_outside_the_window_is_nobodys_concern(generate, tmp_path):
     assert generate(tmp_path, teacher="python:strange_teachers:nan_teacher", count=65)[0] == 0
+    code, out, _ = generate(tmp_path, teacher="python:strange_teachers:nan_teacher", count=100)
+    assert (code, "0 of 0 tasks run here" in out) == (3, True), "it was solved before, and is in the window now"
 
 
 def test_a_task_that_keeps_failing_is_set_aside_and_the_others_finish(generate, pipeline, commits, tmp_path):
@@ -278,6 +280,8 @@ def test_a_window_with_a_gap_is_sealed_only_where_that_is_allowed(generate, pipe
     assert pipeline("verify", tmp_path)[0] == 0
     code, out, _ = generate(tmp_path, "--max-missing", 1, "--max-attempts", 1, teacher=teacher)
     assert (code, "nothing new" in out, manifest(tmp_path).number) == (0, True, 1)
+    beats = [json.loads(path.read_bytes())["state"] for path in tmp_path.glob("jobs/*/heartbeat.json")]
+    assert sorted(beats) == ["failed", "sealed"], "no other job made what it asked for"
     # A gap that was allowed once is no reason to allow it for ever.
     assert generate(tmp_path, "--max-attempts", 1, teacher=teacher)[0] == 1
 
@@ -360,7 +364,7 @@ def test_who_loses_the_race_to_seal_plans_again_from_the_winner(generate, ids_of
     monkeypatch.setattr(pipeline.generate, "seal", beaten)
     code, _, err = generate(tmp_path)
     assert code == 0
-    assert "another job sealed manifest 1 of main: planning again from it" in err
+    assert "another job sealed manifest 1 of main: planning again" in err
     assert (manifest(tmp_path).number, manifest(tmp_path).window.train) == (2, (0, 160))
     assert ids_of(tmp_path) == {"train": list(range(160)), "holdout": list(range(40))}
 

@@ -107,6 +107,20 @@ def test_a_rerun_after_a_job_that_sealed_nothing_does_too(at_home, generate, roo
     assert "0 of 3 tasks run here" in out
 
 
+def test_also_where_a_job_of_another_recipe_came_between(at_home, generate, room, tmp_path):
+    store, teacher = tmp_path / "store", "python:hungry_teachers:gpu_teacher"
+    room(32)
+    assert generate(store, *AUTO, teacher=teacher, count=64, holdout=0)[0] == 0
+    room(16)
+    assert generate(store, *AUTO, "--seed", "1", "--new-recipe", teacher=teacher, count=64, holdout=0)[0] == 0
+    for manifest in Path(store).glob("datasets/main/manifests/*"):
+        manifest.unlink()
+    shown = room(1000)
+    code, _, err = generate(store, *AUTO, teacher=teacher, count=64, holdout=0)
+    assert (code, shown()) == (0, [])
+    assert "micro-batch 32, as in" in err
+
+
 def test_another_recipe_is_tried_anew(at_home, generate, room, tmp_path):
     store, teacher = tmp_path / "store", "python:hungry_teachers:gpu_teacher"
     room(32)

@@ -44,6 +44,14 @@ def test_the_sums_do_not_depend_on_how_rows_come():
     assert NoiseSums(SHAPE).plus(whole).count == 300
 
 
+def test_single_rows_of_one_coordinate_have_no_neighbours():
+    x_T = rounded(np.random.default_rng(3).standard_normal((64, 1)))
+    sums = NoiseSums((1,))
+    for row in range(64):
+        sums = sums.plus(noise_sums(x_T[row : row + 1], SIGMA, "float16"))
+    assert judge_noise(sums).keys() == {"coordinates", "norms", "sums"}
+
+
 WRONGS = {
     "an offset of all": (lambda eps: eps + 0.02, "sums"),
     "an offset of one coordinate": (lambda eps: eps + 0.3 * np.eye(48)[7].reshape(SHAPE), "coordinates"),

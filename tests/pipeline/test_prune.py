@@ -10,9 +10,9 @@ import pytest
 
 import pipeline.upkeep.sweep
 from pipeline.generate import carry_out
-from pipeline.heartbeat import Pulse
+from pipeline.heartbeat import LAPSED, Pulse
 from pipeline.plan import Wanted, grow
-from pipeline.upkeep.keep import StaleCommits
+from pipeline.upkeep.keep import Place, StaleCommits, adoptable, read_targets
 from pipeline.upkeep.prune import prune
 from storage_schemas import paths
 from storage_schemas.commit import Task, list_committed
@@ -51,9 +51,9 @@ def by_hand(monkeypatch):
 
 
 def aged(list_details):
-    def listed(store, folder):
+    def listed(store, folder, **hidden):
         return [Listed(it.name, it.size, NOW - timedelta(days=30) if "old" in it.name else NOW)
-                for it in list_details(store, folder)]  # fmt: skip
+                for it in list_details(store, folder, **hidden)]  # fmt: skip
 
     return listed
 
@@ -86,6 +86,16 @@ def old_store(uri):
     assert done.swept.files == {"orphans": 2}
     store.write(f"{paths.shards_folder(*PLACE)}/train-00000002-old.parquet", b"of an attempt that lost")
     return store
+
+
+def test_what_killed_writers_left_in_a_folder_goes_once_it_is_old(tmp_path):
+    store = Store.create(str(tmp_path))
+    commit_task(store, Task("train", 0, SIZE))
+    left = [f"{paths.commits_folder(*PLACE)}/.train-00000000.json.{age}.tmp" for age in ("old", "new")]
+    for path in left:
+        (tmp_path / path).write_bytes(b"half a comm")
+    assert prune(store, keep=1, grace=WEEK).swept.files == {"unfinished": 1}
+    assert [(tmp_path / path).exists() for path in left] == [False, True]
 
 
 def pin(run, number, expires_at):
@@ -336,9 +346,63 @@ def test_a_driver_whose_commits_vanish_before_it_seals_makes_them_again(uri, mon
             store.remove(run.shards[tasks[1].name].commit_path)
 
     monkeypatch.setattr("pipeline.generate.solve_missing", vanish)
-    assert drive(store, (16, 24)).run == 1
+    assert drive(store, (16, 24)).run == 2
     assert seen == [[4, 5], [5]]
     check_served(store)
+
+
+def test_a_floor_that_comes_due_and_is_followed_by_another_hides_no_deletion(uri):
+    """A prune that began before the job was announced ends, and sets its next floor, while the driver looks."""
+    store = old_store(uri)
+    commit_task(store, Task("train", 8, SIZE), at=ago(NOW, hours=2))  # so that there is another floor to set
+    read = []
+
+    def prune_now(operation, path):
+        if path.endswith("train-00000007.json"):
+            read.append(path)
+        elif len(read) == 1:
+            read.append(path)
+            assert prune_at(store).floors
+
+    with pytest.raises(StaleCommits):
+        adoptable(WatchedStore(uri, prune_now), "job", Place(*PLACE), ["train-00000007"], NOW)
+    assert len(read) == 2
+    assert 7 not in tasks_of(store)
+
+
+@pytest.mark.parametrize(("winner", "what", "state"), [((8, 16), "sealed", "sealed"), ((16, 24), "nothing", "ended")])
+def test_a_job_that_plans_again_vouches_for_nothing_new(uri, monkeypatch, winner, what, state):
+    """Its window changes before it has checked what it would build on there."""
+    store = old_store(uri)
+    said = []
+
+    def watch(operation, path):
+        if operation == "write" and path.endswith("/job.json"):
+            known = [target.beat.state for target in read_targets(store) if target.job.job == path.split("/")[1]]
+            said.append(known)
+
+    def beaten(run, tasks):
+        monkeypatch.setattr("pipeline.generate.solve_missing", solve_by_hand)
+        solve_by_hand(run, tasks)
+        seal_window(store, winner, at=ago(NOW))
+
+    monkeypatch.setattr("pipeline.generate.solve_missing", beaten)
+    assert drive(WatchedStore(uri, watch), (16, 24)).what == what
+    assert said == ([[], ["planning"]] if what == "sealed" else [[]])
+    assert read_targets(store)[-1].beat.state == state
+
+
+def test_a_job_that_woke_up_while_a_prune_sweeps_stays_known(uri):
+    store = old_store(uri)
+    name = "20260101T000000-00000000"
+    announce(store, "20260102T000000-00000000", (28, 32), "sealed", ago(NOW, days=8))
+
+    def wake(operation, path):
+        if operation == "remove" and "/manifests/" in path:
+            announce(Store(uri), name, (28, 32), "running", ago(NOW))
+
+    prune_at(WatchedStore(uri, wake))
+    assert store.list(paths.JOBS) == [name, "20260102T000000-00000000"]
 
 
 def test_a_driver_that_could_say_nothing_looks_again(uri, monkeypatch):
@@ -349,14 +413,14 @@ def test_a_driver_that_could_say_nothing_looks_again(uri, monkeypatch):
         solve_by_hand(run, tasks)
         seen.append([task.index for task in tasks])
         if len(seen) == 1:  # the machine is suspended, and a prune takes the job for dead
-            pulses[0].lapsed = True
+            pulses[0]._written -= 2 * LAPSED.total_seconds()
 
     pulses = []
     monkeypatch.setattr("pipeline.generate.Pulse", lambda *given: pulses.append(Pulse(*given)) or pulses[0])
     monkeypatch.setattr("pipeline.generate.solve_missing", sleep_after)
     asked = []
     watched = WatchedStore(uri, lambda operation, path: asked.append(path))
-    assert drive(watched, (16, 24)).run == 0
+    assert drive(watched, (16, 24)).run == 2
     assert seen == [[4, 5]]
     read = [path for path in asked if "/commits/train-" in path]
     assert len(read) >= 4, "both are read by the solver, and again when the job knows that it was not heard of"

@@ -22,7 +22,8 @@ def cluster(tmp_path_factory):
         patch.setenv("STRANGE_MARKER", str(marker))
         patch.setenv("STRANGE_PLANNER", str(os.getpid()))
         patch.setenv("PYTHONPATH", f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-        ray.init(num_cpus=2, num_gpus=0, object_store_memory=MEMORY, include_dashboard=False, log_to_driver=False)
+        quiet = {"include_dashboard": False, "log_to_driver": False}
+        ray.init(address="local", num_cpus=2, num_gpus=0, object_store_memory=MEMORY, **quiet)
         yield marker
         ray.shutdown()
 

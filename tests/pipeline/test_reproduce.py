@@ -64,6 +64,12 @@ def test_what_is_not_finite_now_agrees_with_nothing():
     assert not agrees(replay, 1e9)
 
 
+def test_the_same_bits_are_promised_by_as_many_threads_on_one_machine():
+    here = {"host": "h", "device": "cpu", "torch": "2", "threads": "1", "numpy": "2"}
+    for solved_on, same in ((here, True), (here | {"numpy": "3"}, True), (here | {"threads": "8"}, False)):
+        assert Replay(Sample("train", 1), False, {}, solved_on, here).same_machine is same
+
+
 def test_an_id_that_has_no_row_is_told_in_one_line(generate, pipeline, here, tmp_path):
     nan = "python:strange_teachers:nan_teacher"
     generate(tmp_path, teacher=nan)

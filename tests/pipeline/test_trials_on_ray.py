@@ -18,7 +18,8 @@ def cluster(tmp_path_factory):
         patch.setenv("HUNGRY_ROOM", "16")
         patch.setenv("HUNGRY_DIARY", str(diary))
         patch.setenv("PYTHONPATH", f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-        ray.init(num_cpus=2, num_gpus=0, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False)
+        quiet = {"include_dashboard": False, "log_to_driver": False}
+        ray.init(address="local", num_cpus=2, num_gpus=0, object_store_memory=100 * 2**20, **quiet)
         yield diary
         ray.shutdown()
 

@@ -1,6 +1,6 @@
 """Flags and YAML mean the same, flags win, and a mistake is one line."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 import tyro
@@ -28,6 +28,7 @@ class Job(Config):
     solver: Solver = Solver()
     with_weights: bool = Field(False, description="Keep the weights.")
     max_missing: int = Field(0, description="How many may be missing.")
+    as_few: Annotated[int, tyro.conf.arg(name="few")] = Field(0, ge=0, description="How few may be there.")
 
     @model_validator(mode="after")
     def _states_are_on_the_grid(self):
@@ -83,8 +84,9 @@ def test_yaml_may_fill_a_place(tmp_path):
     [
         (["s", "--solver.nme", "heun"], "Unrecognized options: --solver.nme"),
         (["s", "--solver.name", "euler"], "--solver.name"),
-        (["s", "--solver.steps", "0"], "solver: steps Input should be greater than 0, got 0"),
+        (["s", "--solver.steps", "0"], "--solver.steps: should be greater than 0, got 0"),
         (["s", "--solver.steps", "many"], "'many'"),
+        (["s", "--few", "-1"], "--few: should be greater than or equal to 0, got -1; python -m job --help"),
         (["s", "--states", "20"], "state 20 is past the 16 steps; leave it out"),
         ([], "STR"),
         (["s", "--config", "nowhere.yaml"], "nowhere.yaml"),

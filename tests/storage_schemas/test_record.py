@@ -142,9 +142,9 @@ def test_columns_are_checked_before_they_are_written(recipe: Recipe, make_column
 
 def test_a_document_that_is_not_ours_is_one_line() -> None:
     with pytest.raises(
-        StoreError, match=r"^x has schema version 2, this program reads 1: use the release that wrote it$"
+        StoreError, match=r"^x has schema version 1, this program reads 2: use the release that wrote it$"
     ):
-        StoreDocument.from_bytes(b'{"schema_version": 2, "writer": "a"}', "x")
+        StoreDocument.from_bytes(b'{"schema_version": 1, "writer": "a"}', "x")
     with pytest.raises(StoreError, match="x is not a valid StoreDocument") as caught:
         StoreDocument.from_bytes(b"<html>", "x")
     assert "\n" not in str(caught.value)

@@ -78,7 +78,7 @@ def test_what_is_no_store_is_refused_in_one_line(tmp_path: Path) -> None:
     ):
         Store.open(str(tmp_path / "nowhere"))
     (tmp_path / STORE).write_text('{"schema_version": 99, "writer": "a", "single_writer": false}')
-    with pytest.raises(StoreError, match="schema version 99, this program reads 1"):
+    with pytest.raises(StoreError, match="schema version 99, this program reads 2"):
         Store.open(str(tmp_path))
     with pytest.raises(StoreError, match="nosuch:// is unknown to fsspec"):
         Store.open("nosuch://x")
