@@ -216,7 +216,7 @@ class Store:
         return sorted(name for name in names if name and not name.startswith("."))
 
     def list_details(self, folder: str, *, unfinished: bool = False) -> Sequence[Listed]:
-        """As `list`, files only, with sizes and times; or the hidden ones that killed writers left in a local folder."""
+        """As `list`, files only, with sizes and times; or the hidden ones that killed writers left in a folder."""
         full = self._full(folder)
         self._fs.invalidate_cache(full)
         try:
