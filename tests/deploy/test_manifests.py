@@ -8,6 +8,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from pipeline.workers.ray_runner import _Worker
 from tests.deploy.kubectl import find
 from tests.deploy.manifests import (
     CONFIG,
@@ -206,6 +207,12 @@ def test_ray_gives_a_driver_that_is_told_to_end_its_time(name):
     head = ray_pods(RAY[name])[0]["containers"][0]
     env = {variable["name"]: variable["value"] for variable in head["env"]}
     assert int(env["RAY_JOB_STOP_WAIT_TIME_S"]) > drain
+
+
+@pytest.mark.parametrize("name", [name for name in RAY if "cronjob" not in name])
+def test_a_workers_pod_waits_for_our_actor_under_its_name(name):
+    script = ray_pods(RAY[name])[1]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
+    assert f"pgrep -f '^ray::{_Worker.__name__}'" in script
 
 
 def test_the_jobs_cluster_is_the_standing_ones_twin():
