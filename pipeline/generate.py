@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 
 from pipeline.config import GenerateConfig
 from pipeline.guard import check_continues
@@ -16,11 +17,11 @@ from pipeline.upkeep.recheck import still_there
 from pipeline.work import adopt, announce, solve_missing
 from pipeline.workers.drain import Stopped, stoppable
 from storage_schemas import paths
-from storage_schemas.commit import Task, utc_now
+from storage_schemas.commit import Task
 from storage_schemas.dataset import LostRace, Pruned, latest_manifest, read_shard_table, seal
 from storage_schemas.errors import UsageError, UserError, without_credentials
 from storage_schemas.job import JobState
-from storage_schemas.manifest import Manifest, ManifestDraft
+from storage_schemas.manifest import Manifest
 from storage_schemas.record import SPLITS
 from storage_schemas.shards import ShardTable
 
@@ -159,21 +160,8 @@ def _sealed(run: Run, goal: Goal, listed: ShardTable, needed: list[Task]) -> Out
     if goal.continues and same and not len(new):
         why = f"still missing {names(missing)}" if missing else "every listed shard is there"
         return replace(done, what="nothing", why=why)
-    manifest = seal(run.store, _draft(run, goal, missing), listed.plus(new))
+    manifest = seal(run.store, goal.draft(run.job, missing), listed.plus(new))
     return replace(done, manifest=manifest, quarantined=_quarantined(new, manifest))
-
-
-def _draft(run: Run, goal: Goal, missing: tuple[str, ...]) -> ManifestDraft:
-    return ManifestDraft(
-        dataset=goal.dataset,
-        parent=goal.parent,
-        writer=run.job,
-        recipe_id=goal.recipe_id,
-        layout=goal.layout,
-        window=goal.window,
-        missing=missing,
-        ticks=goal.ticks,
-    )
 
 
 def _lacking(run: Run, missing: tuple[str, ...]) -> str:
@@ -193,6 +181,5 @@ def _say(line: str) -> None:
 
 
 def new_job() -> str:
-    """An id that sorts by time: 20260131T093000-1f2e3d4c."""
-    stamp = utc_now().replace("-", "").replace(":", "").partition("+")[0]
-    return f"{stamp}-{paths.new_attempt()[:8]}"
+    """An id that sorts by time, to the microsecond: 20260131T093000123456-1f2e3d4c."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{paths.new_attempt()[:8]}"

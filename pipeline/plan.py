@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Literal
 
-from storage_schemas.commit import Task
+from storage_schemas.commit import Task, utc_now
 from storage_schemas.errors import UsageError
+from storage_schemas.job import Job
 from storage_schemas.layout import Layout
-from storage_schemas.manifest import Bounds, Manifest, Window
+from storage_schemas.manifest import Bounds, Manifest, ManifestDraft, Window
 
 Policy = Literal["grow", "refresh", "recipe"]
 
@@ -54,6 +55,35 @@ class Goal:
         """Whether the parent shows all of it already, which needs no look at its shards."""
         shown = self.parent and (self.parent.window, self.parent.missing)
         return self.continues and shown == (self.window, ())
+
+    def job(self, job: str, *, total: int, missing: int, runner: str, workers: int) -> Job:
+        """What a job that is after this tells the store before it begins."""
+        return Job(
+            job=job,
+            dataset=self.dataset,
+            recipe_id=self.recipe_id,
+            layout=self.layout,
+            window=self.window,
+            parent=self.parent.number if self.parent else 0,
+            tasks_total=total,
+            tasks_missing=missing,
+            runner=runner,
+            workers=workers,
+            started_at=utc_now(),
+        )
+
+    def draft(self, writer: str, missing: tuple[str, ...]) -> ManifestDraft:
+        """The manifest that `writer` seals once all but `missing` is there."""
+        return ManifestDraft(
+            dataset=self.dataset,
+            parent=self.parent,
+            writer=writer,
+            recipe_id=self.recipe_id,
+            layout=self.layout,
+            window=self.window,
+            missing=missing,
+            ticks=self.ticks,
+        )
 
 
 def grow(parent: Manifest | None, recipe_id: str, *, count: int, holdout: int) -> Window:

@@ -16,26 +16,20 @@ from pipeline.workers.fleet import Fleet
 from pipeline.workers.local import local_fleet
 from pipeline.workers.patience import Patience
 from storage_schemas import paths
-from storage_schemas.commit import Commit, Task, utc_now
-from storage_schemas.job import Failure, Job
+from storage_schemas.commit import Commit, Task
+from storage_schemas.job import Failure
 from storage_schemas.record import SPLITS
 from storage_schemas.shards import Shard
 
 
 def announce(run: Run, goal: Goal, needed: list[Task]) -> None:
     """Tell the store what this job aims at: from now on no prune begins that would delete it."""
-    job = Job(
-        job=run.job,
-        dataset=goal.dataset,
-        recipe_id=goal.recipe_id,
-        layout=goal.layout,
-        window=goal.window,
-        parent=goal.parent.number if goal.parent else 0,
-        tasks_total=sum(len(goal.window.task_range(split, goal.layout.samples_per_shard)) for split in SPLITS),
-        tasks_missing=len(needed),
+    job = goal.job(
+        run.job,
+        total=sum(len(goal.window.task_range(split, goal.layout.samples_per_shard)) for split in SPLITS),
+        missing=len(needed),
         runner=run.config.runner,
         workers=run.config.workers,
-        started_at=utc_now(),
     )
     run.store.write(paths.job_path(run.job), job.to_bytes())
 

@@ -16,18 +16,19 @@ from pipeline.config import ConvertConfig
 from pipeline.generate import new_job
 from pipeline.heartbeat import Pulse
 from pipeline.outcome import DONE, QUARANTINED, described, lacks_samples
+from pipeline.plan import Goal
 from pipeline.progress import Progress
 from pipeline.upkeep.keep import Lapsed, Place, adoptable, check_committed
 from pipeline.upkeep.relayout import convert_tasks, grouped, new_tasks
 from pipeline.workers.drain import stoppable
 from storage_schemas import paths
-from storage_schemas.commit import Task, utc_now
+from storage_schemas.commit import Task
 from storage_schemas.dataset import Dataset, LostRace, Pruned, latest_manifest, open_dataset, seal
 from storage_schemas.errors import UserError, usage_errors
 from storage_schemas.ids import id_set
-from storage_schemas.job import Job, JobState
+from storage_schemas.job import JobState
 from storage_schemas.layout import Layout, check_layout
-from storage_schemas.manifest import Manifest, ManifestDraft, content_digest
+from storage_schemas.manifest import Manifest, content_digest
 from storage_schemas.record import SPLITS
 from storage_schemas.shards import Shard, ShardTable
 from storage_schemas.store import Store
@@ -126,22 +127,14 @@ def _place(run: Conversion) -> Place:
     return Place(run.source.recipe.id, run.layout.id)
 
 
+def _goal(run: Conversion) -> Goal:
+    manifest = run.source.manifest
+    return Goal(run.dataset, run.parent, manifest.recipe_id, run.layout, manifest.window)
+
+
 def _announce(run: Conversion, tasks: Sequence[Task], *, threads: int) -> None:
     """Tell the store what this job aims at: from now on no prune begins that would delete it."""
-    manifest = run.source.manifest
-    job = Job(
-        job=run.job,
-        dataset=run.dataset,
-        recipe_id=manifest.recipe_id,
-        layout=run.layout,
-        window=manifest.window,
-        parent=run.parent.number if run.parent else 0,
-        tasks_total=len(tasks),
-        tasks_missing=len(tasks),
-        runner="convert",
-        workers=threads,
-        started_at=utc_now(),
-    )
+    job = _goal(run).job(run.job, total=len(tasks), missing=len(tasks), runner="convert", workers=threads)
     run.source.store.write(paths.job_path(run.job), job.to_bytes())
 
 
@@ -154,16 +147,7 @@ def _seal(run: Conversion, missing: tuple[str, ...]) -> Manifest:
             f"shards of {run.layout.id} committed before lack other samples than {manifest.dataset} does: "
             "choose other --samples-per-shard"
         )
-    draft = ManifestDraft(
-        dataset=run.dataset,
-        parent=run.parent,
-        writer=run.job,
-        recipe_id=manifest.recipe_id,
-        layout=run.layout,
-        window=manifest.window,
-        missing=missing,
-    )
-    return seal(run.source.store, draft, table)
+    return seal(run.source.store, _goal(run).draft(run.job, missing), table)
 
 
 def _tell(manifest: Manifest, written: int, job: str, seconds: float, *, as_json: bool) -> None:
