@@ -42,9 +42,11 @@ results: venv
 	PATH="$(CURDIR)/$(BIN):$$PATH" ./tests/end_to_end/results.sh runs/results
 
 bench: venv
+	-$(BIN)/python -m tests.benchmarks.peers
 	$(BIN)/python -m tests.benchmarks.stream
+	$(BIN)/python -m tests.benchmarks.waiting
 	$(BIN)/python -m tests.benchmarks.generation
 	$(BIN)/python -m tests.benchmarks.planning
 
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv .venv-peers runs build *.egg-info

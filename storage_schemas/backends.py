@@ -30,9 +30,12 @@ NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 S3_CLIENT: dict[str, Any] = {
     "connect_timeout": 3,
     "read_timeout": 15,
+    "max_pool_connections": 64,
     "retries": {"mode": "standard", "total_max_attempts": 2},
 }
-"""One request's own patience. Botocore's defaults times s3fs's would be minutes, before the store's own tries."""
+"""One request's own patience. Botocore's defaults times s3fs's would be minutes, before the store's own tries.
+
+Its 10 connections would make ranged reads wait for each other."""
 
 PERMANENT = (
     *(PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError, ImportError, StoreError),

@@ -203,12 +203,15 @@ class Dataset:
         return slice(int(low), int(high))
 
     def commit(self, shard: Shard) -> Commit:
-        """The shard's commit, checked against the manifest."""
+        """The shard's commit, checked against the manifest: else CorruptShard, or Pruned where that is why."""
         data = self.store.read(shard.commit_path)
         if data is None:
             lost = f"{self.store.uri}/{shard.commit_path} is missing: `generate --recheck` makes {shard.task} again"
             raise self._pruned() or CorruptShard(lost)
-        commit = Commit.from_bytes(data, f"{self.store.uri}/{shard.commit_path}")
+        try:
+            commit = Commit.from_bytes(data, f"{self.store.uri}/{shard.commit_path}")
+        except StoreError as error:
+            raise CorruptShard(str(error)) from None
         if (commit.sha256, commit.path) != (shard.sha256, shard.path):
             raise CorruptShard(f"{self.store.uri}/{shard.commit_path} is not what the manifest lists: restore it")
         return commit
@@ -219,7 +222,11 @@ class Dataset:
         try:
             return formats.read_shard(self.store, commit, self.recipe.fields, columns, verify=verify)
         except CorruptShard as error:
-            raise (None if self.store.exists(shard.path) else self._pruned()) or error from None
+            raise self.explained(shard, error) from None
+
+    def explained(self, shard: Shard, error: CorruptShard) -> CorruptShard | Pruned:
+        """What to raise for a shard that can't be read: Pruned where its file is gone with its manifest."""
+        return (None if self.store.exists(shard.path) else self._pruned()) or error
 
     def _pruned(self) -> Pruned | None:
         return pruned(self.store, self.manifest.dataset, self.manifest.number)

@@ -2,7 +2,8 @@
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import pyarrow.parquet as pq
 from storage_schemas.commit import FOOTER, Chunk, Commit, Task
 from storage_schemas.errors import CorruptShard
 from storage_schemas.layout import Layout
+from storage_schemas.pages import Page, find_pages
 from storage_schemas.ranges import check_chunk, checksum, fetch
-from storage_schemas.record import NUMPY_DTYPES, Columns, Field
+from storage_schemas.record import Columns, Field
 from storage_schemas.store import Store
 
 ROWS_PER_GROUP = 512
@@ -46,14 +48,15 @@ def arrow_schema(fields: Sequence[Field]) -> pa.Schema:
 
 
 def _arrow_field(field: Field) -> pa.Field:
-    return pa.field(field.name, _arrow_type(field), nullable=False, metadata=_describe(field))
+    return pa.field(field.name, _arrow_type(field), nullable=False, metadata=describe(field))
 
 
 def _arrow_type(field: Field) -> pa.DataType:
     return pa.from_numpy_dtype(field.numpy_dtype) if field.is_scalar else pa.binary(field.nbytes)
 
 
-def _describe(field: Field) -> dict[str, str]:
+def describe(field: Field) -> dict[str, str]:
+    """The Arrow metadata of a column: what a row is, where the type alone doesn't tell."""
     return {"shape": json.dumps(list(field.shape)), "dtype": field.dtype}
 
 
@@ -90,12 +93,37 @@ def decode(store: Store, commit: Commit, fields: Sequence[Field], columns: Seque
         if verify or len(data) != chunk.length:
             check_chunk(store, commit, chunk, data)
     source = _Chunks(commit.bytes, dict(zip((chunk.offset for chunk in needed), found, strict=True)))
-    try:
+    with _as_committed(f"{store.uri}/{commit.path}"):
         table = _open(source, found[-1]).read(columns=list(columns), use_threads=False)
-    except (pa.ArrowException, OSError) as error:
-        raise CorruptShard(f"{store.uri}/{commit.path} is not the Parquet file of its commit: {error}") from None
     by_name = {field.name: field for field in fields}
     return {name: _to_numpy(by_name[name], table.column(name)) for name in columns}
+
+
+def decode_chunk(commit: Commit, field: Field, chunk: Chunk, data: memoryview, footer: memoryview) -> np.ndarray:
+    """The rows [n, *shape] of one column chunk, compressed or not, from its checked bytes and the footer's."""
+    source = _Chunks(commit.bytes, {chunk.offset: data})
+    group = [other.first_row for other in commit.chunks if other.column == chunk.column].index(chunk.first_row)
+    with _as_committed(commit.path):
+        table = _open(source, footer).read_row_group(group, columns=[field.name], use_threads=False)
+    return _to_numpy(field, table.column(0))
+
+
+def view_chunk(field: Field, rows: int, data: memoryview) -> list[np.ndarray] | None:
+    """The same as views of the bytes, a page each; None where they aren't plain rows. Not for a compressed file."""
+    pages = find_pages(data, rows, field.nbytes)
+    return None if pages is None else [_page_view(field, page, data) for page in pages]
+
+
+def _page_view(field: Field, page: Page, data: memoryview) -> np.ndarray:
+    return np.ndarray((page.rows, *field.shape), field.numpy_dtype, data, page.offset)
+
+
+@contextmanager
+def _as_committed(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptShard(f"{name} is not the Parquet file of its commit: {error}") from None
 
 
 def _open(source: "_Chunks", footer: memoryview) -> pq.ParquetFile:
@@ -143,25 +171,3 @@ def _view(field: Field, array: pa.Array) -> np.ndarray:
     flat = np.frombuffer(array.buffers()[1], field.numpy_dtype)
     row = field.nbytes // field.numpy_dtype.itemsize
     return flat[array.offset * row : (array.offset + len(array)) * row].reshape(len(array), *field.shape)
-
-
-def as_arrow_tensors(table: pa.Table) -> pa.Table:
-    """A table read by pyarrow with its states as Arrow fixed-shape tensors; bfloat16 stays its raw bits, uint16."""
-    columns = [_tensors(table.schema.field(index), table.column(index)) for index in range(table.num_columns)]
-    return pa.table(columns, names=table.column_names)
-
-
-def _tensors(field: pa.Field, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    if not pa.types.is_fixed_size_binary(field.type):
-        return column
-    shape = json.loads(field.metadata[b"shape"])
-    values = pa.from_numpy_dtype(np.dtype(NUMPY_DTYPES[field.metadata[b"dtype"].decode()]))
-    tensor = pa.fixed_shape_tensor(values, shape)
-    return pa.chunked_array([_tensor(tensor, piece) for piece in column.chunks], type=tensor)
-
-
-def _tensor(tensor: pa.DataType, piece: pa.Array) -> pa.Array:
-    size = tensor.storage_type.list_size
-    flat = pa.Array.from_buffers(tensor.value_type, (piece.offset + len(piece)) * size, [None, piece.buffers()[1]])
-    rows = pa.FixedSizeListArray.from_arrays(flat[piece.offset * size :], size)
-    return pa.ExtensionArray.from_storage(tensor, rows)

@@ -7,7 +7,7 @@ import xxhash
 
 from storage_schemas.commit import Chunk, Commit
 from storage_schemas.errors import CorruptShard, StoreError
-from storage_schemas.store import MissingFile, Store
+from storage_schemas.store import MissingFile, Range, Store
 
 
 def fetch(store: Store, commit: Commit, chunks: Sequence[Chunk]) -> list[memoryview]:
@@ -15,19 +15,26 @@ def fetch(store: Store, commit: Commit, chunks: Sequence[Chunk]) -> list[memoryv
     whole = map_shard(store, commit)
     if whole is not None:
         return [whole[chunk.offset : chunk.offset + chunk.length] for chunk in chunks]
-    try:
-        found = store.read_ranges(commit.path, [(chunk.offset, chunk.length) for chunk in chunks])
-    except StoreError:
-        _refuse_other_size(store, commit)  # S3 answers a range past a cut object's end with an error
-        raise
+    found = fetch_ranges(store, commit, [(chunk.offset, chunk.length) for chunk in chunks])
     return [memoryview(piece) for piece in found]
 
 
-def _refuse_other_size(store: Store, commit: Commit) -> None:
-    size = store.size(commit.path)
-    if size is not None and size != commit.bytes:
-        missing = f"{commit.bytes - size} bytes are missing: restore the file or generate it anew"
-        raise CorruptShard(f"{store.uri}/{commit.path} has {size} bytes, its commit says {commit.bytes}, {missing}")
+def fetch_ranges(store: Store, commit: Commit, ranges: Sequence[Range]) -> Sequence[bytes]:
+    """Bytes of each (offset, length) of a shard by requests side by side, shorter where the file was cut."""
+    try:
+        return store.read_ranges(commit.path, ranges)
+    except StoreError:
+        size = store.size(commit.path)
+        if size is not None and size != commit.bytes:  # S3 answers a range past a cut object's end with an error
+            raise other_size(store, commit, size) from None
+        raise
+
+
+def other_size(store: Store, commit: Commit, size: int) -> CorruptShard:
+    """What to say of a file that was cut, or that something was added to."""
+    less = f", {commit.bytes - size} bytes are missing" if size < commit.bytes else ""
+    says = f"{store.uri}/{commit.path} has {size} bytes, its commit says {commit.bytes}{less}"
+    return CorruptShard(f"{says}: restore the file or generate it anew")
 
 
 def map_shard(store: Store, commit: Commit) -> memoryview | None:

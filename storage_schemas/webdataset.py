@@ -11,6 +11,7 @@ import tarfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,7 @@ def _header(name: str, size: int) -> bytes:
     return member.tobuf(format=tarfile.USTAR_FORMAT)
 
 
+@lru_cache
 def _npy_header(field: Field) -> bytes:
     header = io.BytesIO()
     description = {"descr": field.numpy_dtype.str, "fortran_order": False, "shape": field.shape}
@@ -122,22 +124,26 @@ def decode(store: Store, commit: Commit, fields: Sequence[Field], columns: Seque
     if verify or len(data) != commit.bytes:
         for chunk in commit.chunks:
             check_chunk(store, commit, chunk, data[chunk.offset : chunk.offset + chunk.length])
-    wanted = {field.name: field for field in fields if field.name in columns}
-    if not commit.rows:
-        return {name: np.empty((0, *field.shape), field.numpy_dtype) for name, field in wanted.items()}
+    wanted = [field for field in fields if field.name in columns]
+    return parse(data, wanted, commit.rows, name=f"{store.uri}/{commit.path}")
+
+
+def parse(data: memoryview, fields: Sequence[Field], rows: int, *, name: str) -> Columns:
+    """These columns out of a whole tar: views where its rows are regular, else parsed as anybody's."""
+    if not rows:
+        return {field.name: np.empty((0, *field.shape), field.numpy_dtype) for field in fields}
     try:
-        regular = regular_rows(data, commit.rows)
-        found = regular.columns(wanted) if regular else decode_foreign_tar(data)
-        return {name: _as_stored(field, found[name]) for name, field in wanted.items()}
+        regular = regular_rows(data, rows)
+        found = regular.columns(fields) if regular else decode_foreign_tar(data)
+        return {field.name: _as_stored(field, rows, found[field.name]) for field in fields}
     except (tarfile.TarError, ValueError, KeyError) as error:
-        raise CorruptShard(f"{store.uri}/{commit.path} is not the tar of its commit: {error}") from None
+        raise CorruptShard(f"{name} is not the tar of its commit: {error}") from None
 
 
-def _as_stored(field: Field, values: np.ndarray) -> np.ndarray:
-    if values.shape[1:] != field.shape or not (field.is_scalar or values.dtype == field.numpy_dtype):
-        raise ValueError(
-            f"{field.name} is {values.dtype}{list(values.shape[1:])}, not {field.dtype}{list(field.shape)}"
-        )
+def _as_stored(field: Field, rows: int, values: np.ndarray) -> np.ndarray:
+    if values.shape != (rows, *field.shape) or not (field.is_scalar or values.dtype == field.numpy_dtype):
+        have, need = f"{values.dtype}{list(values.shape)}", f"{field.dtype}{[rows, *field.shape]}"
+        raise ValueError(f"{field.name} is {have}, not {need}")
     return values.astype(field.numpy_dtype, copy=False)
 
 
@@ -150,10 +156,13 @@ class RegularRows:
     stride: int
     members: dict[str, tuple[int, int]]
 
-    def columns(self, fields: dict[str, Field]) -> Columns:
-        """States as views of the file; integers out of the JSON."""
-        states = {name: self._state(field) for name, field in fields.items() if not field.is_scalar}
-        return states | self._scalars([name for name, field in fields.items() if field.is_scalar])
+    def columns(self, fields: Sequence[Field]) -> Columns:
+        """States as views of the file; integers out of the JSON. ValueError or KeyError where it has other members."""
+        return self.states(fields) | self.scalars([field for field in fields if field.is_scalar])
+
+    def states(self, fields: Sequence[Field]) -> Columns:
+        """Views [rows, *shape] of the fields that are not scalars."""
+        return {field.name: self._state(field) for field in fields if not field.is_scalar}
 
     def _state(self, field: Field) -> np.ndarray:
         offset, size = self.members[f"{field.name}.npy"]
@@ -165,24 +174,33 @@ class RegularRows:
         start = offset + len(header)
         return np.ndarray((self.rows, *field.shape), dtype, self.data, start, (self.stride, *inner))
 
-    def _scalars(self, names: Sequence[str]) -> Columns:
-        if not names:
+    def scalars(self, fields: Sequence[Field]) -> Columns:
+        """The integers of these fields, parsed out of every row's JSON."""
+        if not fields:
             return {}
         offset, size = self.members["json"]
         texts = np.ndarray((self.rows,), f"S{size}", self.data, offset, (self.stride,))
         parsed = json.loads(b"[" + b",".join(texts.tolist()) + b"]")
-        return {name: np.array([row[name] for row in parsed], np.int64) for name in names}
+        return {field.name: np.array([row[field.name] for row in parsed], field.numpy_dtype) for field in fields}
 
 
 def regular_rows(data: memoryview, rows: int) -> RegularRows | None:
     """The row layout of a tar made by `encode`, None for another tar. Headers of the first and last row must agree."""
-    first = _row_members(data, 0)
-    stride = _row_size(first)
-    if len(data) < rows * stride + 2 * BLOCK or any(data[rows * stride : rows * stride + 2 * BLOCK]):
+    end = rows * _row_size(_row_members(data, 0))
+    if len(data) < end + 2 * BLOCK or any(data[end : end + 2 * BLOCK]):
         return None
-    last = _row_members(data, (rows - 1) * stride)
-    shifted = {suffix: (offset - (rows - 1) * stride, size) for suffix, (offset, size) in last.items()}
-    return RegularRows(data, rows, stride, first) if shifted == first else None
+    return regular_block(data[:end], rows)
+
+
+def regular_block(data: memoryview, rows: int) -> RegularRows | None:
+    """The same for a block of rows, without what ends a tar."""
+    stride, rest = divmod(len(data), rows)
+    try:
+        first, last = _row_members(data[:stride], 0), _row_members(data[-stride:], 0)
+    except tarfile.TarError:  # no row begins there
+        return None
+    same = not rest and first == last and _row_size(first) == stride
+    return RegularRows(data, rows, stride, first) if same else None
 
 
 def _row_members(data: memoryview, start: int) -> dict[str, tuple[int, int]]:

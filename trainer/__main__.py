@@ -13,6 +13,7 @@ _COMMANDS = {
     "sample": ("trainer.sample", "SampleConfig", "run_sample"),
     "evaluate": ("trainer.evaluate", "EvaluateConfig", "run_evaluate"),
     "classifier": ("trainer.features", "ClassifierConfig", "run_classifier"),
+    "shuffle": ("trainer.shuffling", "ShuffleConfig", "run_shuffle"),
 }
 
 

@@ -26,6 +26,8 @@ _FIT_DEFAULTS: dict[str, dict[str, Any]] = {
     "progressive": {"init": "teacher", "decay": "linear", "ema": 0.0},
     "denoising": {"init": "scratch", "decay": "cosine", "ema": 0.999, "process": "ve"},
 }
+# How a store is read.
+_OF_A_STORE = ("manifest", "follow_latest", "verify", "on_corrupt", "cache_folder", "cache_gib", "in_flight_mib")
 
 
 class ObjectiveConfig(Config):
@@ -123,13 +125,35 @@ class FitConfig(Config):
     seed: int = Field(0, ge=0, lt=2**63, description="Of the order, the weights and every random choice.")
 
     checkpoint_every: int = Field(500, ge=1, description="Steps between checkpoints.")
+    checkpoints: str | None = Field(
+        None, description="Folder or s3://... URI for checkpoints, with copies of the run's record, metrics and models."
+    )
     keep_last: int = Field(2, ge=1, description="Checkpoints kept.")
+    keep_best: bool = Field(True, description="Keep that of the least holdout error too, and its model in OUT/best.")
     resume: bool = Field(True, description="Go on from the run's last checkpoint; --no-resume starts it anew.")
     log_every: int = Field(50, ge=1, description="Steps between lines of metrics.")
     validate_every: int = Field(500, ge=0, description="Steps between errors on the holdout split; 0 for none.")
-    cache_mib: int = Field(1024, ge=1, description="Decoded shards kept in memory, MiB.")
-    ahead_mib: int = Field(64, ge=1, description="Batches made ahead of the step, MiB.")
     save_dtype: DtypeName = Field("float32", description="Of the final weights on disk.")
+
+    parallel: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto", description="Under torchrun: ddp, which auto is, or fsdp, which shards weights and their averages too."
+    )
+    lanes: int | None = Field(
+        None,
+        ge=1,
+        description="Runs of rows that a batch is made of; ranks divide them. gcd(batch_size, 8) unless told.",
+    )
+    follow_latest: bool = Field(False, description="Go over to the dataset's newest manifest when an epoch starts.")
+    verify: Literal["always", "first", "never"] = Field(
+        "always", description="When stored bytes are checked: on every read, on the first of this process, or not."
+    )
+    on_corrupt: Literal["fail", "substitute"] = Field(
+        "fail", description="What unreadable samples do: end the fit, or give way to others, counted."
+    )
+    cache_folder: Path | None = Field(None, description="Disk cache of remote stores; ~/.cache/limbeck unless told.")
+    cache_gib: float = Field(32, gt=0, description="Most that the disk cache holds, GiB.")
+    in_flight_mib: int = Field(256, ge=1, description="Stored bytes being read at a time, MiB.")
+    ahead_mib: int = Field(64, ge=1, description="Batches made ahead of the step, MiB.")
 
     @model_validator(mode="before")
     @classmethod
@@ -149,6 +173,7 @@ class FitConfig(Config):
     def _check(self) -> "FitConfig":
         self._check_input()
         self._check_network()
+        self._check_reading()
         if self.micro_batch is not None and self.batch_size % self.micro_batch:
             told = f"micro_batch {self.micro_batch} does not divide batch_size {self.batch_size}"
             raise ValueError(f"{told}; choose a divisor")
@@ -169,6 +194,17 @@ class FitConfig(Config):
             raise ValueError("init teacher: denoising makes a teacher; use scratch or the folder of a saved model")
         if not real and self.process is not None:
             raise ValueError(f"process {self.process}: a student has its teacher's process; leave --process out")
+
+    def _check_reading(self) -> None:
+        if self.lanes is not None and self.batch_size % self.lanes:
+            raise ValueError(f"lanes {self.lanes} does not divide batch_size {self.batch_size}; choose a divisor")
+        if self.follow_latest and self.manifest is not None:
+            raise ValueError(f"follow_latest does not stay with manifest {self.manifest}; leave one of the two out")
+        if self.objective.name != "denoising":
+            return
+        for name in _OF_A_STORE:
+            if getattr(self, name) != FitConfig.model_fields[name].default:
+                raise ValueError(f"{name} {getattr(self, name)}: denoising reads images, no store; leave it out")
 
     def _check_network(self) -> None:
         given = {name for name in ("width", "depth", "dropout") if getattr(self.network, name)}

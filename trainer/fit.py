@@ -1,29 +1,35 @@
-"""`python -m trainer fit`: stages of optimizer steps, from a plan to a saved model."""
+"""`python -m trainer fit`: stages of optimizer steps, from a plan to a saved model, on one process or many."""
 
-import time
-from pathlib import Path
+import math
+import signal
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
 
-from diffusion import checkpoint
-from diffusion.checkpoint import Checkpoint, pack
-from diffusion.denoiser import Denoiser
 from diffusion.flow_map import FlowMap
-from diffusion.spec import model_from_spec
-from storage_schemas.errors import ManifestMismatch, UserError, usage_errors
-from trainer import checkpoints
+from storage_schemas.errors import UsageError, UserError, usage_errors
 from trainer.config import FitConfig
-from trainer.logs import RunLog
+from trainer.follow import Following
+from trainer.logs import NoLog, RunLog
 from trainer.loop import Stepper, StopRequest, check_device, step_seed, stop_on_signals
-from trainer.pins import ManifestPin
-from trainer.plan import Plan, Stage, pick_device, plan_images
-from trainer.run import RunRecord, clear, earlier_run, new_record, only_fit
+from trainer.meter import Figures, Meter
+from trainer.order import default_lanes
+from trainer.parallel import Ranks, ranks
+from trainer.pins import Pins
+from trainer.plan import Plan, Stage
+from trainer.reading.content import check_division
+from trainer.run import RunRecord, check_place, earlier_run, only_fit, where
+from trainer.saving.checkpoints import Checkpoints, Found
+from trainer.saving.models import Models
+from trainer.saving.place import BEST, METRICS, RECORD, Place
+from trainer.start import built, check_restarts, make_plan, start
 from trainer.stream import Stream
-from trainer.student import with_dropout
-from trainer.trajectories import plan_trajectories
 
 __all__ = ["FitConfig", "run_fit"]
+
+# Seconds that a restarted run waits for its processes elsewhere to end, which notice when their collectives fail.
+_PATIENCE = 60.0
 
 
 class Diverged(UserError):
@@ -31,204 +37,223 @@ class Diverged(UserError):
 
 
 def run_fit(config: FitConfig) -> int:
-    """Fit to the end, or to a signal: 0, or 128 + the signal after saving."""
+    """Fit to the end, or to a signal: 0, or 128 + the signal after saving. Every process of torchrun's calls it."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    earlier = earlier_run(config)
-    with usage_errors():
-        device = pick_device(config.device)
-        check_device(config, device)
-        plan = make_plan(config, earlier)
-        state = checkpoints.load_last(config.out, device=device) if earlier else None
-        record, denoiser = (earlier, _built(earlier.model)) if earlier and state else _start(config, plan)
-    with only_fit(config.out), stop_on_signals() as stop:
-        if not config.resume:
-            clear(config.out)  # only now that nothing is refused any more
-        record.save(config.out)
-        return Fit(config, plan, record, device, stop).run(FlowMap(denoiser.to(device)), state)
+    with ExitStack() as held:
+        with usage_errors():
+            crew = held.enter_context(ranks(config.device))
+            check_device(config, crew.device)
+            check_division(config.batch_size, config.lanes or default_lanes(config.batch_size), crew.world_size)
+            check_restarts(config)
+        return _fit(config, crew, held)
 
 
-def make_plan(config: FitConfig, earlier: RunRecord | None) -> Plan:
-    """The plan of a new run, or of an earlier one on the manifest that it reads."""
-    if config.objective.name == "denoising":
-        plan = plan_images(config)
-    else:
-        plan = plan_trajectories(config, number=earlier.reads["manifest"] if earlier else config.manifest)
-    if earlier and earlier.reads != plan.reads:
-        raise ManifestMismatch(f"{config.out} was reading {earlier.reads}, now {plan.reads}: choose another --out")
-    return plan
-
-
-def _start(config: FitConfig, plan: Plan) -> tuple[RunRecord, Denoiser]:
-    """The record of a new run, and its student as --init says."""
-    start = plan.start()
-    model = with_dropout(start.model, config.network.dropout)
-    denoiser = _built(model)
-    denoiser.load_state_dict(start.build().state_dict())
-    return new_record(config, plan.reads, model), denoiser
-
-
-def _built(model: dict[str, Any]) -> Denoiser:
-    denoiser = model_from_spec(model)
-    assert isinstance(denoiser, Denoiser)
-    return denoiser
+def _fit(config: FitConfig, crew: Ranks, held: ExitStack) -> int:
+    place = Place(config.out, config.checkpoints)
+    begun = (config.out / RECORD).is_file()
+    if crew.is_first and begun:
+        held.enter_context(only_fit(config.out, patience=_PATIENCE if crew.objects else 0.0))
+    earlier = crew.broadcast(earlier_run(config, place) if crew.is_first else None)
+    checkpoints = Checkpoints(place.store, crew, keep_last=config.keep_last, keep_best=config.keep_best)
+    if crew.is_first and config.resume and not earlier and checkpoints:
+        raise UsageError(
+            f"{place.store.uri} holds checkpoints of a run without its {RECORD}; move them, or choose another"
+        )
+    with checkpoints.newest() if earlier else nullcontext() as found:
+        with usage_errors():
+            plan = make_plan(config, earlier, found)
+            if earlier and found is None:
+                check_place(earlier, place, config.out)
+            record, denoiser = (earlier, built(earlier.model)) if earlier and found else start(config, plan, place)
+            record = crew.broadcast(record)
+        if crew.is_first:
+            if not begun:
+                held.enter_context(only_fit(config.out))
+            if not config.resume:
+                place.clear()  # only now that nothing is refused any more
+            if earlier:
+                place.fetch()
+            record.save(config.out)
+            place.put(RECORD)
+        stop = held.enter_context(stop_on_signals())
+        fit = Fit(config, plan, record, crew, stop, place, checkpoints)
+        fit.begin(FlowMap(denoiser.to(crew.device)), found)
+    return fit.run()
 
 
 class Fit:
     """One run over its stages."""
 
     def __init__(
-        self, config: FitConfig, plan: Plan, record: RunRecord, device: torch.device, stop: StopRequest
+        self,
+        config: FitConfig,
+        plan: Plan,
+        record: RunRecord,
+        crew: Ranks,
+        stop: StopRequest,
+        place: Place,
+        checkpoints: Checkpoints,
     ) -> None:
-        self.config, self.plan, self.record, self.device, self.stop = config, plan, record, device, stop
+        self.config, self.plan, self.ranks, self.stop = config, plan, crew, stop
+        self.place, self.checkpoints = place, checkpoints
+        self.models = Models(config, record.model, place)
         self.total = config.steps * len(plan.stages)
-        self.pin = (
-            None
-            if plan.store is None
-            else ManifestPin(plan.store, run=record.name, dataset=plan.reads["dataset"], number=plan.reads["manifest"])
-        )
+        self.pins = None
+        if plan.store is not None and crew.is_first:
+            self.pins = Pins(plan.store, run=record.name, dataset=plan.reads["dataset"])
 
-    def run(self, student: FlowMap, state: dict[str, Any] | None) -> int:
-        """From a checkpoint's state, or from the start."""
-        first, step = (state["stage"], state["step"]) if state else (0, 0)
-        start = first * self.config.steps + step
-        stream_state = state["stream"] if state else None
-        with RunLog(self.config.out, step=start, total=self.total) as self.log:
-            self._greet(start)
-            for index in range(first, len(self.plan.stages)):
-                stepper = Stepper(student, self.config, self.device)
-                if state:
-                    stepper.load_state_dict(state["stepper"])
-                stream_state = self._stage(index, stepper, step, stream_state)
-                if self.stop:
-                    self.log.say(f"{self.config.out}: saved on signal {self.stop.signal}; the same command goes on")
-                    return self.stop.exit_code
-                self._save_model(index, stepper)
-                student.denoiser.load_state_dict(stepper.served.state_dict())
-                state, step = None, 0
-            if self.pin:
-                self.pin.drop()
+    def begin(self, student: FlowMap, found: Found | None) -> None:
+        """At the start, or where a checkpoint is."""
+        sharded = self.config.parallel == "fsdp"
+        with usage_errors():
+            self.stepper = Stepper(student, self.config, self.ranks, sharded=sharded)
+        self.stage, self.step = 0, 0
+        self.stream_state: dict[str, Any] | None = None
+        self.warnings = list(self.plan.warnings)
+        if found:
+            tree = found.read(like={"stepper": self.stepper.state_dict()} if sharded else None)
+            self.stepper.load_state_dict(tree["stepper"])
+            self.stage, self.step, self.stream_state = tree["stage"], tree["step"], tree["stream"]
+            self.warnings += found.refused
+
+    @property
+    def done(self) -> int:
+        """Steps of the whole run."""
+        return self.stage * self.config.steps + self.step
+
+    def run(self) -> int:
+        """To the end or to a signal."""
+        log = RunLog(self.config.out, step=self.done, total=self.total) if self.ranks.is_first else NoLog()
+        with log as self.log:
+            self._greet()
+            while True:
+                if self._run_stage():
+                    self.log.say(f"{self.config.out}: saved on a signal; the same command goes on")
+                    return self.stop.exit_code if self.stop else 128 + signal.SIGTERM
+                self._save_model(*self._folders())
+                if self.stage + 1 == len(self.plan.stages):
+                    break
+                self.stepper.restart()
+                self.stage, self.step = self.stage + 1, 0
+            if self.pins:
+                self.pins.drop()
             self.log.say(f"{self.config.out / 'model'}: fitted in {self.total} steps")
         return 0
 
-    def _greet(self, start: int) -> None:
-        for warning in self.plan.warnings:
+    def _greet(self) -> None:
+        for warning in self.warnings:
             self.log.say(f"warning: {warning}")
-        if start:
-            self.log.say(f"{self.config.out}: going on from step {start} of {self.total}")
-        self._renew_pin()
+        if self.done:
+            self.log.say(f"{self.config.out}: going on from step {self.done} of {self.total}")
+        self._pin(self.plan.reads.get("manifest"))
 
-    def _renew_pin(self) -> None:
-        refused = self.pin.renew() if self.pin else None
+    def _pin(self, number: int | None) -> None:
+        refused = self.pins.keep(number) if self.pins and number else None
         if refused:
             self.log.say(f"warning: {refused}")
 
-    def _stage(self, index: int, stepper: Stepper, step: int, stream_state: dict[str, Any] | None) -> dict[str, Any]:
-        """Steps of one stage; the stream's state after the last."""
-        stage, config = self.plan.stages[index], self.config
-        with Stream(
+    def _run_stage(self) -> bool:
+        """Steps up to the stage's end; whether a signal came, on any rank."""
+        config, stage = self.config, self.plan.stages[self.stage]
+        following = None
+        if config.follow_latest:
+            following = Following(config, self.plan, stage, ranks=self.ranks, pins=self.pins, say=self.log.say)
+        with self._stream(stage, following) as stream:
+            meter, stopped = Meter(stream), self.ranks.any(bool(self.stop))
+            while self.step < config.steps and not stopped:
+                batch = next(stream)
+                meter.note_batch()
+                if following:
+                    self._note_content(following, stream)
+                loss, norm = self.stepper.step(stage.objective, batch, seed=step_seed(config.seed, self.done))
+                self.step += 1
+                meter.add(loss, norm, config.batch_size)
+                error = self._report(stage, meter, stream)
+                stopped = self.ranks.any(bool(self.stop))  # agreed, so that all ranks end after the same step
+                if self.step % config.checkpoint_every == 0 or self.step == config.steps or stopped:
+                    self._check_finite(meter)
+                    self._checkpoint(stream, error)
+            self.stream_state = stream.state_dict(self.ranks.gather)
+            return stopped
+
+    def _stream(self, stage: Stage, following: Following | None) -> Stream:
+        config = self.config
+        return Stream(
             self.plan.source(stage.objective.columns),
             batch_size=config.batch_size,
             seed=config.seed,
+            lanes=config.lanes or default_lanes(config.batch_size),
             num_uniforms=stage.objective.num_uniforms,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
             ahead_bytes=config.ahead_mib << 20,
-            state=stream_state,
-        ) as stream:
-            meter, stopped = Meter(stream), bool(self.stop)
-            while step < config.steps and not stopped:
-                batch = next(stream)
-                total_step = index * config.steps + step
-                loss, norm = stepper.step(stage.objective, batch, seed=step_seed(config.seed, total_step))
-                step += 1
-                meter.add(loss, norm, len(batch))
-                self._report(stage, stepper, meter, total_step + 1, last=step == config.steps)
-                stopped = bool(self.stop)  # read once, so that no run ends on a signal without saving
-                if step % config.checkpoint_every == 0 or step == config.steps or stopped:
-                    self._check_finite(meter, total_step + 1)
-                    self._checkpoint(index, step, stepper, stream)
-            return stream.state_dict()
+            device=self.ranks.device,
+            follow=following,
+            state=self.stream_state,
+        )
 
-    def _report(self, stage: Stage, stepper: Stepper, meter: "Meter", total_step: int, *, last: bool) -> None:
-        config, figures = self.config, dict[str, float | int | str]()
-        if total_step % config.log_every == 0 or last:
-            self._check_finite(meter, total_step)
-            figures = {"stage": stage.name, **meter.take(), "lr": float(stepper.scheduler.get_last_lr()[0])}
-        due = config.validate_every and (total_step % config.validate_every == 0 or last)
-        if due and self.plan.holdout_error is not None:
-            with stepper.evaluating() as served:
-                figures["holdout_error"] = self.plan.holdout_error(FlowMap(served), stage)
+    def _note_content(self, following: Following, stream: Stream) -> None:
+        """The first batch of another manifest is there."""
+        number, before = stream.state_dict()["place"]["manifest"], self.plan.reads["manifest"]
+        if number != before:
+            self.plan = following.plans[number]
+            self.log.say(f"{self.config.out}: from step {self.done + 1} on manifest {number}, in place of {before}")
+            for warning in self.plan.warnings:
+                self.log.say(f"warning: {warning}")
+
+    def _report(self, stage: Stage, meter: Meter, stream: Stream) -> float | None:
+        """The line of metrics that is due after a step, if one is; its error on the holdout split, if that was due."""
+        config, figures, last = self.config, Figures(), self.step == self.config.steps
+        if self.done % config.log_every == 0 or last:
+            self._check_finite(meter)
+            lr = float(self.stepper.scheduler.get_last_lr()[0])
+            figures = {"stage": stage.name, **meter.take(), "lr": lr, **self._counts(stream)}
+        error = None
+        if config.validate_every and (self.done % config.validate_every == 0 or last) and self.plan.holdout_error:
+            with self.stepper.evaluating() as served:
+                error = figures["holdout_error"] = self.plan.holdout_error(FlowMap(served), stage)
         if figures:
-            self.log.write(total_step, figures)
+            self.log.write(self.done, figures)
+        return error
 
-    def _check_finite(self, meter: "Meter", total_step: int) -> None:
+    def _counts(self, stream: Stream) -> Figures:
+        state = stream.state_dict(self.ranks.gather)
+        counts: Figures = {name: state[name] for name in ("substituted", "left_out") if state[name]}
+        return counts | ({"manifest": state["place"]["manifest"]} if self.config.follow_latest else {})
+
+    def _check_finite(self, meter: Meter) -> None:
         # float16 steps whose gradient overflows are skipped by the scaler: only its loss tells.
         if not meter.finite(norms=self.config.autocast != "float16"):
-            told = f"{self.config.out} has diverged by step {total_step}: its loss or gradient is not finite"
+            told = f"{self.config.out} has diverged by step {self.done}: its loss or gradient is not finite"
             raise Diverged(f"{told}; start it anew by --no-resume with a smaller --lr or a longer --warmup")
 
-    def _checkpoint(self, index: int, step: int, stepper: Stepper, stream: Stream) -> None:
-        state = {"stage": index, "step": step, "stepper": stepper.state_dict(), "stream": stream.state_dict()}
-        total_step = index * self.config.steps + step
-        checkpoints.save(self.config.out, total_step, state, keep_last=self.config.keep_last)
-        self._renew_pin()
-
-    def _save_model(self, index: int, stepper: Stepper) -> None:
-        stage, last = self.plan.stages[index], index == len(self.plan.stages) - 1
-        saved = Checkpoint(
-            model=self.record.model,
-            weights=pack(stepper.served, dtype=getattr(torch, self.config.save_dtype)),
-            grids={stage.num_steps: stage.times} if stage.times else {},
-            about={
-                "objective": self.config.objective.model_dump(mode="json", exclude_none=True),
-                "stage": stage.name,
-                "steps": (index + 1) * self.config.steps,
-                "batch_size": self.config.batch_size,
-                "seed": self.config.seed,
-                "reads": self.plan.reads,
-                "labels": self.plan.labels,
-            },
-        )
-        for folder in self._folders(stage, last):
-            checkpoint.save(saved, folder)
-
-    def _folders(self, stage: Stage, last: bool) -> list[Path]:
-        staged = [self.config.out / "stages" / stage.name] if len(self.plan.stages) > 1 else []
-        return staged + ([self.config.out / "model"] if last else [])
-
-
-class Meter:
-    """Means since the last line: loss, norm of the gradient, samples a second, share of time spent waiting for data."""
-
-    def __init__(self, stream: Stream) -> None:
-        self._stream = stream
-        self._reset()
-
-    def add(self, loss: torch.Tensor, norm: torch.Tensor, samples: int) -> None:
-        """One step's figures, left on the device so that the step need not wait for them."""
-        self._losses.append(loss)
-        self._norms.append(norm)
-        self._samples += samples
-
-    def finite(self, *, norms: bool) -> bool:
-        """Whether every loss since the last line is, and every norm."""
-        figures = self._losses + (self._norms if norms else [])
-        return not figures or bool(torch.stack(figures).isfinite().all())
-
-    def take(self) -> dict[str, float | int | str]:
-        """The figures, and start again."""
-        loss, norm = torch.stack(self._losses).mean().item(), torch.stack(self._norms).mean().item()
-        seconds = time.perf_counter() - self._started
-        figures: dict[str, float | int | str] = {
-            "loss": loss,
-            "grad_norm": norm,
-            "samples_per_s": self._samples / seconds,
-            "data_wait": (self._stream.waited - self._waited) / seconds,
-            "epoch": self._stream.epochs,
+    def _checkpoint(self, stream: Stream, error: float | None) -> None:
+        """The metrics up to here and the best model first, since the checkpoint says that they are there."""
+        error = error if error is None or math.isfinite(error) else None
+        if error is not None and self.config.keep_best and self.checkpoints.would_be_best(self.stage, error):
+            self._save_model(BEST)
+        if self.ranks.is_first:
+            self.place.put(METRICS)
+        state = stream.state_dict(self.ranks.gather)
+        reads = {**where(self.config), **state["place"], "content_digest": state["content_digest"]}
+        tree = {
+            "stage": self.stage,
+            "step": self.step,
+            "sharded": self.stepper.sharded,
+            "reads": reads,
+            "stream": state,
+            "stepper": self.stepper.state_dict(),
         }
-        self._reset()
-        return figures
+        self.checkpoints.save(self.done, tree, stage=self.stage, holdout_error=error)
+        self._pin(reads.get("manifest"))
 
-    def _reset(self) -> None:
-        self._losses: list[torch.Tensor] = []
-        self._norms: list[torch.Tensor] = []
-        self._samples, self._started, self._waited = 0, time.perf_counter(), self._stream.waited
+    def _folders(self) -> list[str]:
+        """Of the stage's student."""
+        staged = [f"stages/{self.plan.stages[self.stage].name}"] if len(self.plan.stages) > 1 else []
+        return staged + (["model"] if self.stage + 1 == len(self.plan.stages) else [])
+
+    def _save_model(self, *folders: str) -> None:
+        weights = self.stepper.served_state()
+        if self.ranks.is_first:
+            self.models.save(weights, self.plan, self.plan.stages[self.stage], steps=self.done, folders=folders)

@@ -11,6 +11,8 @@ from typing import Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from trainer.saving.place import METRICS, write_whole
+
 Figures = Mapping[str, float | int | str]
 
 _PLAIN_SECONDS = 10.0
@@ -26,9 +28,8 @@ class RunLog:
     """Metrics of one run from global step `step` on; lines that a killed run wrote past it are taken back."""
 
     def __init__(self, run: Path, *, step: int, total: int) -> None:
-        path = run / "metrics.jsonl"
-        kept = _lines_up_to(path, step)
-        path.write_text("".join(kept))
+        path = run / METRICS
+        write_whole(path, "".join(_lines_up_to(path, step)).encode())
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed in __exit__
         self._board = _board(run / "tensorboard", purge_step=step + 1)
         self._display: _Display = _Bar(total) if sys.stderr.isatty() else _Lines(total)
@@ -55,6 +56,22 @@ class RunLog:
     def say(self, line: str) -> None:
         """One line to the user."""
         self._display.say(line)
+
+
+class NoLog:
+    """Of the ranks that leave it to the first."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        return
+
+    def write(self, step: int, figures: Figures) -> None:
+        """Nothing."""
+
+    def say(self, line: str) -> None:
+        """Nothing."""
 
 
 class _Display(Protocol):

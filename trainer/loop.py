@@ -11,12 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from diffusion.denoiser import Denoiser
 from diffusion.flow_map import FlowMap
+from trainer import parallel
 from trainer.config import FitConfig
 from trainer.objectives import Objective
+from trainer.parallel import Ranks
 from trainer.stream import Batch
 
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,20 +54,47 @@ def check_device(config: FitConfig, device: torch.device) -> None:
 
 
 class Stepper:
-    """A student, its optimizer and its averaged weights, over one stage."""
+    """A student, its optimizer and its averaged weights, over one stage after another, on one process or many.
 
-    def __init__(self, student: FlowMap, config: FitConfig, device: torch.device) -> None:
-        self.student, self.config, self.device = student.train(), config, device
-        self.optimizer = torch.optim.AdamW(
-            student.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
-        )
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, config))
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.autocast == "float16")
+    Every rank has one, of a student of the same shape: its weights become the first rank's. `sharded` is FSDP2, else
+    several ranks are DDP. The loss and the gradient are means over the global batch, of which each rank is given an
+    equal part. Collective: the constructor, `step`, `served_state`, and what is served of a sharded student; with
+    `sharded` also `state_dict`, `load_state_dict` and `restart`.
+    """
+
+    def __init__(self, student: FlowMap, config: FitConfig, ranks: Ranks, *, sharded: bool = False) -> None:
+        self.config, self.ranks, self.sharded = config, ranks, sharded
+        self.student = student.train()
+        parallel.send_first(student, ranks)
         self.average: AveragedModel | None = None
         if config.ema:
             self.average = AveragedModel(student.denoiser, multi_avg_fn=_averaging(config.ema))
         if config.compile:
             student.denoiser.network.compile()
+        self._loss = self._spread()
+        self._begin()
+
+    def _spread(self) -> nn.Module:
+        if not self.sharded:
+            return parallel.replicated(self.student, self.ranks)
+        for denoiser in {self.student.denoiser, self.served}:
+            parallel.share_out(denoiser.network, self.ranks)
+        return parallel.Loss(self.student)
+
+    def _begin(self) -> None:
+        config = self.config
+        self.optimizer = torch.optim.AdamW(
+            self.student.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+        )
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, config))
+        self.scaler = torch.amp.GradScaler(self.ranks.device.type, enabled=config.autocast == "float16")
+
+    def restart(self) -> None:
+        """Begin the next stage: from the served weights, with everything else as new."""
+        self.student.denoiser.load_state_dict(self.served.state_dict())
+        if self.average is not None:
+            self.average.n_averaged.zero_()
+        self._begin()
 
     @property
     def served(self) -> Denoiser:
@@ -71,21 +107,20 @@ class Stepper:
 
     @contextmanager
     def evaluating(self) -> Iterator[Denoiser]:
-        """The served denoiser without its dropout."""
+        """The served denoiser without its dropout. A sharded one needs every rank to call it as often."""
         served = self.served
         yield served.eval()
         served.train()
 
     def step(self, objective: Objective, batch: Batch, *, seed: int) -> tuple[Tensor, Tensor]:
-        """One optimizer step; (loss, norm of the gradient before clipping), on the device."""
-        torch.manual_seed(seed)
+        """One optimizer step on this rank's part of the global batch; (loss, norm of the gradient before clipping).
+
+        Both are the global batch's, on the device, the same on every rank. Dropout alone depends on how many ranks
+        there are: each draws its own.
+        """
+        torch.manual_seed(seed + self.ranks.rank)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=self.device)
-        for part in batch.split(self.config.micro_batch or len(batch)):
-            with self._autocast():
-                piece = objective(self.student, part.to(self.device)) * (len(part) / len(batch))
-            self.scaler.scale(piece).backward()
-            loss += piece.detach()
+        loss = self._gradient(objective, batch)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.config.clip or math.inf)
         self.scaler.step(self.optimizer)
@@ -93,29 +128,60 @@ class Stepper:
         self.scheduler.step()
         if self.average is not None:
             self.average.update_parameters(self.student.denoiser)
-        return loss, norm
+        return self.ranks.mean(loss), norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _gradient(self, objective: Objective, batch: Batch) -> Tensor:
+        """The loss of this rank's part; leaves the mean gradient over ranks in the parameters."""
+        loss = torch.zeros((), device=self.ranks.device)
+        done = 0
+        for part in batch.split(self.config.micro_batch or len(batch)):
+            done += len(part)
+            with parallel.held_back(self._loss, last=done == len(batch)):
+                with self._autocast():
+                    piece = self._loss(objective, part.to(self.ranks.device)) * (len(part) / len(batch))
+                self.scaler.scale(piece).backward()
+            loss += piece.detach()
+        return loss
 
     def _autocast(self) -> torch.autocast:
         dtype = _AUTOCAST.get(self.config.autocast)
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+        return torch.autocast(self.ranks.device.type, dtype=dtype, enabled=dtype is not None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on, but the stream."""
+        """Everything that the next step depends on, but the stream.
+
+        Plain tensors, the same on every rank; of a sharded student DTensors under their parameters' names, for
+        torch.distributed.checkpoint, which loads what other numbers of ranks have saved: into a `state_dict()`, in
+        place, and that is what `load_state_dict` takes.
+        """
+        student, optimizer = self.student.state_dict(), self.optimizer.state_dict()
+        if self.sharded:
+            student, optimizer = get_state_dict(self.student, self.optimizer)
         return {
-            "student": self.student.state_dict(),
+            "student": student,
             "average": None if self.average is None else self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.student.load_state_dict(state["student"])
+        """Go on from a `state_dict`."""
+        student, optimizer = state["student"], state["optimizer"]
+        if self.sharded:
+            set_state_dict(self.student, self.optimizer, model_state_dict=student, optim_state_dict=optimizer)
+        else:
+            self.student.load_state_dict(student)
+            self.optimizer.load_state_dict(optimizer)
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
+
+    def served_state(self) -> dict[str, Any]:
+        """The served denoiser's whole weights, plain tensors on the CPU, on the first rank; {} on the others."""
+        whole = get_model_state_dict(self.served, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        return whole if self.ranks.is_first else {}
 
 
 _Tensors = tuple[Tensor, ...] | list[Tensor]

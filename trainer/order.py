@@ -1,15 +1,21 @@
-"""The order in which samples are seen: a pure function of (content digest, seed, epoch). No dataset is needed.
+"""The order in which samples are seen: a pure function of (content digest, seed, epoch, lanes, block).
 
-An epoch's ids are a window minus its gaps. They are cut into blocks of BLOCK consecutive ids, whatever the shards are;
-the blocks are permuted, and rows are shuffled within WINDOW blocks at a time, so that the shards a batch touches stay
-few. Position p of an epoch is found in O(WINDOW * BLOCK), for 100 rows or 10^10: the permutation of blocks is a
-Feistel network walked until it lands inside (Black & Rogaway 2002), never a table.
+    E_e   an epoch's n ids: blocks of `block` consecutive ids, permuted and laid end to end
+    S     E_f ++ E_{f+1} ++ ...                          f: the first epoch
+    P_e   floor((e - f) n / C)                           C: lanes; rows that do not divide go into the next epoch
+    run   S[C P_e + c q_e : C P_e + (c + 1) q_e)         of lane c in epoch e, q_e = P_{e+1} - P_e rows
+    row   P_e + i of lane c: the i-th of its run, cut evenly into windows of up to WINDOW blocks, each shuffled
 
-Bits come from Philox and SHA-256, whose streams are frozen; numpy's `permutation` is not.
+Lanes have equal runs and equal windows, so "row r" is the r-th row of every lane. A global batch of C b samples is rows
+[k b, (k + 1) b) of every lane, lane after lane; a rank's part of it is the part of its consecutive lanes.
+
+Any row is found in O(window), for 100 samples or 10^10. Bits come from Philox and SHA-2, whose streams are frozen;
+numpy's `permutation` is not.
 """
 
-import bisect
 import hashlib
+import itertools
+import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -17,54 +23,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage_schemas.ids import IdSet
+from trainer.blocks import Blocks, LaidOut
 
 BLOCK = 512
 WINDOW = 16
-_ROUNDS = 8
-_VERSION = "limbeck order 1"
+_VERSION = "limbeck order 2"
 
 Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Permutation:
-    """A pseudo-random permutation of range(size), with its inverse, in constant memory."""
+def default_lanes(batch_size: int) -> int:
+    """The largest number of lanes of 1, 2, 4 and 8 that divides the global batch."""
+    return math.gcd(batch_size, 8)
 
-    size: int
-    key: bytes
 
-    def __call__(self, places: Ints) -> Ints:
-        return self._walk(places, forward=True)
-
-    def inverse(self, values: Ints) -> Ints:
-        return self._walk(values, forward=False)
-
-    def _walk(self, values: Ints, *, forward: bool) -> Ints:
-        walked = self._feistel(values.astype(np.uint64), forward=forward)
-        while (outside := walked >= self.size).any():
-            walked[outside] = self._feistel(walked[outside], forward=forward)
-        return walked.astype(np.int64)
-
-    def _feistel(self, values: NDArray[np.uint64], *, forward: bool) -> NDArray[np.uint64]:
-        """One pass over [0, 4^k), the smallest such domain that holds `size`."""
-        half = np.uint64(max(1, (max(self.size - 1, 1).bit_length() + 1) // 2))
-        mask = (np.uint64(1) << half) - np.uint64(1)
-        left, right = values >> half, values & mask
-        for key in self._round_keys if forward else self._round_keys[::-1]:
-            if forward:
-                left, right = right, left ^ (_mix(right ^ key) & mask)
-            else:
-                left, right = right ^ (_mix(left ^ key) & mask), left
-        return left << half | right
-
-    @cached_property
-    def _round_keys(self) -> NDArray[np.uint64]:
-        return np.frombuffer(hashlib.sha512(self.key).digest(), dtype="<u8")[:_ROUNDS]
+def default_block(count: int, lanes: int) -> int:
+    """The largest power of two up to BLOCK with which `count` samples fill a window of every lane, at least 1."""
+    return min(BLOCK, 1 << (max(1, count // (lanes * WINDOW)).bit_length() - 1))
 
 
 @dataclass(frozen=True)
-class EpochOrder:
-    """Position in an epoch -> sample id; each id exactly once.
+class Window:
+    """Rows [start, stop) of every lane: the index-th window of an epoch."""
+
+    epoch: int
+    index: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """Row of a lane -> sample id; each id of an epoch exactly once.
 
     digest: of the content (recipe, windows, gaps), so another layout of the same samples has the same order.
     """
@@ -72,100 +62,95 @@ class EpochOrder:
     ids: IdSet
     digest: str
     seed: int
-    epoch: int
+    lanes: int
+    block: int
+    first_epoch: int = 0
 
-    @property
-    def count(self) -> int:
-        return self.ids.count
+    def __post_init__(self) -> None:
+        if min(self.ids.count, self.lanes, self.block) < 1:
+            raise ValueError(f"no order of {self.ids.count} samples in {self.lanes} lanes and blocks of {self.block}")
 
-    def slice(self, start: int, stop: int) -> Ints:
-        """Ids at positions [start, stop), 0 <= start <= stop <= count: [stop - start]."""
-        if not 0 <= start <= stop <= self.count:
-            raise ValueError(f"positions {start} to {stop} are not in an epoch of {self.count}")
-        pieces: list[Ints] = []
+    def epoch_start(self, epoch: int) -> int:
+        """P_e: rows of each lane before this epoch."""
+        if epoch < self.first_epoch:
+            raise ValueError(f"epoch {epoch} is before the order's first, {self.first_epoch}")
+        return (epoch - self.first_epoch) * self.ids.count // self.lanes
+
+    def epoch_at(self, row: int) -> int:
+        """The epoch e with P_e <= row < P_{e+1}."""
+        if row < 0:
+            raise ValueError(f"row {row} is before a lane's first, 0")
+        return self.first_epoch + (self.lanes * (row + 1) - 1) // self.ids.count
+
+    def window_at(self, row: int) -> Window:
+        """The window that this row is in."""
+        epoch = self.epoch_at(row)
+        first = self.epoch_start(epoch)
+        length = self.epoch_start(epoch + 1) - first
+        windows = -(-length // (WINDOW * self.block))
+        index = ((row - first + 1) * windows - 1) // length
+        return Window(epoch, index, first + index * length // windows, first + (index + 1) * length // windows)
+
+    def window_ids(self, window: Window, lanes: range) -> Ints:
+        """Ids of a window's rows in consecutive lanes: [len(lanes), stop - start], read-only."""
+        if not 0 <= lanes.start < lanes.stop <= self.lanes or lanes.step != 1:
+            raise ValueError(f"{lanes} is no range of lanes below {self.lanes}")
+        return _window_ids(self, window, lanes)
+
+    def rows(self, start: int, stop: int, lanes: range) -> Ints:
+        """Ids of rows [start, stop) in consecutive lanes, over windows and epochs: [len(lanes), stop - start]."""
+        if not 0 <= start <= stop:
+            raise ValueError(f"rows {start} to {stop} are no rows of a lane: give 0 <= start <= stop")
+        parts = [np.empty((len(lanes), 0), dtype=np.int64)]
         while start < stop:
-            window = self._window_of(start)
-            first = self._rows_before(window * WINDOW)
-            rows = _shuffled_window(self, window)[start - first : stop - first]
-            pieces.append(rows)
-            start += len(rows)
-        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
+            window = self.window_at(start)
+            parts.append(self.window_ids(window, lanes)[:, start - window.start : stop - window.start])
+            start = window.stop
+        return np.concatenate(parts, axis=1)
 
-    def _window_of(self, position: int) -> int:
-        """The last window that starts at or before `position`."""
-        windows = range(-(-self._num_blocks // WINDOW))
-        return bisect.bisect_right(windows, position, key=lambda window: self._rows_before(window * WINDOW)) - 1
+    def _stretch(self, start: int, places: Ints) -> Ints:
+        """S[start + places], ascending places, over any number of epochs."""
+        passed, start = divmod(start, self.ids.count)
+        places = places + start
+        bounds = np.arange(int(places[-1]) // self.ids.count + 2) * self.ids.count
+        cuts = itertools.pairwise(np.searchsorted(places, bounds))
+        parts = [
+            _laid_out(self, self.first_epoch + passed + i)(places[first:past] - bounds[i])
+            for i, (first, past) in enumerate(cuts)
+        ]
+        return np.concatenate(parts)
 
-    def _rows_before(self, place: int) -> int:
-        """Rows in the blocks that come before `place` in the permuted order."""
-        places, missing = self._short_blocks
-        return place * BLOCK - int(missing[np.searchsorted(places, place)])
-
-    @property
-    def _first_block(self) -> int:
-        return self.ids.start // BLOCK
-
-    @property
-    def _num_blocks(self) -> int:
-        return -(-self.ids.stop // BLOCK) - self._first_block
+    def _key(self, epoch: int) -> bytes:
+        return hashlib.sha256(f"{_VERSION}|{self.digest}|{self.seed}|{epoch}".encode()).digest()
 
     @cached_property
-    def _key(self) -> bytes:
-        return hashlib.sha256(f"{_VERSION}|{self.digest}|{self.seed}|{self.epoch}".encode()).digest()
-
-    @cached_property
-    def _permutation(self) -> Permutation:
-        return Permutation(self._num_blocks, self._key)
-
-    @cached_property
-    def _short_blocks(self) -> tuple[Ints, Ints]:
-        """Places of blocks with fewer than BLOCK rows: [n] ascending; rows missing before each, and in all: [n + 1]."""
-        first, last = self._first_block * BLOCK, (self._first_block + self._num_blocks) * BLOCK
-        outside = [(first, self.ids.start), *self.ids.gaps.tolist(), (self.ids.stop, last)]
-        blocks = np.unique(np.concatenate([_blocks_of(start, stop) for start, stop in outside]))
-        missing = BLOCK - (_ids_below(self.ids, (blocks + 1) * BLOCK) - _ids_below(self.ids, blocks * BLOCK))
-        places = self._permutation.inverse(blocks - self._first_block)
-        order = np.argsort(places)
-        return places[order], np.concatenate([[0], np.cumsum(missing[order])])
+    def _blocks(self) -> Blocks:
+        return Blocks(self.ids, self.block)
 
 
 @lru_cache(maxsize=4)
-def epoch_order(ids: IdSet, digest: str, seed: int, epoch: int) -> EpochOrder:
-    """The order of an epoch; the last few are kept, with what they have worked out."""
-    return EpochOrder(ids, digest, seed, epoch)
+def _laid_out(order: Lanes, epoch: int) -> LaidOut:
+    return LaidOut(order._blocks, order._key(epoch))
 
 
-# Consecutive batches come from one window, or two where it ends.
-@lru_cache(maxsize=2)
-def _shuffled_window(order: EpochOrder, window: int) -> Ints:
-    places = np.arange(window * WINDOW, min((window + 1) * WINDOW, order._num_blocks), dtype=np.int64)
-    blocks = order._permutation(places) + order._first_block
-    ids = (blocks[:, None] * BLOCK + np.arange(BLOCK)).ravel()
-    ids = ids[order.ids.contains(ids)]
-    key = np.frombuffer(order._key, dtype="<u8")[:2]
-    bits = np.random.Philox(key=key, counter=np.array([0, window, 0, 0], dtype=np.uint64)).random_raw(len(ids))
-    shuffled = ids[np.argsort(bits, kind="stable")]
+# Batch after batch comes from one window, or from two where it ends.
+@lru_cache(maxsize=4)
+def _window_ids(order: Lanes, window: Window, lanes: range) -> Ints:
+    first, past = order.epoch_start(window.epoch), order.epoch_start(window.epoch + 1)
+    start = order.lanes * first + lanes.start * (past - first) + window.start - first
+    places = np.arange(len(lanes))[:, None] * (past - first) + np.arange(window.stop - window.start)
+    ids = order._stretch(start, places.ravel()).reshape(places.shape)
+    shuffled = np.take_along_axis(ids, _shuffles(order._key(window.epoch), window, lanes), axis=1)
     shuffled.flags.writeable = False
     return shuffled
 
 
-def _blocks_of(start: int, stop: int) -> Ints:
-    """Blocks that [start, stop) touches."""
-    return np.arange(start // BLOCK, -(-stop // BLOCK) if stop > start else start // BLOCK, dtype=np.int64)
-
-
-def _ids_below(ids: IdSet, bounds: Ints) -> Ints:
-    """How many ids are below each bound."""
-    bounds = bounds.clip(ids.start, ids.stop)
-    lost = np.concatenate([[0], np.cumsum(ids.gaps[:, 1] - ids.gaps[:, 0])])
-    after = np.searchsorted(ids.gaps[:, 0], bounds)
-    ends = np.concatenate([[ids.start], ids.gaps[:, 1]])[after]
-    # A gap that a bound cuts is lost only up to the bound.
-    return np.asarray(bounds - ids.start - lost[after] + np.maximum(ends - bounds, 0))
-
-
-def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A bijective scramble of 64 bits: splitmix64's finaliser (Steele et al. 2014)."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
+def _shuffles(key: bytes, window: Window, lanes: range) -> Ints:
+    """A permutation of a window's rows for each lane: [len(lanes), rows]."""
+    rows, words = window.stop - window.start, np.frombuffer(key, dtype="<u8")[:2]
+    counters = (np.array([0, window.index, lane, 0], dtype=np.uint64) for lane in lanes)
+    bits = np.stack([np.random.Philox(key=words, counter=counter).random_raw(rows) for counter in counters])
+    # Random numbers that end in their own index have no ties, so that every machine's sort gives the same.
+    low = np.uint64((1 << rows.bit_length()) - 1)
+    numbers = np.sort(bits & ~low | np.arange(rows, dtype=np.uint64), axis=1)
+    return (numbers & low).astype(np.int64)

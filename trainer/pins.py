@@ -1,4 +1,4 @@
-"""A pin says that a run still reads a manifest, so that nothing it needs is pruned. A read-only store has none."""
+"""Pins say that a run still reads a manifest, so that nothing it needs is pruned. A read-only store has none."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -11,30 +11,52 @@ _LASTS = timedelta(days=7)
 _RENEWED = timedelta(hours=6)
 
 
-class ManifestPin:
-    """The pin of one run on one manifest; renew it now and then, and drop it at the end."""
+class Pins:
+    """The pins of one run on manifests of one dataset: one, or several while it goes over to a newer one."""
 
-    def __init__(self, store: Store, *, run: str, dataset: str, number: int) -> None:
-        self._store, self._run, self._dataset, self._number = store, run, dataset, number
-        self._written: datetime | None = None
+    def __init__(self, store: Store, *, run: str, dataset: str) -> None:
+        self._store, self._run, self._dataset = store, run, dataset
+        self._written: dict[int, datetime] = {}
 
-    def renew(self) -> str | None:
-        """Write the pin if it is due; a line for the user where the store refuses."""
+    def hold(self, number: int) -> str | None:
+        """Pin a manifest, if that is due; a line for the user where the store refuses."""
         now = datetime.now(UTC)
-        if self._written is not None and now - self._written < _RENEWED:
+        written = self._written.get(number)
+        if written is not None and now - written < _RENEWED:
             return None
-        self._written = now
+        self._written[number] = now
         expires = (now + _LASTS).isoformat(timespec="seconds")
-        pin = Pin(run=self._run, dataset=self._dataset, number=self._number, expires_at=expires)
+        name = self._name(number)
+        pin = Pin(run=name, dataset=self._dataset, number=number, expires_at=expires)
         try:
-            self._store.write(paths.pin_path(self._run), pin.to_bytes())
+            self._store.write(paths.pin_path(name), pin.to_bytes())
         except StoreError as error:
-            return f"manifest {self._number} is not pinned ({error}): a prune may remove what this run reads"
+            return f"manifest {number} is not pinned ({error}): a prune may remove what this run reads"
         return None
 
+    def keep(self, number: int) -> str | None:
+        """Hold this one, and let go of those that the run read before."""
+        for before in [held for held in list(self._written) if held < number]:
+            self._remove(self._name(before))
+            del self._written[before]
+        return self.hold(number)
+
     def drop(self) -> None:
-        """The run has ended."""
+        """Let go of all, also of those that a killed process of the run has left."""
         try:
-            self._store.remove(paths.pin_path(self._run))
+            listed = self._store.list(paths.PINS)
+        except StoreError:
+            return
+        for name in listed:
+            if name.startswith(f"{self._run}-"):
+                self._remove(name.removesuffix(".json"))
+        self._written.clear()
+
+    def _name(self, number: int) -> str:
+        return f"{self._run}-{number}"
+
+    def _remove(self, name: str) -> None:
+        try:
+            self._store.remove(paths.pin_path(name))
         except StoreError:
             return

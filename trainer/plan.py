@@ -37,13 +37,14 @@ class Stage:
 class Plan:
     """A fit in full. reads: what data it is, in a few words and digests; store: where it lies, if in one.
 
-    labels: whether its samples have any.
+    shape: what its students share with the samples. labels: whether its samples have any.
     """
 
     start: Callable[[], Checkpoint]
     stages: tuple[Stage, ...]
     source: Callable[[tuple[str, ...]], Source]
     reads: dict[str, Any]
+    shape: Shape
     holdout_error: Callable[[FlowMap, Stage], float] | None = None
     warnings: tuple[str, ...] = ()
     store: Store | None = None
@@ -72,6 +73,7 @@ def plan_images(config: FitConfig) -> Plan:
         stages=(Stage("denoising", objective),),
         source=lambda columns: ArraySource(images, labels, digest),
         reads={"images": config.images, "split": "train", "count": len(images), "content_digest": digest},
+        shape=shape,
     )
 
 

@@ -1,10 +1,9 @@
-"""A run's folder: what it is (run.json), and whether a new call goes on with it."""
+"""What a run is (run.json), and whether a new call goes on with it."""
 
 import fcntl
 import json
-import os
 import secrets
-import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,66 +11,124 @@ from pathlib import Path
 from typing import Any
 
 from storage_schemas.errors import UsageError, without_credentials
+from storage_schemas.store import Store
 from trainer.config import FitConfig
+from trainer.order import default_lanes
+from trainer.saving.place import RECORD, Place, write_whole
 
-_FILE, _LOCK = "run.json", ".lock"
-# Where and how often, not what: these may differ when a run goes on.
+_LOCK = ".lock"
+_LOOKS = 0.5  # seconds between two tries to take it
+# Where, how and how often, not what: these may differ when a run goes on. That `data` is still the same samples, maybe
+# in another place or format, is known by their digest.
 _FREE = {
-    "out", "threads", "device", "checkpoint_every", "keep_last", "resume", "log_every", "validate_every",
-    "cache_mib", "ahead_mib", "save_dtype",
+    "out", "data", "dataset", "manifest", "follow_latest",
+    "threads", "device", "parallel", "micro_batch",
+    "checkpoint_every", "checkpoints", "keep_last", "keep_best", "resume", "log_every", "validate_every", "save_dtype",
+    "verify", "on_corrupt", "cache_folder", "cache_gib", "in_flight_mib", "ahead_mib",
 }  # fmt: skip
-_OURS = (_FILE, "metrics.jsonl", "checkpoints", "tensorboard", "model", "stages")
 
 
 @contextmanager
-def only_fit(folder: Path) -> Iterator[None]:
-    """Refuse a second fit in the same folder. The lock is the process's: a killed one leaves nothing behind."""
+def only_fit(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
+    """Refuse a second fit in the same folder. The lock is the process's: a killed one leaves nothing behind.
+
+    patience: seconds to wait for another to end; of a restarted run, whose processes elsewhere may be ending yet.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / _LOCK, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"another fit is at work in {folder}; wait for it, or choose another --out") from None
+        deadline = time.monotonic() + patience
+        while not _locked(lock.fileno()):
+            if time.monotonic() > deadline:
+                raise UsageError(f"another fit is at work in {folder}; wait for it, or choose another --out")
+            time.sleep(_LOOKS)
         yield
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """run.json: a name of its own, the config, what it reads, and what its student is."""
+    """run.json: a name of its own, the config, what it reads first, and what its student is.
+
+    block: of the order that it begins with. place: where its checkpoints are, None for the folder itself.
+    """
 
     name: str
     config: dict[str, Any]
     reads: dict[str, Any]
     model: dict[str, Any]
+    block: int
+    place: str | None
 
     def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{_FILE}.{os.getpid()}"
-        temporary.write_text(json.dumps(self.__dict__, indent=1, sort_keys=True) + "\n")
-        os.replace(temporary, folder / _FILE)
+        write_whole(folder / RECORD, (json.dumps(self.__dict__, indent=1, sort_keys=True) + "\n").encode())
+
+    @classmethod
+    def from_bytes(cls, data: bytes | None, source: str) -> "RunRecord | None":
+        """None for None. Raises UsageError for what is no record of this release's."""
+        if data is None:
+            return None
+        try:
+            return cls(**json.loads(data))
+        except (TypeError, ValueError):
+            told = f"{source} is not a record of this release's"
+            raise UsageError(f"{told}; go on with the one that wrote it, or start anew by --no-resume") from None
 
 
-def earlier_run(config: FitConfig) -> RunRecord | None:
-    """The run that `config` goes on with, None where it starts. A folder of another run is refused."""
-    path = config.out / _FILE
-    if not path.is_file() or not config.resume:
+def earlier_run(config: FitConfig, place: Place) -> RunRecord | None:
+    """The run that `config` goes on with, None where it starts. The places of another run are refused."""
+    if not config.resume:
         return None
-    record = RunRecord(**json.loads(path.read_text()))
+    here = _own_record(config.out)
+    there = RunRecord.from_bytes(place.store.read(RECORD), f"{place.store.uri}/{RECORD}")
+    if here and there and here.name != there.name:
+        told = f"{place.store.uri} holds the checkpoints of {there.name}, {config.out} is {here.name}"
+        raise UsageError(f"{told}; choose another --checkpoints, or start anew with --no-resume")
+    record = there or here
+    if record is None:
+        return None
     _check_same(record.config, plain(config), config.out)
     return record
 
 
-def new_record(config: FitConfig, reads: dict[str, Any], model: dict[str, Any]) -> RunRecord:
-    """The record of a run that starts now; in the folder of one before, by its name, so that it takes over the pin."""
-    path = config.out / _FILE
-    before = json.loads(path.read_text())["name"] if path.is_file() else None
-    return RunRecord(before or f"{config.out.name}-{secrets.token_hex(4)}", plain(config), reads, model)
+def check_place(record: RunRecord, place: Place, out: Path) -> None:
+    """Refuse a place without checkpoints where the run's are in another."""
+    uri = place.store.uri if place.elsewhere else None
+    if record.place != uri:
+        before = record.place or out
+        told = f"{out} has its checkpoints in {before}, there are none in {place.store.uri}"
+        raise UsageError(f"{told}; give the --checkpoints that it had, or copy them there, or start with --no-resume")
+
+
+def new_record(
+    config: FitConfig, place: Place, *, reads: dict[str, Any], model: dict[str, Any], block: int
+) -> RunRecord:
+    """The record of a run that starts now; in the place of one before, by its name, so that it takes over the pins."""
+    name = f"{config.out.name}-{secrets.token_hex(4)}"
+    for data in (place.store.read(RECORD), Store(str(config.out)).read(RECORD)):
+        name = json.loads(data)["name"] if data else name
+    return RunRecord(name, plain(config), reads, model, block, place.store.uri if place.elsewhere else None)
 
 
 def plain(config: FitConfig) -> dict[str, Any]:
-    """What identifies a run, as JSON. Credentials in the store's uri are no part of it."""
+    """What identifies a run, as JSON."""
     settings = config.model_dump(mode="json", exclude=_FREE)
-    return settings | {"data": settings["data"] and without_credentials(settings["data"])}
+    return settings | {"lanes": config.lanes or default_lanes(config.batch_size)}
+
+
+def where(config: FitConfig) -> dict[str, Any]:
+    """The store and dataset that a config names. Credentials in the store's uri are no part of it."""
+    return {"data": config.data and without_credentials(config.data), "dataset": config.dataset}
+
+
+def _own_record(folder: Path) -> RunRecord | None:
+    return RunRecord.from_bytes(Store(str(folder)).read(RECORD), str(folder / RECORD))
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], out: Path, prefix: str = "") -> None:
@@ -82,15 +139,3 @@ def _check_same(before: dict[str, Any], now: dict[str, Any], out: Path, prefix: 
         elif there != here:
             told = f"{out} holds a run with {prefix}{name} {there}, not {here}"
             raise UsageError(f"{told}; choose another --out, or start it anew with --no-resume")
-
-
-def clear(folder: Path) -> None:
-    """Remove what a run writes, and nothing else; a folder that holds no run is left as it is."""
-    if not (folder / _FILE).is_file():
-        return
-    for name in _OURS:
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)

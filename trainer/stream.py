@@ -1,87 +1,53 @@
-"""Batches in the order of order.py, made ahead of the step in a thread.
+"""Batches in the order of order.py, made ahead of the step in two threads.
 
-A source gathers rows by sample id; the stream decides which rows, and its state is a few integers and the digest of
-the content. An epoch's remainder is carried into the next epoch's first batch: nothing is dropped, padded or repeated
-silently.
+One thread loads windows: the rows of this rank's lanes, read and checked, one window ahead of the one that batches are
+made of. The other copies rows into batches, up to a number of bytes ahead. The state is a few integers and the digest
+of the content. An epoch's remainder is carried into the next epoch's first batch: nothing is dropped, padded or
+repeated silently.
 """
 
-import queue
-import threading
+import pickle
+import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch import distributed as dist
+from torch.utils.data import IterableDataset, get_worker_info
 
-from diffusion import noise
-from storage_schemas.errors import ManifestMismatch
-from storage_schemas.ids import IdSet, id_set
-from trainer.order import Ints, epoch_order
+from storage_schemas.dataset import Dataset, open_dataset
+from storage_schemas.ids import merge_ranges
+from storage_schemas.record import Split
+from storage_schemas.store import Store
+from trainer.reading.ahead import Ahead
+from trainer.reading.batch import Batch, BatchShape, DeviceRing, Packed, Ring
+from trainer.reading.chunks import Reading
+from trainer.reading.content import ArraySource, Cursor, Source, check_division, resumed, start
+from trainer.reading.filler import Filler, Follow, load_windows, objective_uniforms
+from trainer.reading.shards import ShardSource
 
+__all__ = ["ArraySource", "Batch", "Source", "Stream", "TrajectoryStream", "objective_uniforms"]
 
-@dataclass(frozen=True)
-class Batch:
-    """Rows at positions [first, first + B) of the whole run.
+Gather = Callable[[dict[str, Any]], list[dict[str, Any]]]
 
-    states: column name -> [B, *sample_shape] in the storage dtype, or float32; condition: int64 [B], -1 for none;
-    uniforms: float64 [B, n] in (0, 1), the objective's own random numbers, a function of (seed, position).
-    """
-
-    first: int
-    ids: Tensor
-    condition: Tensor
-    states: dict[str, Tensor]
-    uniforms: Tensor
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self.ids, self.condition, self.uniforms, *self.states.values()))
-
-    def to(self, device: torch.device) -> "Batch":
-        """On `device`, states in float32 there."""
-        states = {name: state.to(device).float() for name, state in self.states.items()}
-        return replace(self, condition=self.condition.to(device), uniforms=self.uniforms.to(device), states=states)
-
-    def split(self, size: int) -> Iterator["Batch"]:
-        """Micro-batches of `size` rows."""
-        for start in range(0, len(self), size):
-            rows = slice(start, start + size)
-            yield Batch(
-                first=self.first + start,
-                ids=self.ids[rows],
-                condition=self.condition[rows],
-                states={name: state[rows] for name, state in self.states.items()},
-                uniforms=self.uniforms[rows],
-            )
-
-
-class Source(Protocol):
-    """Samples by id."""
-
-    ids: IdSet
-    digest: str
-
-    def gather(self, ids: Ints) -> tuple[Tensor, dict[str, Tensor]]:
-        """(condition [B], states) of existing ids, in their order."""
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """Where a stream stands: `position` samples into `epoch`, `consumed` samples in all."""
-
-    epoch: int = 0
-    position: int = 0
-    consumed: int = 0
+_CPU, _READING = torch.device("cpu"), Reading()
+_PATIENCE = 1.0  # seconds that `close` waits for a read that has begun
 
 
 class Stream:
-    """An endless iterator of batches over one source. `close` it, or use it as a context manager."""
+    """An endless iterator of this rank's part of the global batches. `close` it, or use it as a context manager.
+
+    A batch is valid until the next one is asked for, when its memory is filled anew; with `fresh` it is the caller's.
+    Memory: `ahead_bytes` (at least one batch), the batch being filled and the one given. On a GPU the copies run on a
+    stream of their own, from pinned memory, and tensors are there in the storage dtype.
+
+    batch_size: of the global batch. lanes, block: of the order; a run that goes on has its state's. turn (w, W): only
+    every W-th global batch from the w-th on. follow: asked in the loading thread at each later epoch's start for a
+    source to go over to; every rank must answer the same. ValueError: ranks, lanes and batch that do not divide.
+    ManifestMismatch: no samples, or a state of other content, seed, lanes or block.
+    """
 
     def __init__(
         self,
@@ -89,25 +55,58 @@ class Stream:
         *,
         batch_size: int,
         seed: int,
+        lanes: int | None = None,
+        block: int | None = None,
         num_uniforms: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        turn: tuple[int, int] = (0, 1),
         ahead_bytes: int = 64 << 20,
+        device: torch.device = _CPU,
+        fresh: bool = False,
+        follow: Follow | None = None,
         state: dict[str, Any] | None = None,
     ) -> None:
-        if source.ids.count == 0:
-            raise ManifestMismatch("the dataset holds no samples in this split: generate some with --count")
-        self._source, self._batch_size, self._seed, self._num_uniforms = source, batch_size, seed, num_uniforms
-        self._cursor = self._resumed(state) if state else Cursor()
+        self._given = start(source, state, batch_size=batch_size, seed=seed, lanes=lanes, block=block)
+        num_lanes = self._given.lanes.lanes
+        check_division(batch_size, num_lanes, world_size)
+        self._earlier = state or {"substituted": 0, "unreadable": []}
+        source.exclude(self._earlier["unreadable"])
+        rows, per_rank = batch_size // num_lanes, num_lanes // world_size
+        shape = BatchShape(rows * per_rank, source.fields, num_uniforms)
+        self._ring = DeviceRing(shape, device) if device.type == "cuda" else Ring(shape, fresh=fresh)
+        self._in_hand: Packed | None = None
+        self._substituted = 0
         self.waited = 0.0
-        self._ahead = _Ahead(self._batches(self._cursor), ahead_bytes)
+        """Seconds that batches were waited for, but the first."""
+        self.first_wait: float | None = None
+        """Seconds from the call for the first batch to having it."""
+        mine = range(rank * per_rank, (rank + 1) * per_rank)
+        windows = load_windows(self._given, mine, follow=follow, block=block)
+        self._windows = Ahead(windows, limit=1, name="stream loader")
+        filler = Filler(self._windows, self._ring, batch_size=batch_size, first=rank * shape.rows, turn=turn)
+        ready = max(1, ahead_bytes // shape.nbytes)
+        self._batches = Ahead(filler.batches(self._given), limit=ready + 1, name="stream filler")
 
     def __iter__(self) -> "Stream":
         return self
 
     def __next__(self) -> Batch:
-        started = time.perf_counter()
-        batch, self._cursor = self._ahead.get()
-        self.waited += time.perf_counter() - started
+        if self._in_hand is not None:
+            self._ring.give_back(self._in_hand)
+            self._in_hand = None
+        began = time.perf_counter()
+        made = self._batches.get()
+        self._in_hand, batch = made.batch, self._ring.receive(made.batch)
+        self._note_wait(time.perf_counter() - began)
+        self._given, self._substituted = made.after, self._substituted + made.substituted
         return batch
+
+    def _note_wait(self, seconds: float) -> None:
+        if self.first_wait is None:
+            self.first_wait = seconds
+        else:
+            self.waited += seconds
 
     def __enter__(self) -> "Stream":
         return self
@@ -116,115 +115,111 @@ class Stream:
         self.close()
 
     def close(self) -> None:
-        """Stop the thread."""
-        self._ahead.close()
+        """End the threads and free the buffers; the state can still be asked for."""
+        self._windows.close(timeout=_PATIENCE)
+        self._batches.close()
+        self._ring.close()
 
     @property
     def epochs(self) -> float:
         """How often the samples have been seen, so far."""
-        return self._cursor.epoch + self._cursor.position / self._source.ids.count
+        return self._given.epochs
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a later stream needs to give the batches that come after the last one given."""
-        cursor = self._cursor
-        return {
-            "content_digest": self._source.digest,
-            "seed": self._seed,
-            "epoch": cursor.epoch,
-            "position": cursor.position,
-            "consumed": cursor.consumed,
+    def state_dict(self, gather: Gather = lambda mine: [mine]) -> dict[str, Any]:
+        """What gives the batches after the last one given, on any number of ranks.
+
+        gather: this rank's small object -> every rank's; then call it on every rank, and all have the same state.
+        """
+        cursor = self._given
+        every = gather({"substituted": self._substituted, "unreadable": cursor.source.unreadable})
+        unreadable = [part for mine in every for part in mine["unreadable"]]
+        ids = cursor.lanes.ids
+        return cursor.state() | {
+            "substituted": self._earlier["substituted"] + sum(mine["substituted"] for mine in every),
+            "unreadable": merge_ranges(unreadable, ids.start, ids.stop).tolist(),
         }
 
-    def _resumed(self, state: dict[str, Any]) -> Cursor:
-        for name, now in (("content_digest", self._source.digest), ("seed", self._seed)):
-            if state[name] != now:
-                told = f"{name} {str(state[name])[:12]}, this stream has {str(now)[:12]}"
-                raise ManifestMismatch(f"this run was reading other samples ({told}): give its --manifest and --seed")
-        return Cursor(state["epoch"], state["position"], state["consumed"])
 
-    def _batches(self, cursor: Cursor) -> Iterator[tuple[Batch, Cursor]]:
-        while True:
-            ids, later = next_ids(self._source, self._batch_size, seed=self._seed, cursor=cursor)
-            condition, states = self._source.gather(ids)
-            positions = np.arange(cursor.consumed, later.consumed)
-            uniforms = objective_uniforms(self._seed, positions, self._num_uniforms)
-            yield Batch(cursor.consumed, torch.from_numpy(ids), condition, states, uniforms), later
-            cursor = later
+class TrajectoryStream(IterableDataset[dict[str, Tensor]]):
+    """The same batches for any training loop: `DataLoader(TrajectoryStream(...), batch_size=None)`.
 
+    Yields this rank's part of each global batch, in new memory: ids and condition int64 [B], each of `columns`
+    [B, *sample_shape] in the storage dtype. Endless; with `epochs`, an iteration ends with the batch that completes
+    that many, and the next goes on from there.
 
-def next_ids(source: Source, batch_size: int, *, seed: int, cursor: Cursor) -> tuple[Ints, Cursor]:
-    """The next `batch_size` ids and where that leaves the cursor, over as many ends of epochs as it takes."""
-    pieces, epoch, position, needed = [], cursor.epoch, cursor.position, batch_size
-    while needed:
-        order = epoch_order(source.ids, source.digest, seed, epoch)
-        piece = order.slice(position, min(position + needed, order.count))
-        pieces.append(piece)
-        needed, position = needed - len(piece), position + len(piece)
-        if position == order.count:
-            epoch, position = epoch + 1, 0
-    return np.concatenate(pieces), Cursor(epoch, position, cursor.consumed + batch_size)
+    data: a store's URI, of which `dataset` and `manifest` (None: the latest) are opened, or a Dataset. rank,
+    world_size: those of torch.distributed where it is set up already, else one rank. Worker w of W of a DataLoader
+    yields every W-th batch from the w-th on, which the DataLoader puts in order; workers make it no faster, as it
+    reads ahead in threads.
+    """
 
+    def __init__(
+        self,
+        data: str | Dataset,
+        columns: Sequence[str] = ("noise", "output"),
+        *,
+        batch_size: int,
+        seed: int = 0,
+        epochs: int | None = None,
+        dataset: str = "main",
+        manifest: int | None = None,
+        split: Split = "train",
+        rank: int | None = None,
+        world_size: int | None = None,
+        lanes: int | None = None,
+        reading: Reading = _READING,
+        ahead_bytes: int = 64 << 20,
+    ) -> None:
+        opened = data if isinstance(data, Dataset) else open_dataset(Store.open(data), dataset, manifest)
+        self._source = ShardSource(opened, split, columns, reading=reading, seed=seed)
+        together = dist.is_available() and dist.is_initialized()
+        self._rank = rank if rank is not None else dist.get_rank() if together else 0
+        self._world_size = world_size if world_size is not None else dist.get_world_size() if together else 1
+        self._batch_size, self._seed, self._epochs, self._ahead_bytes = batch_size, seed, epochs, ahead_bytes
+        first = start(self._source, None, batch_size=batch_size, seed=seed, lanes=lanes, block=None)
+        check_division(batch_size, first.lanes.lanes, self._world_size)
+        self._state = first.state() | {"substituted": 0, "unreadable": []}
 
-def objective_uniforms(seed: int, positions: Ints, size: int) -> Tensor:
-    """`size` numbers in (0, 1) for each position of the run, from the counter-based generator: float64 [B, size]."""
-    if not size:
-        return torch.empty(len(positions), 0, dtype=torch.float64)
-    return torch.from_numpy(noise.uniform(seed, "train", positions, purpose="objective", size=size))
+    def state_dict(self, batches: int | None = None) -> dict[str, Any]:
+        """What gives the batches after the last one given, on any number of ranks and workers.
 
+        batches: after that many of this size since the run's very first, instead: a pure function, for who knows how
+        many were used where others were fetched ahead, as a DataLoader's workers do.
+        """
+        if batches is None:
+            return self._state
+        order = resumed(self._source, self._state, seed=self._seed).lanes
+        return self._state | Cursor(self._source, order).after(batches, self._batch_size).state()
 
-class ArraySource:
-    """Images in memory as a source: the column `output` and their labels; ids are rows."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state. ManifestMismatch if it is of other content or of another seed."""
+        order = resumed(self._source, state, seed=self._seed).lanes
+        check_division(self._batch_size, order.lanes, self._world_size)
+        self._state = state
 
-    def __init__(self, images: Tensor, labels: Tensor, digest: str) -> None:
-        self.ids = id_set(0, len(images), [])
-        self.digest = digest
-        self._images, self._labels = images, labels
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        worker = get_worker_info()
+        turn = which, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        # A source that came by a fork shares its connections with the parent process.
+        source = pickle.loads(pickle.dumps(self._source)) if worker else self._source
+        begun, length = resumed(source, self._state, seed=self._seed), self._length()
+        with Stream(
+            source, batch_size=self._batch_size, seed=self._seed, rank=self._rank, world_size=self._world_size,
+            turn=turn, ahead_bytes=self._ahead_bytes, fresh=True, state=self._state,
+        ) as stream:  # fmt: skip
+            for number in range(which, length, workers):
+                batch = next(stream)
+                # Workers that go on from their states begin a round together.
+                past = min((number // workers + 1) * workers, length)
+                self._state = stream.state_dict() | begun.after(past, self._batch_size).state()
+                yield {"ids": batch.ids, "condition": batch.condition, **batch.states}
+            self._state = self._state | begun.after(length, self._batch_size).state()
 
-    def gather(self, ids: Ints) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = torch.from_numpy(ids)
-        return self._labels[rows], {"output": self._images[rows]}
-
-
-class _Ahead:
-    """Runs an iterator of batches in a thread, at most `limit` bytes (and at least one batch) ahead."""
-
-    def __init__(self, batches: Iterator[tuple[Batch, Cursor]], limit: int) -> None:
-        self._ready: queue.Queue[tuple[Batch, Cursor] | BaseException] = queue.Queue()
-        self._room = threading.Condition()
-        self._held, self._limit, self._closed = 0, limit, False
-        self._thread = threading.Thread(target=self._run, args=(batches,), daemon=True, name="stream")
-        self._thread.start()
-
-    def get(self) -> tuple[Batch, Cursor]:
-        item = self._ready.get()
-        if isinstance(item, BaseException):
-            self._ready.put(item)
-            raise item
-        self._hold(-item[0].nbytes)
-        return item
-
-    def close(self) -> None:
-        with self._room:
-            self._closed = True
-            self._room.notify_all()
-        self._thread.join()
-
-    def _run(self, batches: Iterator[tuple[Batch, Cursor]]) -> None:
-        try:
-            for batch in batches:
-                self._hold(batch[0].nbytes)
-                self._ready.put(batch)
-                if not self._wait_for_room():
-                    return
-        except BaseException as error:  # told to the reader, whose step it ends
-            self._ready.put(error)
-
-    def _hold(self, nbytes: int) -> None:
-        with self._room:
-            self._held += nbytes
-            self._room.notify_all()
-
-    def _wait_for_room(self) -> bool:
-        with self._room:
-            self._room.wait_for(lambda: self._closed or self._held < self._limit)
-            return not self._closed
+    def _length(self) -> int:
+        """Batches until the next multiple of `epochs` epochs is complete."""
+        if self._epochs is None:
+            return sys.maxsize
+        cursor = resumed(self._source, self._state, seed=self._seed)
+        epoch = cursor.lanes.epoch_at(cursor.row)
+        end = cursor.lanes.epoch_start((epoch // self._epochs + 1) * self._epochs)
+        return -(-(end - cursor.row) * cursor.lanes.lanes // self._batch_size)

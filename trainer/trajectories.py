@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from diffusion.checkpoint import Checkpoint
 from diffusion.flow_map import FlowMap
@@ -12,21 +13,23 @@ from diffusion.process import Process
 from storage_schemas.dataset import Dataset, open_dataset
 from storage_schemas.errors import ManifestMismatch
 from storage_schemas.recipe import Recipe
-from storage_schemas.record import from_storage, state_column
+from storage_schemas.record import Split, state_column
 from storage_schemas.store import Store
 from trainer.config import FitConfig
 from trainer.objectives import student_condition
 from trainer.objectives.knowledge import Knowledge
 from trainer.objectives.progressive import Progressive, rounding_error
 from trainer.plan import Plan, Stage
-from trainer.shards import ShardSource
-from trainer.stream import Source
+from trainer.reading.chunks import Reading
+from trainer.reading.rows import gathered
+from trainer.reading.shards import ShardSource
 from trainer.student import Shape, check_few_steps, check_fits, recipe_process, saved_model, scratch
 from trainer.teacher import recipe_checkpoint
 
 # Rounding in the targets, as a share of the data's rms.
 _WARN, _REFUSE = 0.05, 0.5
 _HOLDOUT_ROWS = 1024
+_RMS_ROWS = 2048
 
 
 def plan_trajectories(config: FitConfig, *, number: int | None) -> Plan:
@@ -38,19 +41,20 @@ def plan_trajectories(config: FitConfig, *, number: int | None) -> Plan:
         raise ManifestMismatch(f"{store.uri} holds segments, this objective needs trajectories: name another --dataset")
     process = recipe_process(recipe.teacher.model["process"], recipe.times, recipe.alphas, recipe.sigmas)
     stages = _stages(config, dataset)
-    rms = _output_rms(dataset)
+    rms = _output_rms(config, dataset)
     shape = Shape(recipe.sample_shape, recipe.teacher.model["num_classes"], recipe.teacher.model["process"], rms)
     return Plan(
         start=lambda: start_student(config, dataset, shape),
         stages=stages,
-        source=lambda columns: _source(config, dataset, columns),
+        source=lambda columns: _source(config, dataset, "train", columns),
         reads={
             "dataset": config.dataset,
             "manifest": dataset.manifest.number,
             "content_digest": dataset.manifest.content_digest,
             "recipe": recipe.id,
         },
-        holdout_error=HoldoutError(dataset) if dataset.ids("holdout").count else None,
+        shape=shape,
+        holdout_error=HoldoutError(config, dataset) if dataset.ids("holdout").count else None,
         warnings=_rounding_warnings(recipe, process, stages, rms),
         store=store,
         labels=recipe.condition.kind != "none",
@@ -115,26 +119,43 @@ def _rounding_warnings(recipe: Recipe, process: Process, stages: Sequence[Stage]
     return tuple(lines)
 
 
-def _output_rms(dataset: Dataset) -> float:
-    """Root mean square of the teacher's output over the first shard."""
-    shards = dataset.shards("train")
-    if not len(shards):
+def _output_rms(config: FitConfig, dataset: Dataset) -> float:
+    """Root mean square of the teacher's first outputs."""
+    if not dataset.ids("train").count:
         raise ManifestMismatch(f"{dataset.store.uri} has no train samples: generate some with --count")
-    values = from_storage(dataset.read(shards[0], ["output"])["output"], dataset.recipe.storage_dtype)
-    return float(np.sqrt(np.mean(values.astype(np.float64) ** 2)))
+    _, states = _first_rows(config, dataset, "train", ("output",), _RMS_ROWS)
+    return float(states["output"].double().square().mean().sqrt())
 
 
-def _source(config: FitConfig, dataset: Dataset, columns: Sequence[str]) -> Source:
-    return ShardSource(dataset, "train", columns, cache_bytes=config.cache_mib << 20)
+def _source(config: FitConfig, dataset: Dataset, split: Split, columns: Sequence[str]) -> ShardSource:
+    return ShardSource(dataset, split, columns, reading=_reading(config), seed=config.seed)
+
+
+def _reading(config: FitConfig) -> Reading:
+    return Reading(
+        verify=config.verify,
+        on_corrupt=config.on_corrupt,
+        cache_folder=config.cache_folder,
+        cache_bytes=int(config.cache_gib * 2**30),
+        in_flight_bytes=config.in_flight_mib << 20,
+    )
+
+
+def _first_rows(
+    config: FitConfig, dataset: Dataset, split: Split, columns: Sequence[str], count: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(condition, states) of up to `count` first samples of a split."""
+    source = _source(config, dataset, split, columns)
+    rows = source.load(source.ids.at(np.arange(min(count, source.ids.count))))
+    return gathered(rows, source.fields)
 
 
 class HoldoutError:
     """Mean squared error per number of the student's samples against the teacher's, from the first holdout noises."""
 
-    def __init__(self, dataset: Dataset) -> None:
-        source = ShardSource(dataset, "holdout", ("noise", "output"), cache_bytes=0)
-        ids = source.ids.at(np.arange(min(_HOLDOUT_ROWS, source.ids.count)))
-        self._condition, states = source.gather(ids)
+    def __init__(self, config: FitConfig, dataset: Dataset) -> None:
+        columns = ("noise", "output")
+        self._condition, states = _first_rows(config, dataset, "holdout", columns, _HOLDOUT_ROWS)
         self._noise, self._output = states["noise"].float(), states["output"].float()
 
     @torch.no_grad()

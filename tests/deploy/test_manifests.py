@@ -22,6 +22,8 @@ from tests.deploy.manifests import (
     pods,
     rendered,
 )
+from trainer.config import FitConfig
+from trainer.order import default_lanes
 
 OBJECTS = objects()
 CORE = {name: document for name, document in OBJECTS.items() if document["kind"] not in KUBERAY}
@@ -252,18 +254,61 @@ def test_a_schedule_does_not_overlap_itself(name):
     assert spec["timeZone"] == "Etc/UTC"
 
 
+def trainer(overlay):
+    """Its documents by kind, its torchrun's options, its pod and its fit's config."""
+    documents = {document["kind"]: document for document in rendered(OVERLAYS[0].parent / overlay)}
+    (pod,) = pods(documents["Job"])
+    options = dict(word.lstrip("-").split("=", 1) for word in pod["containers"][0]["args"] if "=" in word)
+    return documents, options, pod, yaml.safe_load(documents["ConfigMap"]["data"]["fit.yaml"])
+
+
 @needs_kubectl
 def test_the_trainers_nodes_meet_where_the_service_says():
-    documents = {document["kind"]: document for document in rendered(OVERLAYS[0].parent / "trainer-nodes")}
+    documents, options, pod, _ = trainer("trainer-nodes")
     job, service = documents["Job"], documents["Service"]
     spec, name = job["spec"], service["metadata"]["name"]
-    (container,) = containers(job)
-    options = dict(word.lstrip("-").split("=") for word in container["args"] if "=" in word)
     assert spec["completionMode"] == "Indexed"
-    assert spec["completions"] == spec["parallelism"] == int(options["nnodes"])
-    assert spec["template"]["spec"]["subdomain"] == name
+    fewest, most = map(int, options["nnodes"].split(":"))
+    assert fewest == 1
+    assert spec["completions"] == spec["parallelism"] == most
+    assert int(options["max-restarts"]) > 0
+    assert {"name": "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "value": "1"} in pod["containers"][0]["env"]
+    assert not spec.get("suspend")
+    assert pod["subdomain"] == name
     port = service["spec"]["ports"][0]["port"]
     assert options["rdzv-endpoint"] == f"{job['metadata']['name']}-0.{name}:{port}"
     assert service["spec"]["clusterIP"] == "None"
-    # Two nodes would run one fit twice, as long as the trainer is one process.
-    assert spec["suspend"]
+    assert spec["successPolicy"] == {"rules": [{"succeededIndexes": "0"}]}
+
+
+@needs_kubectl
+@pytest.mark.parametrize("overlay", ["trainer", "trainer-nodes"])
+def test_a_trainers_processes_are_its_gpus_and_divide_the_batch(overlay):
+    documents, options, pod, fit = trainer(overlay)
+    assert options["nproc-per-node"] == "gpu"
+    gpus = int(pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
+    config = FitConfig(**fit)
+    for nodes in range(1, documents["Job"]["spec"].get("completions", 1) + 1):
+        assert (config.lanes or default_lanes(config.batch_size)) % (nodes * gpus) == 0
+
+
+@needs_kubectl
+@pytest.mark.parametrize("overlay", ["trainer", "trainer-nodes"])
+def test_a_trainer_saves_within_its_grace_where_every_node_reaches(overlay):
+    _, options, pod, fit = trainer(overlay)
+    assert int(options["shutdown-timeout"]) + 10 <= pod["terminationGracePeriodSeconds"]
+    assert fit["checkpoints"].startswith("s3://")
+
+
+@needs_kubectl
+@pytest.mark.parametrize("overlay", ["trainer", "trainer-nodes"])
+def test_a_trainers_cache_fits_into_its_volume(overlay):
+    documents, _, pod, fit = trainer(overlay)
+    mounts = {mount["mountPath"]: mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+    (volume,) = (one for one in pod["volumes"] if one["name"] == mounts[f"/{fit['cache_folder'].split('/')[1]}"])
+    size = (
+        volume["emptyDir"]["sizeLimit"]
+        if "emptyDir" in volume
+        else documents["PersistentVolumeClaim"]["spec"]["resources"]["requests"]["storage"]
+    )
+    assert fit["cache_gib"] + 10 <= int(size.removesuffix("Gi"))

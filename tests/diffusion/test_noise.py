@@ -8,6 +8,7 @@ from scipy import stats
 from scipy.special import ndtri
 
 from diffusion.noise import labels, normal_quantile, standard_normal, uniform
+from diffusion.philox import philox_words
 
 GOLDEN_FIRST = "-0x1.22cd198aad6f0p+1"
 GOLDEN_DIGEST = "ecc4610c86238e9ba28793a0458339f843ac978a9cd563535cd3a03e9340bd19"
@@ -57,3 +58,12 @@ def test_normals_are_standard_normal():
 def test_a_seed_out_of_range_is_refused():
     with pytest.raises(ValueError, match=r"seed -1 is not in \[0, 2\^64\)"):
         uniform(-1, "train", [0], purpose="noise", size=1)
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, 64])
+def test_all_samples_at_once_are_the_bits_of_numpys_own_generators(size):
+    key, ids = (2**64 - 3, 7 << 32 | 5), np.array([0, 1, 255, 10**10, 2**63 - 1])
+    for words, sample_id in zip(philox_words(key, ids, size), ids.tolist(), strict=True):
+        counter = np.array([0, sample_id, 0, 0], dtype=np.uint64)
+        generator = np.random.Philox(key=np.array(key, dtype=np.uint64), counter=counter)
+        np.testing.assert_array_equal(words, generator.random_raw(size))

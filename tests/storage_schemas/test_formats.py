@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from storage_schemas import parquet, webdataset
+from storage_schemas import webdataset
 from storage_schemas.commit import Commit, Task, column_statistics
 from storage_schemas.errors import CorruptShard
 from storage_schemas.formats import check_shard, encode_shard, read_shard
@@ -185,19 +185,6 @@ def test_pyarrow_alone_reads_parquet(recipe: Recipe, make_columns: Rows, tmp_pat
         pq.read_table(path, page_checksum_verification=True)
 
 
-@pytest.mark.parametrize("storage_dtype", ["float16", "bfloat16"])
-def test_arrow_sees_tensors(storage_dtype: str, make_recipe: Make, make_columns: Rows, tmp_path: Path) -> None:
-    recipe = make_recipe(storage_dtype=storage_dtype)
-    columns = make_columns(recipe, TASK)
-    encode_shard(tmp_path / "s", recipe.fields, columns, task=TASK, recipe_id=recipe.id, layout=LAYOUTS[0])
-    table = parquet.as_arrow_tensors(pq.read_table(tmp_path / "s"))
-    tensors = table["output"].combine_chunks()
-    np.testing.assert_array_equal(tensors.to_numpy_ndarray(), columns["output"])
-    sliced = parquet.as_arrow_tensors(pq.read_table(tmp_path / "s").slice(500, 20))["output"].combine_chunks()
-    np.testing.assert_array_equal(sliced.to_numpy_ndarray(), columns["output"][500:520])
-    assert table["sample_id"].to_pylist() == columns["sample_id"].tolist()
-
-
 def test_webdataset_reads_our_tar(recipe: Recipe, make_columns: Rows, tmp_path: Path) -> None:
     wds = pytest.importorskip("webdataset")
     task = Task("holdout", 1, 64)
@@ -231,7 +218,7 @@ def test_the_tar_has_no_pax_records_and_one_stride(recipe: Recipe, make_columns:
     regular = webdataset.regular_rows(memoryview(data), 64)
     assert regular is not None
     assert regular.stride == 4096
-    assert_same(regular.columns({field.name: field for field in recipe.fields}), columns)
+    assert_same(regular.columns(recipe.fields), columns)
     assert_same(webdataset.decode_foreign_tar(data), columns)
 
 

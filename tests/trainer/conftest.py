@@ -1,9 +1,10 @@
 """Small stores, written straight with storage_schemas: the exact flow of a closed-form teacher, no pipeline."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,7 @@ from storage_schemas.recipe import NoiseRecord, Recipe, SolverRecord, TeacherRec
 from storage_schemas.record import NO_CONDITION, Columns, from_storage, state_column, to_storage
 from storage_schemas.shards import ShardTable
 from storage_schemas.store import Store
+from tests.servers import moto
 
 MakeStore = Callable[..., Store]
 
@@ -31,6 +33,19 @@ def make_store(tmp_path) -> MakeStore:
         return write_store(tmp_path / name, **options)
 
     return make
+
+
+@pytest.fixture
+def bucket(request, tmp_path, monkeypatch) -> Iterator[str]:
+    """An S3 server of this test's own (moto, or the parameter), and the uri of its bucket."""
+    clients, start = fsspec.get_filesystem_class("s3"), getattr(request, "param", moto)
+    (tmp_path / "server").mkdir()
+    with start(tmp_path / "server") as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        clients.clear_instance_cache()  # a cached client keeps its first environment
+        yield "s3://pairs"
+        clients.clear_instance_cache()
 
 
 def write_store(
@@ -47,10 +62,11 @@ def write_store(
     quarantined: tuple[int, ...] = (),
     missing: tuple[str, ...] = (),
     window_start: int = 0,
+    compression: str = "none",
 ) -> Store:
     store = Store.create(str(folder))
     recipe = gaussian_recipe(teacher=teacher, steps=steps, states=states, dtype=dtype)
-    layout = Layout(format=format, samples_per_shard=samples_per_shard)
+    layout = Layout(format=format, samples_per_shard=samples_per_shard, compression=compression)
     put_recipe(store, recipe)
     window = Window(train=(window_start, count), holdout=(0, holdout))
     commits = [

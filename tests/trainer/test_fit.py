@@ -15,10 +15,17 @@ from diffusion import checkpoint
 from diffusion.flow_map import FlowMap
 from diffusion.teachers import builtin_checkpoint
 from storage_schemas.command_line import Command, main
+from storage_schemas.commit import put_commit
+from storage_schemas.dataset import latest_manifest, put_recipe, read_recipe, read_shard_table, seal
+from storage_schemas.manifest import ManifestDraft, Window
+from storage_schemas.recipe import Recipe
+from storage_schemas.shards import ShardTable
 from storage_schemas.store import Store
+from tests.trainer.conftest import make_commit
 from trainer.config import FitConfig
 from trainer.fit import run_fit
 from trainer.run import only_fit
+from trainer.saving.checkpoints import Checkpoints
 from trainer.student import find_student, student_steps
 
 REPOSITORY = Path(__file__).parents[2]
@@ -58,7 +65,7 @@ def metrics(out: Path) -> list[dict]:
 def steady(out: Path) -> list[dict]:
     """Metrics without what depends on the clock."""
     return [
-        {key: value for key, value in line.items() if key not in ("samples_per_s", "data_wait")}
+        {key: value for key, value in line.items() if key not in ("samples_per_s", "data_wait", "first_batch_s")}
         for line in metrics(out)
     ]
 
@@ -150,6 +157,9 @@ def test_impossible_configs_are_refused():
         ({"objective": {"name": "denoising"}}, "needs --images"),
         ({"process": "ve"}, "has its teacher's process"),
         ({"nonsense": 1}, "Extra inputs"),
+        ({"lanes": 3}, "does not divide batch_size 256"),
+        ({"follow_latest": True, "manifest": 2}, "does not stay with manifest 2"),
+        ({**IMAGES, "verify": "never", "objective": {"name": "denoising"}}, "reads images, no store"),
         ({**IMAGES, "process": "linear_vp", "objective": {"name": "denoising", "p_mean": -2.0}}, "belongs to ve"),
     ]:
         with pytest.raises(ValueError, match=told):
@@ -175,16 +185,14 @@ class Stopped(Exception):
 
 def stop_after(monkeypatch, saves: int) -> None:
     """The process dies right after its n-th checkpoint."""
-    from trainer import checkpoints
-
-    save, count = checkpoints.save, iter(range(saves))
+    save, count = Checkpoints.save, iter(range(saves))
 
     def dying(*arguments, **options):
         save(*arguments, **options)
         if next(count, None) == saves - 1:
             raise Stopped
 
-    monkeypatch.setattr(checkpoints, "save", dying)
+    monkeypatch.setattr(Checkpoints, "save", dying)
 
 
 @pytest.mark.parametrize("saves", [1, 4, 6])
@@ -238,6 +246,12 @@ def test_a_killed_process_goes_on_to_the_same_weights(make_store, tmp_path, numb
     assert not (out / "model").exists()
     assert fit(*progressive(store, out, *options)) == 0
     assert weights(out / "model") == weights(tmp_path / "whole" / "model")
+
+
+def test_starting_anew_is_refused_where_torchrun_would_repeat_it(make_store, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    told = refused(capsys, *knowledge(make_store(), tmp_path / "kd", "--no-resume"))
+    assert "--no-resume with --max-restarts=3 would start anew each time" in told
 
 
 def test_a_finished_run_does_nothing_and_no_resume_starts_anew(make_store, tmp_path, capsys):
@@ -294,9 +308,6 @@ def stop_now() -> None:
 
 
 def test_a_run_keeps_its_manifest_when_a_newer_one_is_sealed(make_store, tmp_path, monkeypatch):
-    from storage_schemas.dataset import latest_manifest, read_shard_table, seal
-    from storage_schemas.manifest import ManifestDraft, Window
-
     store, out = make_store(), tmp_path / "kd"
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
@@ -316,9 +327,11 @@ def test_a_read_only_store_is_said_in_a_line(make_store, tmp_path, capsys, monke
     from storage_schemas.errors import StoreError
 
     def refuse(self, path, data):
-        raise StoreError("read-only")
+        if path.startswith("pins/"):
+            raise StoreError("read-only")
+        write(self, path, data)
 
-    store = make_store()
+    store, write = make_store(), Store.write
     monkeypatch.setattr(Store, "write", refuse)
     assert fit(*knowledge(store, tmp_path / "kd")) == 0
     assert "manifest 1 is not pinned (read-only)" in capsys.readouterr().err
@@ -334,6 +347,154 @@ def test_a_pin_stands_while_a_run_is_under_way(make_store, tmp_path, monkeypatch
     pin = json.loads(store.read(f"pins/{name}"))
     assert (pin["dataset"], pin["number"]) == ("main", 1)
     assert name.startswith("kd-")
+
+
+def go_on_past(store: Store, window: tuple[int, int], **recipe) -> None:
+    """Seal a manifest whose train window is another."""
+    parent = latest_manifest(store, "main")
+    made = read_recipe(store, parent.recipe_id)
+    if recipe:
+        made = Recipe(**made.plain() | recipe)
+        put_recipe(store, made)
+    sealed = Window(train=window, holdout=parent.window.holdout)
+    tasks = sealed.tasks(parent.layout.samples_per_shard)
+    commits = [put_commit(store, make_commit(store, made, parent.layout, task, ())) for task in tasks]
+    draft = ManifestDraft(
+        dataset="main", parent=parent, writer="w", recipe_id=made.id, layout=parent.layout, window=sealed
+    )
+    seal(store, draft, ShardTable.of_commits(commits))
+
+
+def pins(store: Store) -> list[int]:
+    return sorted(json.loads(store.read(f"pins/{name}"))["number"] for name in store.list("pins"))
+
+
+def killed_after(monkeypatch, saves: int, arguments: list[str]) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, saves)
+        with pytest.raises(Stopped):
+            fit(*arguments)
+
+
+def test_a_run_that_follows_goes_over_to_the_newest_manifest_at_an_epoch(make_store, tmp_path, monkeypatch, capsys):
+    store, whole, cut = make_store(count=250), tmp_path / "whole", tmp_path / "cut"
+    options = ["--checkpoint-every", "10", "--log-every", "2", "--batch-size", "24", "--follow-latest"]
+    for out in (whole, cut):
+        killed_after(monkeypatch, 1, knowledge(store, out, *options))
+    go_on_past(store, (64, 314))
+    assert fit(*knowledge(store, whole, *options)) == 0
+    # The second epoch begins within step 11.
+    told = capsys.readouterr().err
+    assert "from step 11 on manifest 2, in place of 1" in told
+    assert [line["manifest"] for line in metrics(whole)] == [1] * 5 + [2] * 10
+    assert metrics(whole)[-1]["left_out"] == 250 % 8
+    assert checkpoint.load(whole / "model").about["reads"]["manifest"] == 2
+    assert pins(store) == [1]  # of the other run
+    # Killed after it has gone over: it goes on in the new samples, which are no longer the newest.
+    killed_after(monkeypatch, 2, knowledge(store, cut, *options))
+    assert json.loads((cut / "run.json").read_text())["reads"]["manifest"] == 1
+    assert fit(*knowledge(store, cut, *options)) == 0
+    assert steady(cut)[-1] == steady(whole)[-1]
+    assert weights(cut / "model") == weights(whole / "model")
+    assert pins(store) == []
+
+
+def test_what_does_not_serve_is_not_gone_over_to(make_store, tmp_path, monkeypatch, capsys):
+    store, out = make_store(), tmp_path / "kd"
+    options = knowledge(store, out, "--checkpoint-every", "10", "--log-every", "10", "--follow-latest")
+    killed_after(monkeypatch, 1, options)
+    go_on_past(store, (0, 256), storage_dtype="float16")
+    assert fit(*options) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert told == [
+        "warning: manifest 2 is left aside, going on with 1: "
+        "main now holds samples in another storage dtype; start another run on them"
+    ]
+    assert [line["manifest"] for line in metrics(out)] == [1, 1, 1]
+
+
+def test_the_same_samples_elsewhere_in_another_format_are_not_other_samples(make_store, tmp_path, monkeypatch, capsys):
+    store, other, out = make_store(), make_store("copy", format="webdataset"), tmp_path / "kd"
+    go_on_past(other, (64, 320))
+    assert fit(*knowledge(store, tmp_path / "whole", "--checkpoint-every", "10")) == 0
+    killed_after(monkeypatch, 1, knowledge(store, out, "--checkpoint-every", "10"))
+    capsys.readouterr()
+    assert "was reading samples" in refused(capsys, *knowledge(other, out))
+    assert fit(*knowledge(other, out, "--manifest", "1")) == 0
+    assert weights(out / "model") == weights(tmp_path / "whole" / "model")
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(make_store, tmp_path, monkeypatch, capsys):
+    store, out = make_store(), tmp_path / "kd"
+    assert fit(*knowledge(store, tmp_path / "whole")) == 0
+    killed_after(monkeypatch, 2, knowledge(store, out, "--checkpoint-every", "10"))
+    (tensors,) = (out / "checkpoints").glob("step-00000020-*/tensors.safetensors")
+    tensors.write_bytes(tensors.read_bytes()[:-8])
+    capsys.readouterr()
+    assert fit(*knowledge(store, out, "--checkpoint-every", "10")) == 0
+    told = capsys.readouterr().err
+    assert "warning: " in told
+    assert "going on from the checkpoint before" in told
+    assert "going on from step 10 of 30" in told
+    assert weights(out / "model") == weights(tmp_path / "whole" / "model")
+
+
+def test_the_best_model_is_the_one_of_the_least_error(make_store, tmp_path):
+    store, out = make_store(), tmp_path / "kd"
+    # It learns in the first steps, and then the rate is far too high.
+    options = ["--steps", "60", "--checkpoint-every", "5", "--validate-every", "5", "--ema", "0", "--decay", "none"]
+    assert fit(*knowledge(store, out, *options, "--lr", "1", "--warmup", "50")) == 0
+    errors = {line["step"]: line["holdout_error"] for line in metrics(out)}
+    best = min(errors, key=errors.get)
+    assert best <= 50
+    assert checkpoint.load(out / "best").about["steps"] == best
+    kept = sorted(int(path.stem[5:]) for path in (out / "checkpoints").glob("*.json"))
+    assert kept == [best, 55, 60]
+
+
+def test_checkpoints_that_are_elsewhere_are_asked_for(make_store, tmp_path, monkeypatch, capsys):
+    store, out = make_store(), tmp_path / "kd"
+    place = ["--checkpoints", str(tmp_path / "place"), "--checkpoint-every", "10"]
+    killed_after(monkeypatch, 1, knowledge(store, out, *place))
+    capsys.readouterr()
+    line = refused(capsys, *knowledge(store, out))
+    assert f"has its checkpoints in {tmp_path / 'place'}, there are none in {out}" in line
+    killed_after(monkeypatch, 1, knowledge(store, tmp_path / "other", "--checkpoint-every", "10"))
+    line = refused(capsys, *knowledge(store, tmp_path / "other", *place))
+    assert "holds the checkpoints of kd-" in line
+    assert fit(*knowledge(store, out, *place)) == 0
+    assert (tmp_path / "place" / "model" / "model.json").is_file()
+    assert fit(*knowledge(store, out, *place, "--no-resume", "--seed", "1")) == 0
+    assert weights(tmp_path / "place" / "model") == weights(out / "model")
+
+
+def test_unreadable_samples_end_the_fit_or_give_way(make_store, tmp_path, capsys):
+    store = make_store()
+    (path,) = Path(store.uri).glob("recipes/*/*/shards/train-00000003-*")
+    path.unlink()
+    assert "train-00000003" in refused(capsys, *knowledge(store, tmp_path / "kd"))
+    options = ["--on-corrupt", "substitute"]
+    assert fit(*knowledge(store, tmp_path / "one", *options)) == 0
+    assert 0.15 < metrics(tmp_path / "one")[-1]["substituted"] / (30 * 32) < 0.35  # one of four shards
+    assert fit(*knowledge(store, tmp_path / "two", *options, "--ahead-mib", "1", "--micro-batch", "32")) == 0
+    assert weights(tmp_path / "one" / "model") == weights(tmp_path / "two" / "model")
+
+
+def test_s3_checkpoints_are_all_that_a_fresh_machine_needs(make_store, bucket, tmp_path, monkeypatch):
+    store = make_store()
+    options = ["--checkpoint-every", "7", "--log-every", "5", "--validate-every", "7"]
+    assert fit(*progressive(store, tmp_path / "whole", *options)) == 0
+    options += ["--checkpoints", f"{bucket}/runs/one"]
+    killed_after(monkeypatch, 4, progressive(store, tmp_path / "first", *options))
+    assert not (tmp_path / "first" / "checkpoints").exists()
+    assert fit(*progressive(store, tmp_path / "second", *options)) == 0
+    assert fit(*progressive(store, tmp_path / "third", *options)) == 0
+    for out in (tmp_path / "second", tmp_path / "third"):
+        for folder in ("model", "best", "stages/4-step", "stages/2-step", "stages/1-step"):
+            assert weights(out / folder) == weights(tmp_path / "whole" / folder), folder
+            assert checkpoint.load(out / folder)
+        assert steady(out)[-1] == steady(tmp_path / "whole")[-1]
+        assert [line["step"] for line in metrics(out)] == [line["step"] for line in metrics(tmp_path / "whole")]
 
 
 def test_denoising_makes_a_teacher(tmp_path):

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from diffusion.flow_map import FlowMap
-from storage_schemas.errors import StoreError
-from trainer import checkpoints
 from trainer.config import FitConfig
 from trainer.loop import Stepper, check_device, lr_factor, step_seed, stop_on_signals
 from trainer.objectives.knowledge import Knowledge
+from trainer.parallel import alone
+from trainer.saving.trees import read_tree, write_tree
 from trainer.stream import Batch
 from trainer.student import Shape, scratch, with_dropout
 
@@ -29,14 +29,16 @@ def stepper(*, dropout: float = 0.0, **options) -> Stepper:
     start = scratch(config(), SHAPE)
     denoiser = model_from_spec(with_dropout(start.model, dropout))
     denoiser.load_state_dict(start.build().state_dict())
-    return Stepper(FlowMap(denoiser), config(**options), CPU)
+    return Stepper(FlowMap(denoiser), config(**options), alone(CPU))
 
 
 def batch(step: int, rows: int = 16) -> Batch:
     generator = torch.Generator().manual_seed(step)
     noise = 80 * torch.randn(rows, 2, generator=generator)
     states = {"noise": noise, "output": 0.5 + noise / 160}
-    return Batch(step * rows, torch.arange(rows), torch.full((rows,), -1), states, torch.empty(rows, 0))
+    return Batch(
+        step * rows + torch.arange(rows), torch.arange(rows), torch.full((rows,), -1), states, torch.empty(rows, 0)
+    )
 
 
 def run(stepper: Stepper, steps: range) -> list[float]:
@@ -66,10 +68,10 @@ def test_resume_from_a_state_dict_on_disk_is_bit_identical(tmp_path):
     losses = run(whole, range(12))
     first = stepper(**options)
     run(first, range(5))
-    checkpoints.save(tmp_path, 5, {"stepper": first.state_dict()}, keep_last=1)
+    write_tree(first.state_dict(), tmp_path)
     second = stepper(**options)
     torch.rand(7)  # whatever else draws in between changes nothing
-    second.load_state_dict(checkpoints.load_last(tmp_path, device=CPU)["stepper"])
+    second.load_state_dict(read_tree(tmp_path))
     assert run(second, range(5, 12)) == losses[5:]
     assert all(torch.equal(a, b) for a, b in zip(weights(second), weights(whole), strict=True))
 
@@ -103,6 +105,17 @@ def test_average_is_the_recursion_it_claims():
     assert stepper(ema=0.0).average is None
 
 
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_a_stage_starts_from_the_served_weights_and_nothing_else_of_the_one_before(ema):
+    staged = stepper(ema=ema)
+    run(staged, range(4))
+    fresh = stepper(ema=ema)
+    fresh.student.denoiser.load_state_dict(staged.served.state_dict())
+    staged.restart()
+    assert run(staged, range(4, 8)) == run(fresh, range(4, 8))
+    assert all(torch.equal(a, b) for a, b in zip(weights(staged), weights(fresh), strict=True))
+
+
 def test_evaluating_switches_dropout_off_and_on_again():
     dropping = stepper(dropout=0.5)
     with dropping.evaluating() as served:
@@ -117,27 +130,6 @@ def test_bfloat16_autocast_fits_and_float16_on_a_cpu_is_refused():
     assert all(parameter.dtype == torch.float32 for parameter in low.student.parameters())
     with pytest.raises(ValueError, match="float16 needs a GPU"):
         check_device(config(autocast="float16"), CPU)
-
-
-def test_checkpoints_keep_the_last_and_ignore_what_a_killed_writer_left(tmp_path):
-    for step in (1, 2, 3):
-        checkpoints.save(tmp_path, step, {"step": step}, keep_last=2)
-    half = tmp_path / "checkpoints" / ".step-00000009.123"
-    half.mkdir()
-    (half / "state.pt").write_bytes(b"half")
-    assert checkpoints.load_last(tmp_path, device=CPU) == {"step": 3}
-    checkpoints.save(tmp_path, 4, {"step": 4}, keep_last=2)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
-    assert checkpoints.load_last(tmp_path / "elsewhere", device=CPU) is None
-
-
-def test_a_damaged_checkpoint_is_told_in_one_line(tmp_path):
-    checkpoints.save(tmp_path, 1, {"step": 1, "value": torch.zeros(100)}, keep_last=2)
-    path = tmp_path / "checkpoints" / "step-00000001" / "state.pt"
-    for data in (path.read_bytes()[:-300], b"", b"no pickle"):
-        path.write_bytes(data)
-        with pytest.raises(StoreError, match="is damaged"):
-            checkpoints.load_last(tmp_path, device=CPU)
 
 
 def test_signals_are_noted_and_handlers_put_back():

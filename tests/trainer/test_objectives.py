@@ -47,7 +47,7 @@ def exact_batch(process, times: torch.Tensor, columns: tuple[str, ...], rows: in
     x_T = process.sigma(times[0]) * torch.randn(rows, 3, generator=generator, dtype=torch.float64)
     states = {name: teacher.flow_map(x_T, times[0], t) for name, t in zip(columns, times, strict=True)}
     uniforms = torch.rand(rows, 1, generator=generator, dtype=torch.float64)
-    return Batch(0, torch.arange(rows), torch.full((rows,), -1), states, uniforms)
+    return Batch(torch.arange(rows), torch.arange(rows), torch.full((rows,), -1), states, uniforms)
 
 
 def minimise(objective, student: FlowMap, batch: Batch) -> float:
@@ -138,7 +138,7 @@ def test_progressive_weights_by_truncated_snr():
     student = FlowMap(GivenDenoiser(process, x_0))
     states = {name: torch.ones(2, 1, dtype=torch.float64) for name in ("noise", "state_001", "output")}
     uniforms = torch.tensor([[0.1], [0.9]], dtype=torch.float64)
-    batch = Batch(0, torch.arange(2), torch.full((2,), -1), states, uniforms)
+    batch = Batch(torch.arange(2), torch.arange(2), torch.full((2,), -1), states, uniforms)
     # 1 -> 0.2: x~ = (1 - 0.2)/(0.8 - 0) = 1, weight max(0, 1); 0.2 -> 0: x~ = 1, weight (0.8/0.2)^2.
     assert Progressive(times, tuple(states))(student, batch).item() == pytest.approx((1 + 16) / 2)
 
@@ -174,7 +174,7 @@ def denoising_batch(objective: Denoising, x_0: torch.Tensor, condition: torch.Te
     rows = len(x_0)
     uniforms = objective_uniforms(0, torch.arange(rows).numpy(), objective.num_uniforms)
     labels = torch.zeros(rows, dtype=torch.int64) if condition is None else condition
-    return Batch(0, torch.arange(rows), labels, {"output": x_0}, uniforms)
+    return Batch(torch.arange(rows), torch.arange(rows), labels, {"output": x_0}, uniforms)
 
 
 def test_denoising_loss_and_gradient_at_the_known_optimum():

@@ -1,77 +1,222 @@
 import hashlib
+import itertools
 import time
+import tracemalloc
+from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chi2
 
 from storage_schemas.ids import IdSet, id_set
-from trainer.order import BLOCK, WINDOW, EpochOrder, Permutation
+from trainer.order import BLOCK, WINDOW, Lanes, Window, default_block, default_lanes
+from trainer.permutation import Permutation
+
+HUGE = id_set(0, 10**10, [(5, 7), (10**9, 10**9 + 10**6)])
+GAPPY = id_set(700, 20000, [(1000, 1003), (5000, 9000)])
 
 
 @st.composite
-def id_sets(draw) -> IdSet:
-    start = draw(st.integers(0, 3000))
-    stop = start + draw(st.integers(1, 20000))
-    gaps = draw(st.lists(st.tuples(st.integers(0, 25000), st.integers(1, 3000)), max_size=5))
-    return id_set(start, stop, [(first, first + length) for first, length in gaps])
+def id_sets(draw, longest: int = 4000) -> IdSet:
+    start = draw(st.integers(0, 700))
+    stop = start + draw(st.integers(1, longest))
+    gaps = draw(st.lists(st.tuples(st.integers(0, start + longest), st.integers(1, 1200)), max_size=6))
+    ids = id_set(start, stop, [(first, first + length) for first, length in gaps])
+    return ids if ids.count else id_set(start, stop, [])
 
 
-def order_of(ids: IdSet, *, seed: int = 0, epoch: int = 0, digest: str = "content") -> EpochOrder:
-    return EpochOrder(ids, digest, seed, epoch)
+@st.composite
+def orders(draw, longest: int = 4000) -> Lanes:
+    return Lanes(
+        draw(id_sets(longest)),
+        "content",
+        draw(st.integers(0, 2**63 - 1)),
+        lanes=draw(st.integers(1, 12)),
+        block=draw(st.sampled_from([1, 3, 8, 64, 512])),
+        first_epoch=draw(st.integers(0, 10**12)),
+    )
+
+
+def order_of(ids: IdSet, *, seed: int = 7, digest: str = "content", lanes: int = 8, block: int = BLOCK) -> Lanes:
+    return Lanes(ids, digest, seed, lanes, block)
+
+
+def ids_of(ids: IdSet) -> np.ndarray:
+    return ids.at(np.arange(ids.count))
+
+
+def whole(order: Lanes, epochs: int) -> np.ndarray:
+    """All rows before the epoch's number `first_epoch + epochs`."""
+    return order.rows(0, order.epoch_start(order.first_epoch + epochs), range(order.lanes))
+
+
+def batches(order: Lanes, size: int, count: int, ranks: int = 1) -> np.ndarray:
+    """The first global batches as `ranks` ranks make them up, each from rows of its own lanes: [count, size]."""
+    rows, lanes = size // order.lanes, order.lanes // ranks
+    mine = [range(rank * lanes, (rank + 1) * lanes) for rank in range(ranks)]
+    return np.stack(
+        [np.concatenate([order.rows(k * rows, (k + 1) * rows, lanes).ravel() for lanes in mine]) for k in range(count)]
+    )
 
 
 @settings(max_examples=80, deadline=None)
-@given(ids=id_sets(), seed=st.integers(0, 2**63 - 1))
-def test_every_id_comes_exactly_once(ids, seed):
-    order = order_of(ids, seed=seed)
-    np.testing.assert_array_equal(np.sort(order.slice(0, order.count)), ids.at(np.arange(ids.count)))
+@given(order=orders(), epochs=st.integers(1, 12))
+def test_every_id_comes_once_an_epoch_apart_from_the_rows_carried(order, epochs):
+    seen = Counter(whole(order, epochs).ravel().tolist())
+    missing = {id: epochs - seen.pop(id, 0) for id in ids_of(order.ids).tolist()}
+    assert not seen
+    assert min(missing.values()) >= 0
+    assert sum(missing.values()) == epochs * order.ids.count % order.lanes
+
+
+def laid_out(order: Lanes, epoch: int) -> np.ndarray:
+    """E_e by its definition: the blocks that have ids, listed, in the order of the permutation."""
+    blocks = [list(ids) for _, ids in itertools.groupby(ids_of(order.ids).tolist(), lambda id: id // order.block)]
+    places = Permutation(len(blocks), order._key(epoch))(np.arange(len(blocks)))
+    return np.concatenate([blocks[place] for place in places])
 
 
 @settings(max_examples=40, deadline=None)
-@given(ids=id_sets(), data=st.data())
-def test_any_slice_is_a_part_of_the_whole(ids, data):
-    order = order_of(ids)
-    start, stop = sorted(data.draw(st.tuples(*[st.integers(0, ids.count)] * 2)))
-    np.testing.assert_array_equal(order.slice(start, stop), order.slice(0, ids.count)[start:stop])
+@given(order=orders(longest=1500), epochs=st.integers(1, 4))
+def test_lanes_are_the_runs_of_each_epochs_stretch_cut_into_windows(order, epochs):
+    every, n, first = np.arange(epochs), order.ids.count, order.first_epoch
+    laid = np.concatenate([laid_out(order, first + epoch) for epoch in every])
+    rows = whole(order, epochs)
+    for epoch in every:
+        start, stop = epoch * n // order.lanes, (epoch + 1) * n // order.lanes
+        runs = laid[start * order.lanes : stop * order.lanes].reshape(order.lanes, -1)
+        windows = -(-(stop - start) // (WINDOW * order.block))
+        cuts = [i * (stop - start) // windows for i in range(windows + 1)] if windows else []
+        for low, high in itertools.pairwise(cuts):
+            found = rows[:, start + low : start + high]
+            np.testing.assert_array_equal(np.sort(found, axis=1), np.sort(runs[:, low:high], axis=1))
+            assert order.window_at(start + low) == order.window_at(start + high - 1)
+            assert order.window_at(start + low).start == start + low
+
+
+@settings(max_examples=60, deadline=None)
+@given(order=orders(), data=st.data())
+def test_any_slice_of_any_lanes_is_a_part_of_the_whole(order, data):
+    rows = whole(order, 3)
+    start, stop = sorted(data.draw(st.tuples(*[st.integers(0, rows.shape[1])] * 2)))
+    first = data.draw(st.integers(0, order.lanes - 1))
+    past = data.draw(st.integers(first + 1, order.lanes))
+    np.testing.assert_array_equal(order.rows(start, stop, range(first, past)), rows[first:past, start:stop])
+
+
+@settings(max_examples=15, deadline=None)
+@given(ids=id_sets(), seed=st.integers(0, 2**63 - 1), block=st.sampled_from([1, 16, 512]), rows=st.integers(1, 20))
+def test_any_number_of_ranks_makes_up_the_same_batches(ids, seed, block, rows):
+    order = order_of(ids, seed=seed, block=block)
+    one = batches(order, 8 * rows, 4)
+    for ranks in (2, 4, 8):
+        np.testing.assert_array_equal(batches(order, 8 * rows, 4, ranks), one)
+
+
+@pytest.mark.parametrize("row", [0, 4 * 10**9, 12345 * 10**10 + 678])
+def test_rows_do_not_hang_on_what_was_asked_before(row):
+    def asked(step: int) -> list[int]:
+        order = order_of(id_set(0, 10**10, []))
+        return [order.rows(at, at + 1, range(8))[5, 0] for at in range(row, row + 60, step)]
+
+    assert asked(1)[::20] == asked(20)
+
+
+def sha256(ids: np.ndarray) -> str:
+    return hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
 
 
 @pytest.mark.parametrize(
-    ("ids", "sha256"),
+    ("ids", "lanes", "block", "digest"),
     [
-        (id_set(0, 100, []), "64b85c39f7b961c227de2e5ab4a007a9f0e99565f413291747437e8d6e832f5a"),
-        (
-            id_set(700, 20000, [(1000, 1003), (5000, 9000)]),
-            "c5ca4a82887911c4e6e2e31eb44c36ee50328320577fcd6bdc3279c10c44d12a",
-        ),
+        (id_set(0, 100, []), 8, 1, "25793638c442b152101c6bfee772f412595c8c9949ec1e50632760352d017eea"),
+        (id_set(0, 5, []), 8, 1, "3ac2d9b24a544029d0108ef3aed635eabf2832cd51dd3309030b4552e594d86e"),
+        (id_set(0, 3000, []), 1, 512, "b1e80c6b8b23102a8f082353324a6e2ebda5a97d543b7b1ee0b65a28c9461956"),
+        (GAPPY, 8, 64, "e7a50bc3ea7aae505283daafa3cd4bf7fd341ae04cb4ea9aff915f98faa6f4bc"),
+        (GAPPY, 6, 7, "057008bd47754b31c4b4179719bcf63d3dfe222264bc05f4c682ba419b442c8b"),
     ],
 )
-def test_golden(ids, sha256):
-    order = order_of(ids, seed=7, epoch=3)
-    assert hashlib.sha256(order.slice(0, order.count).astype("<i8").tobytes()).hexdigest() == sha256
+def test_golden(ids, lanes, block, digest):
+    assert sha256(whole(Lanes(ids, "content", 7, lanes, block, first_epoch=2), 9)) == digest
 
 
-def test_golden_far_into_ten_billion():
-    order = order_of(id_set(0, 10**10, [(5, 7), (10**9, 10**9 + 10**6)]), seed=7)
-    assert order.slice(5 * 10**9, 5 * 10**9 + 4).tolist() == [7227869150, 6973035633, 976740847, 2785706818]
+@pytest.mark.parametrize(
+    ("row", "digest"),
+    [
+        (0, "e68e04fd23cd6b30e9db554452786cec48d48159a38e0e98728194de6223e469"),
+        (10**9, "58c4b8e359be0477c420b727a8fe41383f4084a476aa2124233e3fec62b60049"),
+        (7 * 10**14 + 5, "a94e45f25fe0b6c439144e14adec81086555f2dfe9db521cfc42d78952dea55b"),
+    ],
+)
+def test_golden_far_into_ten_billion(row, digest):
+    assert sha256(order_of(HUGE).rows(row, row + 8192, range(8))) == digest
 
 
-def test_ten_billion_rows_cost_no_more_than_a_window():
-    order = order_of(id_set(0, 10**10, []))
-    started = time.perf_counter()
-    ids = order.slice(9_876_543_210, 9_876_543_210 + 256)
-    assert time.perf_counter() - started < 1.0
-    assert len(np.unique(ids)) == 256
-    blocks = np.unique(ids // BLOCK)
-    assert len(blocks) <= 2 * WINDOW
+def peak_bytes(ids: IdSet, row: int) -> int:
+    """Most memory that a cold window needs."""
+    tracemalloc.start()
+    order_of(ids).rows(row, row + 1, range(8))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+@pytest.mark.parametrize("ids", [HUGE, id_set(3, 10**10, [(10**6, 10**10 - 10**6)])])
+def test_a_window_of_ten_billion_costs_no_more_than_one_of_a_million(ids):
+    assert peak_bytes(ids, 10**12) < 1.2 * peak_bytes(id_set(0, 10**6, []), 10**5)
+    order, started = order_of(ids), time.perf_counter()
+    for row in range(10**12, 10**12 + 10 * 8192, 8192):
+        order.rows(row, row + 1, range(8))
+    assert time.perf_counter() - started < 5.0
+
+
+def test_a_lanes_window_is_read_from_few_blocks_far_apart():
+    order = order_of(HUGE)
+    blocks = np.unique(order.window_ids(order.window_at(10**8), range(3, 4)) // BLOCK)
+    assert len(blocks) <= WINDOW + 1
     assert np.ptp(blocks) > 10**6
 
 
-def test_seed_epoch_and_content_each_give_another_order():
-    ids = id_set(0, 1000, [])
-    orders = [order_of(ids), order_of(ids, seed=1), order_of(ids, epoch=1), order_of(ids, digest="other")]
-    assert len({order.slice(0, 1000).tobytes() for order in orders}) == 4
+def test_many_gaps_are_no_slower_to_find_a_way_through():
+    starts = np.arange(1, 10**8, 300)
+    ids = id_set(0, 10**8, np.stack([starts, starts + 2], axis=1))
+    rows = order_of(ids).rows(10**7, 10**7 + 8192, range(8))
+    assert ids.contains(rows).all()
+    assert len(np.unique(rows)) == rows.size
+
+
+def test_seed_epoch_content_lanes_and_block_each_give_another_order():
+    ids = id_set(0, 4096, [])
+    changed = [{}, {"seed": 1}, {"digest": "other"}, {"lanes": 4}, {"block": 256}]
+    seen = [whole(order_of(ids, **options), 1).tobytes() for options in changed]
+    seen.append(whole(Lanes(ids, "content", 7, 8, BLOCK, first_epoch=1), 1).tobytes())
+    assert len(set(seen)) == 6
+
+
+def test_shuffles_of_a_window_are_uniform():
+    # One block, one window: only the shuffle moves anything. 4,800 epochs of 4 ids: 200 of each of 24 orders.
+    epochs = order_of(id_set(0, 4, []), lanes=1).rows(0, 4 * 4800, range(1)).reshape(-1, 4)
+    counts = np.unique(epochs @ np.array([64, 16, 4, 1]), return_counts=True)[1]
+    assert len(counts) == 24
+    assert ((counts - 200) ** 2 / 200).sum() < chi2.isf(1e-4, df=23)
+
+
+def test_lanes_windows_and_epochs_are_shuffled_independently():
+    # Blocks of one id, so that a window is 16 rows; ids are told apart by where they are in an unshuffled window.
+    order = order_of(id_set(0, 2 * 4 * 16, []), lanes=2, block=1)
+    firsts = []
+    for epoch in range(800):
+        laid = laid_out(order, epoch).reshape(2 * 4, 16)
+        rows = order.rows(epoch * 64, epoch * 64 + 64, range(2)).reshape(2 * 4, 16)
+        firsts.append([laid[i].tolist().index(rows[i][0]) for i in range(8)])
+    ways = np.array(firsts)
+    pairs = [(ways[:, 0], ways[:, 1]), (ways[:, 0], ways[:, 4]), (ways[1:, 0], ways[:-1, 0])]
+    for one, other in pairs:
+        counts = np.histogram2d(one // 4, other // 4, bins=4, range=[(0, 4)] * 2)[0]
+        expected = len(one) / 16
+        assert ((counts - expected) ** 2 / expected).sum() < chi2.isf(1e-4, df=15)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 64, 65, 1000])
@@ -84,12 +229,38 @@ def test_permutation_and_its_inverse(size):
 
 def test_small_permutations_are_uniform():
     counts = np.zeros((5, 5))
-    for key in range(4000):
+    for key in range(2000):
         counts[np.arange(5), Permutation(5, key.to_bytes(4))(np.arange(5))] += 1
-    # Binomial(4000, 1/5) has standard deviation 25.3: none of 25 cells is 4.5 of them away.
-    assert np.abs(counts - 800).max() < 4.5 * 25.3
+    # Binomial(2000, 1/5) has standard deviation 17.9: none of 25 cells is 4.5 of them away.
+    assert np.abs(counts - 400).max() < 4.5 * 17.9
 
 
-def test_positions_outside_the_epoch_are_refused():
-    with pytest.raises(ValueError, match="not in an epoch of 10"):
-        order_of(id_set(0, 10, [])).slice(5, 11)
+@pytest.mark.parametrize(("batch_size", "lanes"), [(256, 8), (100, 4), (30, 2), (7, 1), (8, 8)])
+def test_lanes_divide_the_batch(batch_size, lanes):
+    assert default_lanes(batch_size) == lanes
+
+
+@pytest.mark.parametrize(
+    ("count", "lanes", "block"),
+    [(1, 8, 1), (127, 8, 1), (128, 8, 1), (256, 8, 2), (16384, 8, 128), (65536, 8, 512), (10**10, 8, 512), (100, 1, 4)],
+)
+def test_a_lane_has_a_window_of_blocks(count, lanes, block):
+    assert default_block(count, lanes) == block
+
+
+@pytest.mark.parametrize(
+    ("ask", "told"),
+    [
+        (lambda order: order.rows(5, 3, range(8)), "rows 5 to 3"),
+        (lambda order: order.rows(-1, 3, range(8)), "rows -1 to 3"),
+        (lambda order: order.rows(0, 3, range(4, 9)), "no range of lanes below 8"),
+        (lambda order: order.window_ids(Window(0, 0, 0, 1), range(0)), "no range of lanes below 8"),
+        (lambda order: order.window_at(-1), "row -1 is before"),
+        (lambda order: Lanes(order.ids, "content", 7, 8, 1, first_epoch=4).epoch_start(3), "epoch 3 is before"),
+        (lambda order: order_of(id_set(0, 3, [(0, 3)])), "no order of 0 samples"),
+        (lambda order: order_of(order.ids, lanes=0), "in 0 lanes"),
+    ],
+)
+def test_what_is_not_there_is_refused(ask, told):
+    with pytest.raises(ValueError, match=told):
+        ask(order_of(id_set(0, 10, [])))

@@ -1,0 +1,87 @@
+"""Where the rows of a Parquet column chunk lie, so that they are used as they are: no decoder, no copy.
+
+A page is a header and its values. Of a required, plain, uncompressed column of fixed size the values are the rows, one
+after another, as in memory. The header is a Thrift struct in the compact protocol:
+https://github.com/apache/parquet-format, PageHeader.
+"""
+
+from typing import Any, NamedTuple
+
+_DATA_PAGE, _PLAIN = 0, 0
+_STOP, _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = range(13)
+
+
+class Page(NamedTuple):
+    """Rows [first_row, first_row + rows) of a column chunk, from byte `offset` of the chunk on."""
+
+    first_row: int
+    rows: int
+    offset: int
+
+
+def find_pages(chunk: bytes | memoryview, rows: int, nbytes: int) -> list[Page] | None:
+    """The pages of an uncompressed column chunk of `rows` required values of `nbytes` each.
+
+    None where they are anything but plain (a dictionary, data pages of version 2, levels, sizes that don't add up):
+    then only a Parquet reader knows. The codec stands in the file's footer, so only the caller can tell it.
+    """
+    pages, at, first_row = [], 0, 0
+    try:
+        while at < len(chunk):
+            page, at = _page(chunk, at, first_row, nbytes)
+            first_row += page.rows
+            pages.append(page)
+    except (IndexError, KeyError, TypeError, ValueError, RecursionError):
+        return None
+    return pages if (at, first_row) == (len(chunk), rows) else None
+
+
+def _page(chunk: bytes | memoryview, at: int, first_row: int, nbytes: int) -> tuple[Page, int]:
+    header, start = _struct(chunk, at)
+    data_page = header[5]
+    kind, size, stored_size, values, encoding = header[1], header[2], header[3], data_page[1], data_page[2]
+    if (kind, encoding) != (_DATA_PAGE, _PLAIN) or not size == stored_size == values * nbytes > 0:
+        raise ValueError("not a plain page of these values")
+    return Page(first_row, values, start), start + size
+
+
+def _struct(data: bytes | memoryview, at: int) -> tuple[dict[int, Any], int]:
+    """(field number -> value, where the struct ends). Each field: a byte of (number's step, type), then its value."""
+    found: dict[int, Any] = {}
+    number = 0
+    while data[at] != _STOP:
+        step, kind = data[at] >> 4, data[at] & 15
+        number, at = (number + step, at + 1) if step else _integer(data, at + 1)
+        found[number], at = _value(data, at, kind)
+    return found, at + 1
+
+
+def _value(data: bytes | memoryview, at: int, kind: int) -> tuple[Any, int]:
+    """(value, where it ends). Kinds that a page header never has are a ValueError."""
+    if kind in (_TRUE, _FALSE):
+        return kind == _TRUE, at
+    if kind in (_I16, _I32, _I64):
+        return _integer(data, at)
+    if kind == _BINARY:
+        length, at = _varint(data, at)
+        return data[at : at + length], at + length
+    if kind == _STRUCT:
+        return _struct(data, at)
+    raise ValueError(f"type {kind}")
+
+
+def _integer(data: bytes | memoryview, at: int) -> tuple[int, int]:
+    """Zigzag: 0, -1, 1, -2 are stored as 0, 1, 2, 3."""
+    stored, at = _varint(data, at)
+    return (stored >> 1) ^ -(stored & 1), at
+
+
+def _varint(data: bytes | memoryview, at: int) -> tuple[int, int]:
+    """Seven bits a byte, lowest first; the eighth says that more follow."""
+    value = shift = 0
+    while data[at] & 0x80:
+        if shift > 63:
+            raise ValueError("no integer is as long")
+        value |= (data[at] & 0x7F) << shift
+        shift, at = shift + 7, at + 1
+    return value | data[at] << shift, at + 1

@@ -1,0 +1,185 @@
+"""What test_parallel.py has torchrun start: fits of a few steps, from batches made by hand, told to a file.
+
+python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.trainer.on_ranks CASES.json OUT.pt cpu
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from diffusion.flow_map import FlowMap
+from diffusion.spec import model_from_spec
+from trainer.config import FitConfig
+from trainer.loop import Stepper, step_seed
+from trainer.objectives import Objective
+from trainer.objectives.denoising import Denoising
+from trainer.objectives.knowledge import Knowledge
+from trainer.objectives.progressive import Progressive
+from trainer.parallel import Ranks, alone, ranks
+from trainer.stream import Batch
+
+ROWS, SHAPE = 32, (1, 4, 4)
+# Each asks the student in another way: jump, the map itself, the network's own output.
+OBJECTIVES: dict[str, Objective] = {
+    "knowledge": Knowledge((80.0, 0.0)),
+    "progressive": Progressive((80.0, 5.0, 0.0), ("noise", "state_1", "output")),
+    "denoising": Denoising(SHAPE, label_dropout=0.1, p_mean=-1.2, p_std=1.2),
+}
+NETWORKS: dict[str, dict[str, Any]] = {
+    "residual_mlp": {"width": 32, "depth": 2},
+    "diffusers_unet2d": {
+        "config": {
+            "sample_size": 4, "in_channels": 1, "out_channels": 1, "layers_per_block": 1,
+            "block_out_channels": [32, 32], "norm_num_groups": 8, "attention_head_dim": 8,
+            "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        },
+    },
+}  # fmt: skip
+
+
+def student(seed: int, network: str = "residual_mlp") -> FlowMap:
+    model = {
+        "kind": "network",
+        "sample_shape": list(SHAPE),
+        "num_classes": 3 if network == "residual_mlp" else None,
+        "process": {"name": "ve", "sigma_max": 80.0},
+        "prediction": {"name": "edm", "sigma_data": 0.5},
+        "network": {"name": network, **NETWORKS[network]},
+    }
+    torch.manual_seed(seed)
+    return FlowMap(model_from_spec(model))
+
+
+def config(**options: Any) -> FitConfig:
+    defaults = {"steps": 20, "warmup": 2, "batch_size": ROWS, "lr": 0.01, "ema": 0.9, "clip": 0.05}
+    return FitConfig(**{"out": "run", "data": "pairs", "init": "scratch", **defaults, **options})
+
+
+def global_batch(step: int, order: list[int] | None = None, spoilt: int | None = None) -> Batch:
+    """The rows of a step, in `order`; one `spoilt` by a target that float16 gradients can't bear."""
+    generator = torch.Generator().manual_seed(step)
+    noise = 80 * torch.randn(ROWS, *SHAPE, generator=generator)
+    output = 0.5 + noise.flip(-1) / 160
+    if spoilt is not None:
+        output[spoilt] = 1e6
+    states = {"noise": noise, "state_1": output + noise / 16, "output": output}
+    uniforms = torch.rand(ROWS, 2 + math.prod(SHAPE), generator=generator, dtype=torch.float64)
+    condition = torch.randint(-1, 3, (ROWS,), generator=generator)
+    rows = torch.tensor(order or range(ROWS))
+    return Batch(
+        positions=rows + step * ROWS,
+        ids=rows,
+        condition=condition[rows],
+        states={name: state[rows] for name, state in states.items()},
+        uniforms=uniforms[rows],
+    )
+
+
+def part(batch: Batch, ranks: Ranks) -> Batch:
+    return list(batch.split(ROWS // ranks.world_size))[ranks.rank]
+
+
+def run_case(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """Fit as `case` says; figures of each step, and whole weights on the first rank.
+
+    seed: of the first weights, plus the rank: the first rank's must be taken. save, load: a folder for a checkpoint.
+    restart: begin a second stage before this step, with a look at what is served before every one. plain: as one
+    process, though torchrun started it.
+    """
+    stepper = Stepper(
+        student(case.get("seed", 0) + ranks.rank, case.get("network", "residual_mlp")).to(ranks.device),
+        config(**case.get("options", {})),
+        ranks,
+        sharded=case.get("sharded", False),
+    )
+    if case.get("load"):
+        load(stepper, Path(case["load"]))
+    figures, scales, seen = [], [], []
+    for step in range(*case.get("steps", (0, 6))):
+        if "restart" in case:
+            seen.append(look(stepper))
+        if step == case.get("restart"):
+            stepper.restart()
+        batch = part(global_batch(step, case.get("order"), case.get("spoilt", {}).get(str(step))), ranks)
+        loss, norm = stepper.step(OBJECTIVES[case.get("objective", "knowledge")], batch, seed=step_seed(0, step))
+        figures.append((loss.item(), norm.item()))
+        scales.append(stepper.scaler.get_scale())
+        if step + 1 == case.get("save_at"):
+            save(stepper, Path(case["save"]))
+    weights = get_model_state_dict(stepper.student.denoiser, options=StateDictOptions(full_state_dict=True))
+    weights = {name: value.cpu() for name, value in weights.items()}
+    return {
+        "losses": [loss for loss, _ in figures],
+        "norms": [norm for _, norm in figures],
+        "scales": scales,
+        "seen": seen,
+        "student": weights,
+        "served": stepper.served_state(),
+        "alike": len(set(ranks.gather(_digest(weights) + str(figures)))) == 1,
+        "held": sum(p.to_local().numel() for p in stepper.student.parameters()) if stepper.sharded else None,
+    }
+
+
+def look(stepper: Stepper) -> float:
+    """The served student's size at some points."""
+    with torch.no_grad(), stepper.evaluating() as served:
+        points = torch.ones(8, *SHAPE, device=stepper.ranks.device)
+        return served(points, torch.tensor(1.0, dtype=torch.float64)).square().mean().item()
+
+
+def save(stepper: Stepper, folder: Path) -> None:
+    state = stepper.state_dict()
+    if stepper.sharded:
+        dcp.save(state, checkpoint_id=folder)
+    elif stepper.ranks.is_first:
+        folder.mkdir()
+        torch.save(state, folder / "state.pt")
+
+
+def load(stepper: Stepper, folder: Path) -> None:
+    if stepper.sharded:
+        state = stepper.state_dict()
+        dcp.load(state, checkpoint_id=folder)
+    else:
+        state = torch.load(folder / "state.pt", weights_only=True)
+    stepper.load_state_dict(state)
+
+
+def _digest(weights: dict[str, torch.Tensor]) -> str:
+    return "".join(value.numpy().tobytes().hex() for value in weights.values())
+
+
+def tell_each_other(ranks: Ranks) -> dict[str, Any]:
+    """Every way of Ranks to tell, with what each answered to each rank."""
+    mine = {"rank": ranks.rank}
+    answers = {
+        "gather": ranks.gather(mine),
+        "broadcast": ranks.broadcast(mine),
+        "aside": ranks.aside.broadcast(mine),
+        "any": (ranks.any(ranks.rank == ranks.world_size - 1), ranks.any(False)),
+        "sum": ranks.sum(torch.tensor(ranks.rank + 1.0, device=ranks.device)).item(),
+        "mean": ranks.mean(torch.tensor(ranks.rank + 1.0, device=ranks.device)).item(),
+        "first": ranks.is_first,
+    }
+    ranks.barrier()
+    return {"answers": ranks.gather(answers)}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    with ranks(sys.argv[3]) as mine:
+        told = {name: run_case(case, alone(mine.device) if case.get("plain") else mine) for name, case in cases.items()}
+        told["told"] = tell_each_other(mine)
+        if mine.is_first:
+            torch.save(told, sys.argv[2])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+import torch
+
+from storage_schemas.record import Field, to_storage
+from trainer.reading.rows import Rows, as_tensor, copy_rows, gathered
+
+
+def raw(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(len(array), -1).view(np.uint8)
+
+
+@pytest.mark.parametrize("nbytes", [1, 2, 3, 8, 6144, 300_000])
+def test_rows_come_from_wherever_they_are(nbytes):
+    """Rows of several arrays, one of them strided and one read backwards, in any order and more than once."""
+    rng = np.random.default_rng(0)
+    packed = rng.integers(0, 256, (9, nbytes), dtype=np.uint8)
+    strided = rng.integers(0, 256, (9, 2 * nbytes + 5), dtype=np.uint8)[:, 3 : 3 + nbytes]
+    arrays = [packed, strided, packed[::-1]]
+    where = np.concatenate([a.__array_interface__["data"][0] + a.strides[0] * np.arange(len(a)) for a in arrays])
+    pick = rng.integers(0, len(where), 100)
+    out = np.zeros((100, nbytes), np.uint8)
+    copy_rows(where[pick], out)
+    np.testing.assert_array_equal(out, np.concatenate(arrays)[pick])
+    copy_rows(where[:0], out[:0])
+    np.testing.assert_array_equal(out, np.concatenate(arrays)[pick])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 4)])
+def test_bytes_become_numbers_without_a_copy(dtype, shape):
+    values = np.random.default_rng(1).standard_normal((5, *shape))
+    field = Field("output", shape, dtype)
+    buffer = raw(to_storage(values, dtype)).copy()
+    tensor = as_tensor(buffer, field)
+    assert torch.equal(tensor, torch.from_numpy(values).float().to(getattr(torch, dtype)))
+    assert tensor.data_ptr() == buffer.ctypes.data
+    assert as_tensor(buffer[:0], field).shape == (0, *shape)
+
+
+def test_integers_become_tensors_too():
+    assert as_tensor(raw(np.array([[2**40, -1]]).T), Field("data_id", (), "int64")).tolist() == [2**40, -1]
+    assert as_tensor(raw(np.array([[7, -9]], np.int32).T), Field("start_index", (), "int32")).tolist() == [7, -9]
+
+
+def test_gathered_rows_are_their_own_memory():
+    values = np.arange(12, dtype=np.float16).reshape(6, 2)
+    pick = np.array([5, 0, 5])
+    labels = np.array([1, 2, 3])
+    addresses = {"output": values.ctypes.data + 4 * pick}
+    rows = Rows(pick, labels, addresses, keep=values, substituted=np.zeros(3, bool))
+    condition, states = gathered(rows, [Field("output", (2,), "float16")])
+    values[:], labels[:] = 0, 0
+    assert states["output"].tolist() == [[10.0, 11.0], [0.0, 1.0], [10.0, 11.0]]
+    assert condition.tolist() == [1, 2, 3]
+    assert len(rows) == 3

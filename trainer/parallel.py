@@ -1,0 +1,210 @@
+"""Several processes as one trainer: who is who, what they tell each other, how the student is spread over them.
+
+`torchrun --nproc-per-node N -m trainer fit ...` starts N processes, one a GPU, and says in their environment who is
+who; without it there is one. "ddp": each holds the whole student. "fsdp": each holds a share of its weights, of their
+average and of the optimizer's state (PyTorch's FSDP2), and a layer is gathered when it is needed.
+
+Collective, i.e. called by every rank, in the same order, or not at all: all methods of Ranks.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from diffusion.flow_map import FlowMap
+from trainer.objectives import Objective
+from trainer.plan import pick_device
+from trainer.stream import Batch
+
+# How long a rank waits for the others, who may be reading, validating or saving.
+TIMEOUT = timedelta(minutes=15)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run, as one of them sees them: rank of world_size, on a device of its own."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    objects: Any = None
+    """gloo group of small objects, on the CPU whatever the tensors' group is; None without torchrun."""
+    aside_objects: Any = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that writes."""
+        return self.rank == 0
+
+    @property
+    def aside(self) -> "Ranks":
+        """The same ranks over a group of its own, for one other thread: its calls don't meet the main thread's."""
+        return replace(self, objects=self.aside_objects)
+
+    def gather(self, mine: Any) -> list[Any]:
+        """Every rank's small object, in the ranks' order, to all."""
+        found = [mine] * self.world_size
+        if self.objects is not None:
+            dist.all_gather_object(found, mine, group=self.objects)
+        return found
+
+    def broadcast(self, value: Any) -> Any:
+        """The first rank's small object, to all; what the others give is not looked at."""
+        held = [value if self.is_first else None]
+        if self.objects is not None:
+            dist.broadcast_object_list(held, src=0, group=self.objects)
+        return held[0]
+
+    def any(self, mine: bool) -> bool:
+        """Whether it holds on any rank: so that all of them stop at the same step."""
+        told = torch.tensor(int(mine))
+        if self.objects is not None:
+            dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.objects)
+        return bool(told)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks of a tensor on their device, a new one."""
+        total = tensor.detach().clone()
+        if self.objects is not None:
+            dist.all_reduce(total)
+        return total
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over ranks of a tensor on their device, a new one."""
+        return self.sum(tensor) / self.world_size
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.objects is not None:
+            dist.barrier(group=self.objects)
+
+
+def alone(device: torch.device) -> Ranks:
+    """One process, without torchrun."""
+    return Ranks(0, 1, 0, device)
+
+
+@contextmanager
+def ranks(device_name: str) -> Iterator[Ranks]:
+    """The ranks that torchrun's environment tells of, NCCL between GPUs and gloo between CPUs; else one process.
+
+    A GPU is the one of the process's local rank. Raises ValueError for a device that not every process can have.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        yield alone(pick_device(device_name))
+        return
+    _check_restarts()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = _device_of(device_name, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    objects, aside = (dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2))
+    yield Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device, objects, aside)
+    # After an error the others may be waiting in a collective, and this would wait for them: the process just ends.
+    dist.destroy_process_group()
+
+
+def _check_restarts() -> None:
+    """Refuse what hangs: with torchrun's own store, processes that start again find what those before left in it.
+
+    A machine that joins does not raise the count of restarts, under which torchrun keeps them apart (PyTorch issue
+    135712); with the variable, every start has a store of its own.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        told = f"torchrun with --max-restarts={restarts} may wait for processes that it has replaced"
+        raise ValueError(f"{told}; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before it")
+
+
+def _device_of(name: str, local_rank: int) -> torch.device:
+    device = pick_device(name)
+    if device.type != "cuda":
+        return device
+    if device.index is not None and int(os.environ["LOCAL_WORLD_SIZE"]) > 1:
+        raise ValueError(f"device {name} for every process of torchrun; leave it at auto or cuda")
+    if local_rank >= torch.cuda.device_count():
+        told = f"process {local_rank + 1} of torchrun finds {torch.cuda.device_count()} GPUs here"
+        raise ValueError(f"{told}; lower --nproc-per-node, or give --device cpu")
+    return torch.device("cuda", local_rank if device.index is None else device.index)
+
+
+class Loss(nn.Module):
+    """objective(student, batch) as a forward pass, so that DDP sees whatever the objective calls of the student."""
+
+    def __init__(self, student: FlowMap) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, objective: Objective, batch: Batch) -> Tensor:
+        return objective(self.student, batch)
+
+
+def replicated(student: FlowMap, ranks: Ranks) -> nn.Module:
+    """The Loss of a student that every rank holds whole; its gradients are means over ranks."""
+    if ranks.objects is None:
+        return Loss(student)
+    loss = DistributedDataParallel(Loss(student), gradient_as_bucket_view=True)
+    loss.broadcast_buffers = False  # they never change; an attribute, since the argument's name depends on the release
+    _settle(loss, student)
+    return loss
+
+
+def _settle(loss: nn.Module, student: FlowMap) -> None:
+    """Have DDP lay out its buckets by an order of gradients that does not depend on when a run was resumed.
+
+    It lays them out anew before the second backward pass, in the first one's order, and with another layout four ranks
+    add up in another order: without this, a resumed run's first step would differ in its last bits.
+    """
+
+    def touch(student: FlowMap, _: Any) -> Tensor:
+        return torch.stack([0 * parameter.sum() for parameter in reversed(list(student.parameters()))]).sum()
+
+    loss(touch, None).backward()
+    student.zero_grad(set_to_none=True)
+
+
+def held_back(loss: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Leaves gradients to the batch's last part to be summed over ranks. FSDP sums each part's, and stores no more."""
+    return nullcontext() if last or not isinstance(loss, DistributedDataParallel) else loss.no_sync()
+
+
+def share_out(network: nn.Module, ranks: Ranks) -> None:
+    """Leave each rank its share of the weights, layer by layer. Raises ValueError without torchrun.
+
+    They are gathered in their own dtype and autocast casts them, so that the step is the one of the other ways. They
+    are let go after every forward pass: one that no backward pass follows (validation) would keep the old ones.
+    """
+    if ranks.objects is None:
+        raise ValueError("parallel fsdp spreads weights over processes; start it by torchrun -m trainer fit")
+    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+    for module in (*_layers(network), network):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+def _layers(module: nn.Module) -> Iterable[nn.Module]:
+    """The members of the outermost lists of layers."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from _layers(child)
+
+
+def send_first(module: nn.Module, ranks: Ranks) -> None:
+    """The first rank's parameters and buffers, to all."""
+    if ranks.objects is not None:
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, src=0)

@@ -1,0 +1,149 @@
+"""Windows of rows, loaded, and batches filled from them: what the stream's two threads do."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffusion import noise
+from trainer.order import Ints
+from trainer.reading.ahead import Ahead
+from trainer.reading.batch import DeviceRing, Packed, Ring, raw_rows
+from trainer.reading.content import Cursor, Source
+from trainer.reading.rows import copy_rows
+
+Follow = Callable[[int], Source | None]
+
+
+@dataclass(frozen=True)
+class LoadedWindow:
+    """Loaded rows of a rank's lanes from `cursor` on: [lanes, rows] each.
+
+    addresses: column -> where each row's bytes begin. keep: what owns that memory.
+    """
+
+    cursor: Cursor
+    ids: Ints
+    condition: Ints
+    addresses: dict[str, Ints]
+    substituted: NDArray[np.bool_]
+    keep: Any
+
+
+def load_windows(cursor: Cursor, mine: range, *, follow: Follow | None, block: int | None) -> Iterator[LoadedWindow]:
+    """One window after the other of the lanes `mine`, from the cursor on."""
+    while True:
+        epoch = cursor.lanes.epoch_at(cursor.row)
+        if follow and cursor.row and cursor.row == cursor.lanes.epoch_start(epoch):
+            cursor = _followed(cursor, follow(epoch), epoch, block)
+        window = cursor.lanes.window_at(cursor.row)
+        # A run that goes on begins within a window.
+        ids = cursor.lanes.window_ids(window, mine)[:, cursor.row - window.start :]
+        yield _load(cursor, ids)
+        cursor = replace(cursor, row=window.stop)
+
+
+def _followed(cursor: Cursor, source: Source | None, epoch: int, block: int | None) -> Cursor:
+    """The start of an epoch, in `source` if it is one."""
+    if source is None:
+        return cursor
+    if source.digest == cursor.lanes.digest:  # the same samples, stored anew
+        return replace(cursor, source=source)
+    return cursor.moved(source, epoch, block)
+
+
+def _load(cursor: Cursor, ids: Ints) -> LoadedWindow:
+    rows = cursor.source.load(ids.ravel())
+    return LoadedWindow(
+        cursor=cursor,
+        ids=rows.ids.reshape(ids.shape),
+        condition=rows.condition.reshape(ids.shape),
+        addresses={name: where.reshape(ids.shape) for name, where in rows.addresses.items()},
+        substituted=rows.substituted.reshape(ids.shape),
+        keep=rows.keep,
+    )
+
+
+class Made(NamedTuple):
+    """A batch, the cursor after it, and how many of its rows are substitutes."""
+
+    batch: Packed
+    after: Cursor
+    substituted: int
+
+
+class Filler:
+    """Copies the rows of loaded windows into batches.
+
+    first: place of this rank's rows in a global batch. turn (w, W): every W-th global batch from the w-th on.
+    """
+
+    def __init__(
+        self,
+        windows: Ahead[LoadedWindow],
+        ring: Ring | DeviceRing,
+        *,
+        batch_size: int,
+        first: int,
+        turn: tuple[int, int],
+    ) -> None:
+        self._windows, self._ring = windows, ring
+        self._batch_size, self._first, self._turn = batch_size, first, turn
+        self._window: LoadedWindow | None = None
+        self._at = 0
+
+    def batches(self, cursor: Cursor) -> Iterator[Made]:
+        """The batches from a cursor on, at which the first window begins."""
+        rows, consumed = self._batch_size // cursor.lanes.lanes, cursor.consumed
+        skipped, every = self._turn
+        while True:
+            self._take(skipped * rows)
+            consumed += skipped * self._batch_size
+            parts = self._take(rows)
+            filled = self._filled(parts, consumed, cursor.lanes.seed)
+            consumed += self._batch_size
+            window, place = parts[-1]
+            after = replace(window.cursor, row=window.cursor.row + place.stop, consumed=consumed)
+            yield Made(filled, after, sum(int(window.substituted[:, place].sum()) for window, place in parts))
+            skipped = every - 1
+
+    def _take(self, rows: int) -> list[tuple[LoadedWindow, slice]]:
+        """The next rows of each lane, from as many windows as they are in."""
+        parts = []
+        while rows:
+            if self._window is None or self._at == self._window.ids.shape[1]:
+                self._window, self._at = None, 0  # unmapped before the next is waited for
+                self._window = self._windows.get()
+            past = min(self._at + rows, self._window.ids.shape[1])
+            parts.append((self._window, slice(self._at, past)))
+            rows, self._at = rows - (past - self._at), past
+        return parts
+
+    def _filled(self, parts: list[tuple[LoadedWindow, slice]], consumed: int, seed: int) -> Packed:
+        """A batch of these rows, lane by lane."""
+
+        def joined(arrays: Iterator[NDArray[Any]]) -> NDArray[Any]:
+            return np.concatenate([array[:, place] for array, (_, place) in zip(arrays, parts, strict=True)], 1).ravel()
+
+        packed = self._ring.take()
+        batch = packed.batch
+        positions = np.arange(consumed + self._first, consumed + self._first + len(batch))
+        batch.positions.numpy()[:] = positions
+        batch.ids.numpy()[:] = joined(window.ids for window, _ in parts)
+        batch.condition.numpy()[:] = joined(window.condition for window, _ in parts)
+        if batch.uniforms.shape[1]:
+            batch.uniforms.copy_(objective_uniforms(seed, positions, batch.uniforms.shape[1]))
+        for name, state in batch.states.items():
+            copy_rows(joined(window.addresses[name] for window, _ in parts), raw_rows(state))
+        return self._ring.send(packed)
+
+
+def objective_uniforms(seed: int, positions: Ints, size: int) -> Tensor:
+    """`size` numbers in (0, 1) for each position of the run, from the counter-based generator: float64 [B, size]."""
+    if not size:
+        return torch.empty(len(positions), 0, dtype=torch.float64)
+    return torch.from_numpy(noise.uniform(seed, "train", positions, purpose="objective", size=size))

@@ -1,0 +1,45 @@
+"""The models that a run saves: its last, its best and each stage's."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion import checkpoint
+from diffusion.checkpoint import Checkpoint, pack
+from diffusion.spec import model_from_spec
+from trainer.config import FitConfig
+from trainer.plan import Plan, Stage
+from trainer.saving.place import Place
+
+
+class Models:
+    """Native checkpoints of one network in a run's folder, and their copies where it has another place."""
+
+    def __init__(self, config: FitConfig, model: dict[str, Any], place: Place) -> None:
+        self._config, self._model, self._place = config, model, place
+
+    def save(
+        self, weights: Mapping[str, Tensor], plan: Plan, stage: Stage, *, steps: int, folders: Sequence[str]
+    ) -> None:
+        """The student of a stage with these weights, after `steps` steps of the run, into each folder."""
+        module = model_from_spec(self._model)
+        module.load_state_dict(weights)
+        saved = Checkpoint(
+            model=self._model,
+            weights=pack(module, dtype=getattr(torch, self._config.save_dtype)),
+            grids={stage.num_steps: stage.times} if stage.times else {},
+            about={
+                "objective": self._config.objective.model_dump(mode="json", exclude_none=True),
+                "stage": stage.name,
+                "steps": steps,
+                "batch_size": self._config.batch_size,
+                "seed": self._config.seed,
+                "reads": plan.reads,
+                "labels": plan.labels,
+            },
+        )
+        for folder in folders:
+            checkpoint.save(saved, self._config.out / folder)
+            self._place.put(folder)

@@ -1,0 +1,75 @@
+"""Where a run's checkpoints are kept: in its own folder, or elsewhere, with copies of what else the folder holds.
+
+A copy is whole or not there: a model's description goes last, metrics go before the checkpoint that they reach up to.
+A fresh machine fetches them and goes on.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from diffusion.checkpoint import MODEL_FILE, WEIGHTS_FILE
+from storage_schemas.store import Store
+from trainer.saving.checkpoints import FOLDER, remove_folder
+
+RECORD, METRICS = "run.json", "metrics.jsonl"
+MODEL, BEST, STAGES = "model", "best", "stages"
+
+
+class Place:
+    """`folder`, the run's own, and `store`, which holds its checkpoints: the same, or the one at `uri`."""
+
+    def __init__(self, folder: Path, uri: str | None) -> None:
+        self.folder, own = folder, Store(str(folder))
+        self.store = Store(uri) if uri is not None else own
+        self.elsewhere = self.store.uri != own.uri
+
+    def put(self, name: str) -> None:
+        """Copy a file of the folder, or a model's folder."""
+        if not self.elsewhere:
+            return
+        names = [name]
+        if (self.folder / name).is_dir():
+            names = [f"{name}/{file}" for file in (WEIGHTS_FILE, MODEL_FILE)]
+        for path in names:
+            self.store.write(path, (self.folder / path).read_bytes())
+
+    def fetch(self) -> None:
+        """The copies into the folder: metrics that are there are replaced, models are not."""
+        if not self.elsewhere:
+            return
+        self._fetch(METRICS)
+        for name in (MODEL, BEST, *(f"{STAGES}/{stage}" for stage in self.store.list(STAGES))):
+            if not (self.folder / name).is_dir():
+                for file in (WEIGHTS_FILE, MODEL_FILE):
+                    self._fetch(f"{name}/{file}")
+
+    def clear(self) -> None:
+        """Remove what a run writes, and nothing else, its record last; what holds no run is left as it is."""
+        if self.elsewhere and self.store.exists(RECORD):
+            for name in (*self._folders(), METRICS, RECORD):
+                remove_folder(self.store, name)
+                self.store.remove(name)
+        if (self.folder / RECORD).is_file():
+            for name in (FOLDER, "tensorboard", MODEL, BEST, STAGES):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+            for name in (METRICS, RECORD):
+                (self.folder / name).unlink(missing_ok=True)
+
+    def _folders(self) -> list[str]:
+        """Of copies: folders of files, inner ones first."""
+        inner = [f"{name}/{one}" for name in (FOLDER, STAGES) for one in self.store.list(name)]
+        return [*inner, FOLDER, STAGES, MODEL, BEST]
+
+    def _fetch(self, name: str) -> None:
+        data = self.store.read(name)
+        if data is not None:
+            write_whole(self.folder / name, data)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write or replace a file: readers and a kill see the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
