@@ -105,6 +105,8 @@ def decode_chunk(commit: Commit, field: Field, chunk: Chunk, data: memoryview, f
     group = [other.first_row for other in commit.chunks if other.column == chunk.column].index(chunk.first_row)
     with _as_committed(commit.path):
         table = _open(source, footer).read_row_group(group, columns=[field.name], use_threads=False)
+    if table.num_rows != chunk.rows:
+        raise CorruptShard(f"{commit.path}: row group {group} has {table.num_rows} rows, its commit says {chunk.rows}")
     return _to_numpy(field, table.column(0))
 
 

@@ -28,6 +28,9 @@ ROWS_PER_BLOCK = 256
 BLOCK_BYTES = 64 << 20
 BLOCK = tarfile.BLOCKSIZE
 
+NOT_OURS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, EOFError)
+"""What it raises to read members as ours that hold something else."""
+
 
 def encode(
     path: str | Path, fields: Sequence[Field], columns: Columns, *, task: Task, recipe_id: str, layout: Layout
@@ -134,9 +137,9 @@ def parse(data: memoryview, fields: Sequence[Field], rows: int, *, name: str) ->
         return {field.name: np.empty((0, *field.shape), field.numpy_dtype) for field in fields}
     try:
         regular = regular_rows(data, rows)
-        found = regular.columns(fields) if regular else decode_foreign_tar(data)
+        found = regular.columns(fields) if regular and regular.holds(fields) else decode_foreign_tar(data)
         return {field.name: _as_stored(field, rows, found[field.name]) for field in fields}
-    except (tarfile.TarError, ValueError, KeyError) as error:
+    except (tarfile.TarError, *NOT_OURS) as error:
         raise CorruptShard(f"{name} is not the tar of its commit: {error}") from None
 
 
@@ -157,35 +160,62 @@ class RegularRows:
     members: dict[str, tuple[int, int]]
 
     def columns(self, fields: Sequence[Field]) -> Columns:
-        """States as views of the file; integers out of the JSON. ValueError or KeyError where it has other members."""
+        """States that it holds as views of the file; integers out of the JSON, one of NOT_OURS where it has others."""
         return self.states(fields) | self.scalars([field for field in fields if field.is_scalar])
 
+    def holds(self, fields: Sequence[Field]) -> bool:
+        """Whether every row has the states of these fields, as we store them."""
+        return all(self._has(field) for field in fields if not field.is_scalar)
+
+    def _has(self, field: Field) -> bool:
+        offset, size = self.members.get(f"{field.name}.npy", (0, 0))
+        header = np.frombuffer(_npy_header(field), np.uint8)
+        if size != len(header) + field.nbytes:
+            return False
+        return bool((self._along((len(header),), np.dtype(np.uint8), offset) == header).all())
+
     def states(self, fields: Sequence[Field]) -> Columns:
-        """Views [rows, *shape] of the fields that are not scalars."""
+        """Views [rows, *shape] of the fields that are not scalars and that it holds."""
         return {field.name: self._state(field) for field in fields if not field.is_scalar}
 
     def _state(self, field: Field) -> np.ndarray:
-        offset, size = self.members[f"{field.name}.npy"]
-        header = _npy_header(field)
-        if size != len(header) + field.nbytes or bytes(self.data[offset : offset + len(header)]) != header:
-            raise ValueError(f"{field.name} is not {field.dtype}{list(field.shape)}")
-        dtype = field.numpy_dtype
-        inner = np.empty(field.shape, dtype).strides
-        start = offset + len(header)
-        return np.ndarray((self.rows, *field.shape), dtype, self.data, start, (self.stride, *inner))
+        offset, _ = self.members[f"{field.name}.npy"]
+        return self._along(field.shape, field.numpy_dtype, offset + len(_npy_header(field)))
+
+    def _along(self, shape: tuple[int, ...], dtype: np.dtype, offset: int) -> np.ndarray:
+        """What lies at `offset` of each row: [rows, *shape]."""
+        inner = np.empty(shape, dtype).strides
+        return np.ndarray((self.rows, *shape), dtype, self.data, offset, (self.stride, *inner))
 
     def scalars(self, fields: Sequence[Field]) -> Columns:
         """The integers of these fields, parsed out of every row's JSON."""
         if not fields:
             return {}
         offset, size = self.members["json"]
-        texts = np.ndarray((self.rows,), f"S{size}", self.data, offset, (self.stride,))
+        texts = self._along((), np.dtype(f"S{size}"), offset)
         parsed = json.loads(b"[" + b",".join(texts.tolist()) + b"]")
-        return {field.name: np.array([row[field.name] for row in parsed], field.numpy_dtype) for field in fields}
+        return {
+            field.name: np.array([_integer(row[field.name]) for row in parsed], field.numpy_dtype) for field in fields
+        }
+
+    def has_everywhere(self) -> bool:
+        """Whether the headers of every row name these members, of these sizes, after keys of one length."""
+        for offset, _ in self.members.values():
+            headers = self._along((BLOCK,), np.dtype(np.uint8), offset - BLOCK)
+            key = max(0, bytes(headers[0]).find(b"."))
+            if not all((part == part[0]).all() for part in (headers[:, key:100], headers[:, 124:136])):
+                return False
+        return True
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError(f"{value!r} is no integer")
+    return value
 
 
 def regular_rows(data: memoryview, rows: int) -> RegularRows | None:
-    """The row layout of a tar made by `encode`, None for another tar. Headers of the first and last row must agree."""
+    """The row layout of a tar made by `encode`, None for another tar: the headers of all rows must agree."""
     end = rows * _row_size(_row_members(data, 0))
     if len(data) < end + 2 * BLOCK or any(data[end : end + 2 * BLOCK]):
         return None
@@ -199,8 +229,10 @@ def regular_block(data: memoryview, rows: int) -> RegularRows | None:
         first, last = _row_members(data[:stride], 0), _row_members(data[-stride:], 0)
     except tarfile.TarError:  # no row begins there
         return None
-    same = not rest and first == last and _row_size(first) == stride
-    return RegularRows(data, rows, stride, first) if same else None
+    if rest or first != last or _row_size(first) != stride:
+        return None
+    found = RegularRows(data, rows, stride, first)
+    return found if found.has_everywhere() else None
 
 
 def _row_members(data: memoryview, start: int) -> dict[str, tuple[int, int]]:

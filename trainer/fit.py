@@ -23,7 +23,7 @@ from trainer.run import RunRecord, check_place, earlier_run, only_fit, where
 from trainer.saving.checkpoints import Checkpoints, Found
 from trainer.saving.models import Models
 from trainer.saving.place import BEST, METRICS, RECORD, Place
-from trainer.start import built, check_restarts, make_plan, start
+from trainer.start import built, check_launch, make_plan, start
 from trainer.stream import Stream
 
 __all__ = ["FitConfig", "run_fit"]
@@ -45,7 +45,7 @@ def run_fit(config: FitConfig) -> int:
             crew = held.enter_context(ranks(config.device))
             check_device(config, crew.device)
             check_division(config.batch_size, config.lanes or default_lanes(config.batch_size), crew.world_size)
-            check_restarts(config)
+            check_launch(config, crew)
         return _fit(config, crew, held)
 
 
@@ -56,13 +56,13 @@ def _fit(config: FitConfig, crew: Ranks, held: ExitStack) -> int:
         held.enter_context(only_fit(config.out, patience=_PATIENCE if crew.objects else 0.0))
     earlier = crew.broadcast(earlier_run(config, place) if crew.is_first else None)
     checkpoints = Checkpoints(place.store, crew, keep_last=config.keep_last, keep_best=config.keep_best)
-    if crew.is_first and config.resume and not earlier and checkpoints:
+    if crew.is_first and not earlier and not place.store.exists(RECORD) and checkpoints:
         raise UsageError(
             f"{place.store.uri} holds checkpoints of a run without its {RECORD}; move them, or choose another"
         )
     with checkpoints.newest() if earlier else nullcontext() as found:
         with usage_errors():
-            plan = make_plan(config, earlier, found)
+            plan = make_plan(config, crew, earlier, found)
             if earlier and found is None:
                 check_place(earlier, place, config.out)
             record, denoiser = (earlier, built(earlier.model)) if earlier and found else start(config, plan, place)
@@ -70,6 +70,8 @@ def _fit(config: FitConfig, crew: Ranks, held: ExitStack) -> int:
         if crew.is_first:
             if not begun:
                 held.enter_context(only_fit(config.out))
+                if (config.out / RECORD).is_file():
+                    raise UsageError(f"another fit has begun in {config.out} since; the same command goes on with it")
             if not config.resume:
                 place.clear()  # only now that nothing is refused any more
             if earlier:
@@ -159,7 +161,7 @@ class Fit:
         following = None
         if config.follow_latest:
             following = Following(config, self.plan, stage, ranks=self.ranks, pins=self.pins, say=self.log.say)
-        with self._stream(stage, following) as stream:
+        with self._stream(stage, following) as stream, following or nullcontext():
             meter, stopped = Meter(stream), self.ranks.any(bool(self.stop))
             while self.step < config.steps and not stopped:
                 batch = next(stream)
@@ -210,7 +212,7 @@ class Fit:
             lr = float(self.stepper.scheduler.get_last_lr()[0])
             figures = {"stage": stage.name, **meter.take(), "lr": lr, **self._counts(stream)}
         error = None
-        if config.validate_every and (self.done % config.validate_every == 0 or last) and self.plan.holdout_error:
+        if config.validate_every and (self.step % config.validate_every == 0 or last) and self.plan.holdout_error:
             with self.stepper.evaluating() as served:
                 error = figures["holdout_error"] = self.plan.holdout_error(FlowMap(served), stage)
         if figures:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from threading import Event
+from typing import Self
 
 from storage_schemas.dataset import latest_manifest
 from storage_schemas.errors import ManifestMismatch, UserError
@@ -14,7 +16,9 @@ from trainer.trajectories import plan_trajectories
 
 
 class Following:
-    """Called by a stream's loading thread on every rank; the first rank looks and decides.
+    """Called by a stream's loading thread on every rank, when reading comes to an epoch: somewhat ahead of the step.
+
+    The first rank looks and decides. A stage has one of its own.
 
     plans: of the manifests gone over to, by number; the stream's state tells from when on one is read.
     """
@@ -30,13 +34,22 @@ class Following:
         say: Callable[[str], None],
     ) -> None:
         self.plans: dict[int, Plan] = {}
-        self._config, self._plan, self._columns = config, plan, stage.objective.columns
-        self._ranks, self._pins, self._say = ranks.aside, pins, say
+        self._config, self._plan, self._stage, self._columns = config, plan, stage.name, stage.objective.columns
+        self._ranks, self._pins, self._say = ranks, pins, say
         self._refused: set[int] = set()
+        self._ended = Event()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """The stream is no longer read: a thread that waits for the first rank's answer need not."""
+        self._ended.set()
 
     def __call__(self, epoch: int) -> Source | None:
         """What to read from this epoch on, None for what was read before."""
-        number = self._ranks.broadcast(self._newer() if self._ranks.is_first else None)
+        key = f"manifest from epoch {epoch} of stage {self._stage} on"
+        number = self._ranks.found_by_first(key, self._newer, self._ended)
         if number is None:
             return None
         if number not in self.plans:

@@ -1,10 +1,11 @@
 """The step and the loop around it: AdamW, warm-up and decay, clipping, averaged weights, exact resume."""
 
+import copy
 import hashlib
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -18,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.tensor import DTensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from diffusion.denoiser import Denoiser
 from diffusion.flow_map import FlowMap
@@ -66,9 +67,7 @@ class Stepper:
         self.config, self.ranks, self.sharded = config, ranks, sharded
         self.student = student.train()
         parallel.send_first(student, ranks)
-        self.average: AveragedModel | None = None
-        if config.ema:
-            self.average = AveragedModel(student.denoiser, multi_avg_fn=_averaging(config.ema))
+        self.average = Average(student.denoiser, config.ema) if config.ema else None
         if config.compile:
             student.denoiser.network.compile()
         self._loss = self._spread()
@@ -93,17 +92,13 @@ class Stepper:
         """Begin the next stage: from the served weights, with everything else as new."""
         self.student.denoiser.load_state_dict(self.served.state_dict())
         if self.average is not None:
-            self.average.n_averaged.zero_()
+            self.average.count = 0
         self._begin()
 
     @property
     def served(self) -> Denoiser:
         """The denoiser that is validated, saved, and the start of the next stage."""
-        if self.average is None:
-            return self.student.denoiser
-        averaged = self.average.module
-        assert isinstance(averaged, Denoiser)
-        return averaged
+        return self.student.denoiser if self.average is None else self.average.denoiser
 
     @contextmanager
     def evaluating(self) -> Iterator[Denoiser]:
@@ -127,7 +122,7 @@ class Stepper:
         self.scaler.update()
         self.scheduler.step()
         if self.average is not None:
-            self.average.update_parameters(self.student.denoiser)
+            self.average.update(self.student.denoiser)
         return self.ranks.mean(loss), norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _gradient(self, objective: Objective, batch: Batch) -> Tensor:
@@ -184,16 +179,29 @@ class Stepper:
         return whole if self.ranks.is_first else {}
 
 
-_Tensors = tuple[Tensor, ...] | list[Tensor]
+class Average:
+    """Exponential average of a denoiser's weights: the first, then with min(decay, (1 + n)/(10 + n)) after n of them.
 
+    It starts short, to forget its start. Unlike PyTorch's AveragedModel it asks the device for nothing.
+    """
 
-def _averaging(decay: float) -> Callable[[_Tensors, _Tensors, Tensor | int], None]:
-    """An exponential average that starts short, min(decay, (1 + n)/(10 + n)) after n steps, to forget its start."""
+    def __init__(self, denoiser: Denoiser, decay: float) -> None:
+        self.denoiser, self.decay, self.count = copy.deepcopy(denoiser), decay, 0
 
-    def update(averaged: _Tensors, current: _Tensors, n: Tensor | int) -> None:
-        get_ema_multi_avg_fn(min(decay, (1 + int(n)) / (10 + int(n))))(averaged, current, n)
+    def update(self, denoiser: Denoiser) -> None:
+        """Take in the weights after a step."""
+        decay = min(self.decay, (1 + self.count) / (10 + self.count)) if self.count else 0.0
+        get_ema_multi_avg_fn(decay)(list(self.denoiser.parameters()), list(denoiser.parameters()), self.count)
+        for averaged, current in zip(self.denoiser.buffers(), denoiser.buffers(), strict=True):
+            averaged.copy_(current)
+        self.count += 1
 
-    return update
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "denoiser": self.denoiser.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+        self.denoiser.load_state_dict(state["denoiser"])
 
 
 class StopRequest:

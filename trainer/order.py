@@ -6,6 +6,8 @@
     run   S[C P_e + c q_e : C P_e + (c + 1) q_e)         of lane c in epoch e, q_e = P_{e+1} - P_e rows
     row   P_e + i of lane c: the i-th of its run, cut evenly into windows of up to WINDOW blocks, each shuffled
 
+The first epoch's runs begin with windows of START blocks each, so that a run can begin before much is read.
+
 Lanes have equal runs and equal windows, so "row r" is the r-th row of every lane. A global batch of C b samples is rows
 [k b, (k + 1) b) of every lane, lane after lane; a rank's part of it is the part of its consecutive lanes.
 
@@ -27,6 +29,7 @@ from trainer.blocks import Blocks, LaidOut
 
 BLOCK = 512
 WINDOW = 16
+START = (1, 2, 4, 8)
 _VERSION = "limbeck order 2"
 
 Ints = NDArray[np.int64]
@@ -85,11 +88,18 @@ class Lanes:
     def window_at(self, row: int) -> Window:
         """The window that this row is in."""
         epoch = self.epoch_at(row)
-        first = self.epoch_start(epoch)
-        length = self.epoch_start(epoch + 1) - first
+        first, past = self.epoch_start(epoch), self.epoch_start(epoch + 1)
+        index = 0
+        for blocks in START if epoch == self.first_epoch else ():
+            if row < first + blocks * self.block:
+                return Window(epoch, index, first, min(first + blocks * self.block, past))
+            first, index = first + blocks * self.block, index + 1
+        length = past - first
         windows = -(-length // (WINDOW * self.block))
-        index = ((row - first + 1) * windows - 1) // length
-        return Window(epoch, index, first + index * length // windows, first + (index + 1) * length // windows)
+        place = ((row - first + 1) * windows - 1) // length
+        return Window(
+            epoch, index + place, first + place * length // windows, first + (place + 1) * length // windows
+        )  # fmt: skip
 
     def window_ids(self, window: Window, lanes: range) -> Ints:
         """Ids of a window's rows in consecutive lanes: [len(lanes), stop - start], read-only."""

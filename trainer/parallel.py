@@ -4,14 +4,17 @@
 who; without it there is one. "ddp": each holds the whole student. "fsdp": each holds a share of its weights, of their
 average and of the optimizer's state (PyTorch's FSDP2), and a layer is gathered when it is needed.
 
-Collective, i.e. called by every rank, in the same order, or not at all: all methods of Ranks.
+Collective, i.e. called by every rank, in the same order, or not at all: all methods of Ranks but `found_by_first`.
 """
 
+import json
 import os
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
+from threading import Event
 from typing import Any
 
 import torch
@@ -19,15 +22,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from diffusion.flow_map import FlowMap
+from storage_schemas.errors import UserError, usage_errors
 from trainer.objectives import Objective
 from trainer.plan import pick_device
 from trainer.stream import Batch
 
 # How long a rank waits for the others, who may be reading, validating or saving.
 TIMEOUT = timedelta(minutes=15)
+_LOOKS = 0.02  # seconds between two looks for what the first rank has found
 
 
 @dataclass(frozen=True)
@@ -40,17 +46,12 @@ class Ranks:
     device: torch.device
     objects: Any = None
     """gloo group of small objects, on the CPU whatever the tensors' group is; None without torchrun."""
-    aside_objects: Any = None
+    store: dist.Store | None = None
 
     @property
     def is_first(self) -> bool:
         """Whether this is the one that writes."""
         return self.rank == 0
-
-    @property
-    def aside(self) -> "Ranks":
-        """The same ranks over a group of its own, for one other thread: its calls don't meet the main thread's."""
-        return replace(self, objects=self.aside_objects)
 
     def gather(self, mine: Any) -> list[Any]:
         """Every rank's small object, in the ranks' order, to all."""
@@ -84,6 +85,22 @@ class Ranks:
         """The mean over ranks of a tensor on their device, a new one."""
         return self.sum(tensor) / self.world_size
 
+    def found_by_first(self, key: str, find: Callable[[], int | None], ended: Event) -> int | None:
+        """What `find` gives on the first rank, to all that ask by this key, each time by a new one; None once `ended`.
+
+        For a thread beside the main one: where its work ends before the other ranks' has come to asking, they never
+        will, so that it must not wait for them in a collective.
+        """
+        if self.store is None:
+            return find()
+        if self.is_first:
+            self.store.set(key, json.dumps(find()))
+        while not self.store.check([key]):  # `wait` would keep the main thread from the store
+            if ended.wait(_LOOKS):
+                return None
+        found: int | None = json.loads(self.store.get(key))
+        return found
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.objects is not None:
@@ -105,16 +122,49 @@ def ranks(device_name: str) -> Iterator[Ranks]:
         yield alone(pick_device(device_name))
         return
     _check_restarts()
-    local_rank = int(os.environ["LOCAL_RANK"])
-    device = _device_of(device_name, local_rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
-    objects, aside = (dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2))
-    yield Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device, objects, aside)
-    # After an error the others may be waiting in a collective, and this would wait for them: the process just ends.
-    dist.destroy_process_group()
+    store, rank, world_size = next(rendezvous("env://", timeout=TIMEOUT))
+    with _told_once(store):
+        local_rank = int(os.environ["LOCAL_RANK"])
+        with usage_errors():
+            device = _device_of(device_name, local_rank)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+        objects = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        yield Ranks(rank, world_size, local_rank, device, objects, store)
+        # After an error the others may be waiting in a collective, and this would wait for them: the process just ends.
+        dist.destroy_process_group()
+
+
+class LostRank(UserError):
+    """Another process has ended."""
+
+
+@contextmanager
+def _told_once(store: dist.Store) -> Iterator[None]:
+    """What several ranks fail by is told by one; that another has ended is told only where it could not say why."""
+    try:
+        yield
+    except UserError as error:
+        if _count(store, str(error)) > 1:
+            raise SystemExit(error.exit_code) from None
+        _count(store, "something")
+        raise
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        if _count(store, "something") > 1:
+            raise SystemExit(LostRank.exit_code) from None
+        raise LostRank("another process of torchrun's was lost; the same command goes on") from error
+
+
+def _count(store: dist.Store, told: str) -> int:
+    """How many ranks have come to tell this, with this one; 1 where the store has gone with its process."""
+    try:
+        return int(store.add(f"told {told}", 1))
+    except RuntimeError:
+        return 1
 
 
 def _check_restarts() -> None:
@@ -182,13 +232,13 @@ def held_back(loss: nn.Module, last: bool) -> AbstractContextManager[None]:
 
 
 def share_out(network: nn.Module, ranks: Ranks) -> None:
-    """Leave each rank its share of the weights, layer by layer. Raises ValueError without torchrun.
+    """Leave each rank its share of the weights, layer by layer.
 
     They are gathered in their own dtype and autocast casts them, so that the step is the one of the other ways. They
     are let go after every forward pass: one that no backward pass follows (validation) would keep the old ones.
     """
-    if ranks.objects is None:
-        raise ValueError("parallel fsdp spreads weights over processes; start it by torchrun -m trainer fit")
+    # FSDP warns of networks that return views, which who writes in place would regret. Predictions don't.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     for module in (*_layers(network), network):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)

@@ -115,17 +115,18 @@ def _stored(config: ShuffleConfig) -> tuple[IdSet, str, Shards]:
     return ids, dataset.manifest.content_digest, Shards(shards.starts, samples, nbytes)
 
 
-def _batches(order: Lanes, size: int, first: int, past: int) -> Ints:
-    """Global batches [first, past): ids [past - first, size]."""
-    rows = size // order.lanes
-    ids = order.rows(first * rows, past * rows, range(order.lanes)).reshape(order.lanes, past - first, rows)
+def _batches(order: Lanes, size: int, first: int, past: int, *, epoch: int = 1) -> Ints:
+    """Batches [first, past) from an epoch's start on: ids [past - first, size]. A run's first has small windows."""
+    rows, start = size // order.lanes, order.epoch_start(epoch)
+    ids = order.rows(start + first * rows, start + past * rows, range(order.lanes))
+    ids = ids.reshape(order.lanes, past - first, rows)
     return ids.transpose(1, 0, 2).reshape(past - first, size)
 
 
 def _stretches(order: Lanes, size: int, count: int) -> Iterator[tuple[int, Ints]]:
-    """(number of the first batch, batches) of the first epoch: all of them, or stretches of a window in even steps."""
+    """(number of the first batch, batches) of an epoch: all of them, or stretches of a window in even steps."""
     total = order.ids.count // size
-    window = order.window_at(0)
+    window = order.window_at(order.epoch_start(1))
     length = (
         total if order.ids.count <= count else min(total, max(1, (window.stop - window.start) * order.lanes // size))
     )
@@ -188,10 +189,10 @@ def rank_correlation(one: Ints, other: Ints) -> float:
 
 
 def _epochs_correlation(order: Lanes, size: int) -> float:
-    """Of the places of each id in the first two epochs, as far as whole batches go."""
+    """Of the places of each id in two epochs, as far as whole batches go."""
     total, places = order.ids.count // size, np.full((2, order.ids.count), -1)
     for epoch in range(2):
-        ids = _batches(order, size, epoch * total, (epoch + 1) * total).ravel()
+        ids = _batches(order, size, 0, total, epoch=1 + epoch).ravel()
         places[epoch, order.ids.positions(ids)] = np.arange(ids.size)
     one, other = places[:, (places >= 0).all(axis=0)]
     return rank_correlation(one, other)
@@ -199,10 +200,10 @@ def _epochs_correlation(order: Lanes, size: int) -> float:
 
 def _working_set(order: Lanes, shards: Shards, count: int) -> dict[str, Any]:
     """Shards that a window of all lanes is read from, the fewest that hold so many rows, and their files' bytes."""
-    first = order.window_at(0)
-    rows = (first.stop - first.start) * order.lanes
-    last = order.epoch_start(1)
-    windows = np.linspace(0, last - 1, max(1, min(64, count // rows, last // max(1, first.stop)))).astype(np.int64)
+    start, past = order.epoch_start(1), order.epoch_start(2)  # the first epoch's first windows are small
+    length = (window := order.window_at(start)).stop - window.start
+    rows, number = length * order.lanes, (past - start) // length
+    windows = np.linspace(start, past - 1, max(1, min(64, count // (length * order.lanes), number))).astype(np.int64)
     ids = (order.window_ids(order.window_at(int(row)), range(order.lanes)) for row in windows)
     touched = [np.unique(shards.of(window)) for window in ids]
     return {

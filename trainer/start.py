@@ -5,9 +5,12 @@ from typing import Any
 
 from diffusion.denoiser import Denoiser
 from diffusion.spec import model_from_spec
+from storage_schemas.dataset import latest_manifest
 from storage_schemas.errors import ManifestMismatch, UsageError
+from storage_schemas.store import Store
 from trainer.config import FitConfig
 from trainer.order import default_block, default_lanes
+from trainer.parallel import Ranks
 from trainer.plan import Plan, plan_images
 from trainer.run import RunRecord, new_record, where
 from trainer.saving.checkpoints import Found
@@ -16,8 +19,11 @@ from trainer.student import with_dropout
 from trainer.trajectories import plan_trajectories
 
 
-def check_restarts(config: FitConfig) -> None:
-    """Refuse to start anew what torchrun would then start anew each time that it restarts its processes."""
+def check_launch(config: FitConfig, crew: Ranks) -> None:
+    """Refuse to be spread over no processes, and to start anew what torchrun would start anew at each restart."""
+    if config.parallel != "auto" and crew.objects is None:
+        told = f"parallel {config.parallel} spreads a fit over processes"
+        raise ValueError(f"{told}; start it by torchrun -m trainer fit, or leave --parallel out")
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     if restarts and not config.resume:
         raise ValueError(
@@ -25,8 +31,8 @@ def check_restarts(config: FitConfig) -> None:
         )
 
 
-def make_plan(config: FitConfig, earlier: RunRecord | None, found: Found | None) -> Plan:
-    """The plan of a new run, or of an earlier one on the samples that it reads."""
+def make_plan(config: FitConfig, crew: Ranks, earlier: RunRecord | None, found: Found | None) -> Plan:
+    """The plan of a new run, or of an earlier one on the samples that it reads: on every rank the same."""
     tree = found.plain if found else None
     if tree and tree["sharded"] != (config.parallel == "fsdp"):
         told = f"{config.out} was saved {'with' if tree['sharded'] else 'without'} --parallel fsdp"
@@ -35,12 +41,21 @@ def make_plan(config: FitConfig, earlier: RunRecord | None, found: Found | None)
     if config.objective.name == "denoising":
         plan = plan_images(config)
     else:
-        same = reads and all(reads[name] == value for name, value in where(config).items())
-        plan = plan_trajectories(config, number=config.manifest or (reads["manifest"] if same else None))
+        plan = plan_trajectories(config, number=crew.broadcast(_manifest(config, reads) if crew.is_first else None))
     if reads and reads["content_digest"] != plan.reads["content_digest"]:
         told = f"{config.out} was reading samples {reads['content_digest'][:12]}"
         raise ManifestMismatch(f"{told}, now {plan.reads}: name those it read, or choose another --out")
     return plan
+
+
+def _manifest(config: FitConfig, reads: dict[str, Any]) -> int | None:
+    """Its number, which one rank finds out for all, as a newer one may be sealed meanwhile. None: there is none."""
+    if config.manifest:
+        return config.manifest
+    if reads and all(reads[name] == value for name, value in where(config).items()):
+        return int(reads["manifest"])
+    latest = latest_manifest(Store.open(config.data or ""), config.dataset)
+    return latest.number if latest else None
 
 
 def start(config: FitConfig, plan: Plan, place: Place) -> tuple[RunRecord, Denoiser]:

@@ -150,7 +150,8 @@ class TrajectoryStream(IterableDataset[dict[str, Tensor]]):
     data: a store's URI, of which `dataset` and `manifest` (None: the latest) are opened, or a Dataset. rank,
     world_size: those of torch.distributed where it is set up already, else one rank. Worker w of W of a DataLoader
     yields every W-th batch from the w-th on, which the DataLoader puts in order; workers make it no faster, as it
-    reads ahead in threads.
+    reads ahead in threads. Only persistent workers know where the last iteration ended: others begin at this
+    process's state again.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from storage_schemas.errors import CorruptShard
 from storage_schemas.formats import check_shard, encode_shard, read_shard
 from storage_schemas.layout import Layout
 from storage_schemas.recipe import Recipe
-from storage_schemas.record import Columns, bfloat16_values, to_storage
+from storage_schemas.record import Columns, Field, bfloat16_values, to_storage
 from storage_schemas.store import Store
 
 Make = Callable[..., Recipe]
@@ -222,15 +222,62 @@ def test_the_tar_has_no_pax_records_and_one_stride(recipe: Recipe, make_columns:
     assert_same(webdataset.decode_foreign_tar(data), columns)
 
 
-def test_a_row_in_another_order_is_not_viewed(recipe: Recipe, make_columns: Rows, tmp_path: Path) -> None:
+@pytest.mark.parametrize("row", [3, 7])
+def test_a_row_in_another_order_is_not_viewed(recipe: Recipe, make_columns: Rows, tmp_path: Path, row: int) -> None:
     task = Task("train", 0, 8)
     columns = make_columns(recipe, task)
     shard = encode_shard(tmp_path / "s", recipe.fields, columns, task=task, recipe_id=recipe.id, layout=LAYOUTS[2])
     data = bytearray(shard.path.read_bytes())
-    noise, state = slice(7 * 4096, 7 * 4096 + 1024), slice(7 * 4096 + 1024, 7 * 4096 + 2048)
+    noise, state = slice(row * 4096, row * 4096 + 1024), slice(row * 4096 + 1024, row * 4096 + 2048)
     data[noise], data[state] = data[state], data[noise]  # same sizes, so the stride alone doesn't tell
     assert webdataset.regular_rows(memoryview(data), 8) is None
     assert_same(webdataset.decode_foreign_tar(bytes(data)), columns)
+
+
+NOISE = Field("noise", (2, 2), "float16")
+
+
+def tar_of(samples: list[dict[str, bytes]]) -> memoryview:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for key, members in enumerate(samples):
+            for suffix, contents in members.items():
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(contents)
+                tar.addfile(member, io.BytesIO(contents))
+    return memoryview(file.getvalue())
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def test_a_row_stored_column_by_column_among_others_is_what_it_is() -> None:
+    values = np.arange(12, dtype=np.float16).reshape(3, 2, 2)
+    rows = [values[0], np.asfortranarray(values[1]), values[2]]  # headers of the same size, which differ
+    found = webdataset.parse(tar_of([{"noise.npy": npy(row)} for row in rows]), [NOISE], 3, name="a.tar")
+    np.testing.assert_array_equal(found["noise"], values)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"noise.npy": b""},
+        {"noise.npy": npy(np.zeros((2, 2), np.int16))},
+        {"noise.npy": npy(np.array([None], object))},
+        *({"json": text} for text in (b"[1]", b"{", b'{"condition": null}', b'{"condition": 1.5}')),
+        {"json": b'{"condition": 100000000000000000000}'},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_members_that_are_not_ours_are_told_in_one_line(other: dict[str, bytes]) -> None:
+    good = {"noise.npy": npy(np.zeros((2, 2), np.float16)), "json": b'{"condition": 1}'}
+    for samples in ([good, good | other], [good | other] * 2):
+        with pytest.raises(CorruptShard, match=r"a.tar is not the tar of its commit: ") as caught:
+            webdataset.parse(tar_of(samples), [NOISE, Field("condition", (), "int64")], 2, name="a.tar")
+        assert "\n" not in str(caught.value)
 
 
 def test_an_irregular_tar_is_parsed_as_any_other() -> None:

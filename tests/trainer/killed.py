@@ -23,7 +23,7 @@ from storage_schemas.command_line import Command, main
 from trainer.config import FitConfig
 from trainer.fit import run_fit
 
-SAVED = ("model", "best", "stages/4-step", "stages/2-step", "stages/1-step")
+SAVED = ("model", "best", "stages/2-step", "stages/1-step")
 EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "shutil.rmtree")
 
 

@@ -6,6 +6,7 @@ python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.trainer
 import json
 import math
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -157,16 +158,21 @@ def _digest(weights: dict[str, torch.Tensor]) -> str:
 
 def tell_each_other(ranks: Ranks) -> dict[str, Any]:
     """Every way of Ranks to tell, with what each answered to each rank."""
-    mine = {"rank": ranks.rank}
+    mine, ended = {"rank": ranks.rank}, threading.Event()
     answers = {
         "gather": ranks.gather(mine),
         "broadcast": ranks.broadcast(mine),
-        "aside": ranks.aside.broadcast(mine),
+        "found": ranks.found_by_first("number", lambda: 7 + ranks.rank, ended),
         "any": (ranks.any(ranks.rank == ranks.world_size - 1), ranks.any(False)),
         "sum": ranks.sum(torch.tensor(ranks.rank + 1.0, device=ranks.device)).item(),
         "mean": ranks.mean(torch.tensor(ranks.rank + 1.0, device=ranks.device)).item(),
         "first": ranks.is_first,
     }
+    if not ranks.is_first:
+        thread = threading.Thread(target=lambda: ranks.found_by_first("what the first never asks", lambda: 0, ended))
+        thread.start()
+        ended.set()
+        thread.join()
     ranks.barrier()
     return {"answers": ranks.gather(answers)}
 

@@ -12,6 +12,7 @@ from storage_schemas.store import Store
 from tests.servers import moto, seaweed
 from trainer.parallel import alone
 from trainer.saving.checkpoints import FOLDER, Checkpoints
+from trainer.saving.place import Place
 from trainer.saving.trees import TENSORS, read_tree, write_tree
 
 ALONE = alone(torch.device("cpu"))
@@ -172,6 +173,28 @@ def test_those_of_an_earlier_release_are_refused(tmp_path):
     (tmp_path / FOLDER / "step-00000500").mkdir(parents=True)
     with pytest.raises(StoreError, match="was written by an earlier release: go on with that one, or start anew"):
         last(tmp_path)
+
+
+def test_copies_of_models_are_fetched_whole(tmp_path):
+    def write(folder, **files):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / f"model.{name}").write_text(text)
+
+    away, here = Place(tmp_path / "first", str(tmp_path / "place")), tmp_path / "second"
+    for name in ("best", "stages/2-step", "stages/1-step"):
+        write(away.folder / name, safetensors="new", json="new")
+        away.put(name)
+    write(here / "best", safetensors="old", json="old")  # of a machine that was away for a while
+    write(here / "stages/2-step", safetensors="half")  # killed while it was fetching
+    Place(here, str(tmp_path / "place")).fetch()
+    found = {path.relative_to(here).as_posix(): path.read_text() for path in here.rglob("model.*")}
+    files = [
+        f"{name}/model.{kind}"
+        for name in ("best", "stages/2-step", "stages/1-step")
+        for kind in ("json", "safetensors")
+    ]
+    assert found == dict.fromkeys(files, "new")
 
 
 @pytest.mark.parametrize("bucket", [moto, pytest.param(seaweed, marks=pytest.mark.faults)], indirect=True)

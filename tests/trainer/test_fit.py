@@ -24,8 +24,10 @@ from storage_schemas.store import Store
 from tests.trainer.conftest import make_commit
 from trainer.config import FitConfig
 from trainer.fit import run_fit
+from trainer.parallel import Ranks, alone
 from trainer.run import only_fit
 from trainer.saving.checkpoints import Checkpoints
+from trainer.start import make_plan
 from trainer.student import find_student, student_steps
 
 REPOSITORY = Path(__file__).parents[2]
@@ -183,35 +185,35 @@ class Stopped(Exception):
     pass
 
 
-def stop_after(monkeypatch, saves: int) -> None:
-    """The process dies right after its n-th checkpoint."""
+def stop_now() -> None:
+    raise Stopped
+
+
+def stop_after(monkeypatch, saves: int, stop=stop_now) -> None:
+    """The process dies, or is told to end, right after its n-th checkpoint."""
     save, count = Checkpoints.save, iter(range(saves))
 
     def dying(*arguments, **options):
         save(*arguments, **options)
         if next(count, None) == saves - 1:
-            raise Stopped
+            stop()
 
     monkeypatch.setattr(Checkpoints, "save", dying)
 
 
-@pytest.mark.parametrize("saves", [1, 4, 6])
-def test_resume_at_any_checkpoint_is_bit_identical(make_store, tmp_path, monkeypatch, saves):
-    store = make_store(dtype="float16")
+def test_resume_at_any_checkpoint_is_bit_identical(make_store, tmp_path, monkeypatch):
+    store, whole = make_store(dtype="float16"), tmp_path / "whole"
     options = ["--checkpoint-every", "7", "--log-every", "5", "--validate-every", "10", "--ema", "0.9"]
-    assert fit(*progressive(store, tmp_path / "whole", *options)) == 0
-    with monkeypatch.context() as patch:
-        stop_after(patch, saves)
-        with pytest.raises(Stopped):
-            fit(*progressive(store, tmp_path / "cut", *options))
-    assert fit(*progressive(store, tmp_path / "cut", *options)) == 0
-    for folder in ("model", "stages/4-step", "stages/2-step", "stages/1-step"):
-        assert weights(tmp_path / "cut" / folder) == weights(tmp_path / "whole" / folder)
-    steps = [line["step"] for line in metrics(tmp_path / "cut")]
-    assert steps == sorted(set(steps))
-    assert steps[-1] == 60
-    # A mean over steps that a restart interrupted starts anew; every other figure is the same.
-    assert steady(tmp_path / "cut")[-1] == steady(tmp_path / "whole")[-1]
+    assert fit(*progressive(store, whole, *options)) == 0
+    for saves in (1, 4, 6):
+        cut = tmp_path / f"cut after {saves}"
+        killed_after(monkeypatch, saves, progressive(store, cut, *options))
+        assert fit(*progressive(store, cut, *options)) == 0
+        for folder in ("model", "stages/4-step", "stages/2-step", "stages/1-step"):
+            assert weights(cut / folder) == weights(whole / folder)
+        assert [line["step"] for line in metrics(cut)] == [line["step"] for line in metrics(whole)]
+        # A mean over steps that a restart interrupted starts anew; every other figure is the same.
+        assert steady(cut)[-1] == steady(whole)[-1]
 
 
 def run_command(arguments: list[str]) -> subprocess.Popen:
@@ -232,19 +234,30 @@ def wait_for(condition, process: subprocess.Popen) -> None:
     assert condition()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_process_goes_on_to_the_same_weights(make_store, tmp_path, number):
-    store = make_store(dtype="float16")
+def test_a_killed_process_goes_on_to_the_same_weights(make_store, tmp_path):
+    store, out = make_store(dtype="float16"), tmp_path / "cut"
     options = ["--steps", "80", "--checkpoint-every", "10"]
     assert fit(*progressive(store, tmp_path / "whole", *options)) == 0
-    out = tmp_path / "cut"
     process = run_command(progressive(store, out, *options))
     wait_for(lambda: any((out / "checkpoints").glob("step-000001*")), process)
-    process.send_signal(number)
+    process.kill()
     _, told = process.communicate(timeout=60)
-    assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGKILL), told
+    assert process.returncode == -signal.SIGKILL, told
     assert not (out / "model").exists()
     assert fit(*progressive(store, out, *options)) == 0
+    assert weights(out / "model") == weights(tmp_path / "whole" / "model")
+
+
+def test_told_to_end_a_fit_saves_after_the_step_and_goes_on(make_store, tmp_path, monkeypatch, capsys):
+    store, out = make_store(), tmp_path / "cut"
+    assert fit(*progressive(store, tmp_path / "whole")) == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert fit(*progressive(store, out, "--checkpoint-every", "7")) == 143
+    assert "saved on a signal; the same command goes on" in capsys.readouterr().err
+    assert not (out / "model").exists()
+    assert fit(*progressive(store, out)) == 0
+    assert "going on from step 8 of 60" in capsys.readouterr().err
     assert weights(out / "model") == weights(tmp_path / "whole" / "model")
 
 
@@ -291,6 +304,43 @@ def test_a_run_that_diverges_ends_in_one_line_and_saves_no_numbers_that_are_none
     assert list((out / "checkpoints").glob("step-*")) == []
 
 
+def test_two_that_begin_in_one_folder_at_once_are_not_mixed(make_store, tmp_path, capsys, monkeypatch):
+    store, out = make_store(), tmp_path / "kd"
+
+    def overtaken(*arguments):
+        monkeypatch.undo()
+        assert fit(*knowledge(store, out)) == 0
+        return make_plan(*arguments)
+
+    monkeypatch.setattr("trainer.fit.make_plan", overtaken)
+    assert fit(*knowledge(store, out, "--seed", "1")) == 2
+    assert "another fit has begun in" in capsys.readouterr().err
+    assert fit(*knowledge(store, out)) == 0
+
+
+@pytest.mark.parametrize("more", [[], ["--no-resume"]])
+def test_checkpoints_of_who_knows_which_run_are_refused(make_store, tmp_path, capsys, more):
+    store, out = make_store(), tmp_path / "kd"
+    assert fit(*knowledge(store, out)) == 0
+    capsys.readouterr()
+    (out / "run.json").unlink()
+    line = refused(capsys, *knowledge(store, out, *more))
+    assert "holds checkpoints of a run without its run.json; move them, or choose another" in line
+
+
+def test_every_rank_reads_the_manifest_that_the_first_one_found(make_store):
+    class Second(Ranks):
+        def broadcast(self, value):
+            assert value is None
+            return 1
+
+    store, second = make_store(), Second(1, 2, 1, torch.device("cpu"))
+    go_on_past(store, (64, 320))
+    config = FitConfig(out="run", data=store.uri, init="scratch")
+    assert make_plan(config, alone(second.device), None, None).reads["manifest"] == 2
+    assert make_plan(config, second, None, None).reads["manifest"] == 1
+
+
 def test_starting_again_leaves_one_pin(make_store, tmp_path, monkeypatch):
     store, out = make_store(), tmp_path / "kd"
     for _ in range(2):  # killed before the first checkpoint
@@ -301,10 +351,6 @@ def test_starting_again_leaves_one_pin(make_store, tmp_path, monkeypatch):
         assert len(store.list("pins")) == 1
     assert fit(*knowledge(store, out, "--no-resume", "--seed", "1")) == 0
     assert store.list("pins") == []
-
-
-def stop_now() -> None:
-    raise Stopped
 
 
 def test_a_run_keeps_its_manifest_when_a_newer_one_is_sealed(make_store, tmp_path, monkeypatch):
@@ -484,6 +530,8 @@ def test_s3_checkpoints_are_all_that_a_fresh_machine_needs(make_store, bucket, t
     store = make_store()
     options = ["--checkpoint-every", "7", "--log-every", "5", "--validate-every", "7"]
     assert fit(*progressive(store, tmp_path / "whole", *options)) == 0
+    validated = [line["step"] for line in metrics(tmp_path / "whole") if "holdout_error" in line]
+    assert validated == [7, 14, 20, 27, 34, 40, 47, 54, 60]  # of each stage, as its checkpoints
     options += ["--checkpoints", f"{bucket}/runs/one"]
     killed_after(monkeypatch, 4, progressive(store, tmp_path / "first", *options))
     assert not (tmp_path / "first" / "checkpoints").exists()

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed as dist
 
+from storage_schemas.errors import UsageError
 from tests.trainer.on_ranks import ROWS, config, run_case, student
-from trainer.loop import Stepper
-from trainer.parallel import alone, ranks
+from trainer.parallel import LostRank, _told_once, alone, ranks
+from trainer.start import check_launch
 
 REPOSITORY = Path(__file__).parents[2]
 ALONE = alone(torch.device("cpu"))
@@ -89,7 +91,7 @@ def check_same(folder: Path, number: int) -> None:
 def check_told(answers: list[dict[str, Any]], number: int) -> None:
     everyone, first = [{"rank": rank} for rank in range(number)], {"rank": 0}
     total = sum(range(1, number + 1))
-    same = {"gather": everyone, "broadcast": first, "aside": first, "any": (True, False)}
+    same = {"gather": everyone, "broadcast": first, "found": 7, "any": (True, False)}
     figures = {"sum": total, "mean": total / number}
     assert answers == [{**same, **figures, "first": rank == 0} for rank in range(number)]
 
@@ -154,6 +156,26 @@ def test_restarts_that_may_hang_are_refused(monkeypatch):
         pass
 
 
-def test_fsdp_without_torchrun_is_refused():
-    with pytest.raises(ValueError, match="start it by torchrun"):
-        Stepper(student(0), config(), ALONE, sharded=True)
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_to_be_spread_without_torchrun_is_refused(way):
+    with pytest.raises(ValueError, match=f"parallel {way} spreads a fit over processes; start it by torchrun"):
+        check_launch(config(parallel=way), ALONE)
+
+
+def test_an_error_is_told_once_and_a_lost_rank_where_nobody_has_said_why():
+    store, lost = dist.HashStore(), RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    with pytest.raises(UsageError, match="wrong"), _told_once(store):
+        raise UsageError("wrong")
+    for error, code in [(UsageError("wrong"), 2), (lost, 1)]:
+        with pytest.raises(SystemExit) as silent, _told_once(store):
+            raise error
+        assert silent.value.code == code
+    with pytest.raises(UsageError, match="another"), _told_once(store):
+        raise UsageError("another")
+    killed = dist.HashStore()
+    with pytest.raises(LostRank, match="was lost"), _told_once(killed):
+        raise lost
+    with pytest.raises(SystemExit), _told_once(killed):
+        raise lost
+    with pytest.raises(RuntimeError, match="our own"), _told_once(killed):
+        raise RuntimeError("our own")

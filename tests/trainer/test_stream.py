@@ -1,6 +1,7 @@
 import itertools
 import threading
 import time
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -236,6 +237,32 @@ def test_memory_is_the_read_ahead_and_two_batches(monkeypatch):
     assert len(places) <= len(made)
 
 
+@pytest.mark.parametrize("num_uniforms", [0, 3])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_the_tensors_of_a_batch_lie_aligned_and_apart_in_its_memory(rows, num_uniforms):
+    kinds = {
+        "a": ((3,), "float16"),
+        "b": ((), "int32"),
+        "c": ((5,), "bfloat16"),
+        "d": ((), "int64"),
+        "e": ((1, 9), "float32"),
+    }
+    shape = BatchShape(rows, tuple(Field(name, *kind) for name, kind in kinds.items()), num_uniforms)
+    packed = shape.empty()
+    for number, tensor in enumerate(tensors(packed.batch)):
+        assert not tensor.numel() or tensor.data_ptr() % 64 == packed.memory.data_ptr() % 64 == 0
+        tensor.fill_(number)
+    copied = shape.over(packed.memory.clone()).batch
+    for number, tensor in enumerate(tensors(copied)):
+        assert torch.equal(tensor, torch.full_like(tensor, number))
+    assert (copied.uniforms.shape, copied.states["c"].shape, copied.states["d"].shape) == (
+        (rows, num_uniforms),
+        (rows, 5),
+        (rows,),
+    )
+    assert len(shape.over(packed.memory).batch) == rows
+
+
 def test_fresh_batches_are_the_callers():
     with Stream(Numbered(1000), batch_size=16, seed=0, num_uniforms=1, fresh=True) as stream:
         kept = list(itertools.islice(stream, 40))
@@ -262,6 +289,23 @@ def test_the_first_batch_does_not_wait_for_the_second_window():
     released = threading.Event()
     with Stream(Stuck(1000), batch_size=16, seed=0) as stream:
         next(stream)
+        released.set()
+
+
+def test_a_window_is_let_go_before_the_next_is_waited_for():
+    class Slow(Numbered):
+        def load(self, ids) -> Rows:
+            if self.loads:
+                released.wait(20)
+            rows = replace(super().load(ids), keep=np.empty(0))
+            held.append(weakref.ref(rows.keep))
+            return rows
+
+    source, released, held = Slow(1000), threading.Event(), []
+    with Stream(source, batch_size=8, seed=0) as stream:
+        for _ in range(lanes_of(source).window_at(0).stop):
+            next(stream)
+        wait_until(lambda: held[0]() is None)
         released.set()
 
 

@@ -95,11 +95,39 @@ class BatchShape:
         return sections
 
 
-class Packed(NamedTuple):
+@dataclass(frozen=True)
+class Packed:
     """A batch in one piece of memory, so that one copy takes it to a device."""
 
     memory: Tensor
     batch: Batch
+
+    @cached_property
+    def host(self) -> "Host":
+        """The same memory as arrays to fill."""
+        batch = self.batch
+        return Host(
+            positions=batch.positions.numpy(),
+            ids=batch.ids.numpy(),
+            condition=batch.condition.numpy(),
+            uniforms=batch.uniforms.numpy(),
+            states={name: _raw_rows(state) for name, state in batch.states.items()},
+        )
+
+
+class Host(NamedTuple):
+    """A batch's arrays; states as bytes, uint8 [B, row bytes]."""
+
+    positions: NDArray[np.int64]
+    ids: NDArray[np.int64]
+    condition: NDArray[np.int64]
+    uniforms: NDArray[np.float64]
+    states: dict[str, NDArray[np.uint8]]
+
+
+def _raw_rows(state: Tensor) -> NDArray[np.uint8]:
+    width = state.element_size() * math.prod(state.shape[1:])
+    return state.view(-1).view(torch.uint8).view(-1, width).numpy()
 
 
 class _Section(NamedTuple):
@@ -115,12 +143,6 @@ class _Section(NamedTuple):
 
     def of(self, memory: Tensor) -> Tensor:
         return memory[self.start : self.past].view(self.dtype).view(self.shape)
-
-
-def raw_rows(state: Tensor) -> NDArray[np.uint8]:
-    """A state's memory as bytes: uint8 [B, row bytes]."""
-    width = state.element_size() * math.prod(state.shape[1:])
-    return state.view(-1).view(torch.uint8).view(-1, width).numpy()
 
 
 class Ring:

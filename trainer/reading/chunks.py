@@ -1,5 +1,6 @@
 """The bytes of committed chunks, mapped and checked: a folder's own files, or a disk cache in front of ranged GETs."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +19,8 @@ from trainer.reading.mapped import Maps
 THREADS = 16
 """Regions at a time of a store on a network."""
 
-CHECKERS = 4
-"""Threads that check mapped files: checksums run at the speed of memory, which a few saturate."""
+CHECKERS = max(1, min(4, len(os.sched_getaffinity(0)) // 2))
+"""Threads that check mapped files: few saturate the memory, and the step and the copies need their processors."""
 
 GAP = 64 << 10
 """Bytes between two chunks that cost less to fetch than one more request."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffusion import noise
 from trainer.order import Ints
 from trainer.reading.ahead import Ahead
-from trainer.reading.batch import DeviceRing, Packed, Ring, raw_rows
+from trainer.reading.batch import DeviceRing, Packed, Ring
 from trainer.reading.content import Cursor, Source
 from trainer.reading.rows import copy_rows
 
@@ -103,12 +103,8 @@ class Filler:
         while True:
             self._take(skipped * rows)
             consumed += skipped * self._batch_size
-            parts = self._take(rows)
-            filled = self._filled(parts, consumed, cursor.lanes.seed)
+            yield self._made(self._take(rows), consumed, cursor.lanes.seed)
             consumed += self._batch_size
-            window, place = parts[-1]
-            after = replace(window.cursor, row=window.cursor.row + place.stop, consumed=consumed)
-            yield Made(filled, after, sum(int(window.substituted[:, place].sum()) for window, place in parts))
             skipped = every - 1
 
     def _take(self, rows: int) -> list[tuple[LoadedWindow, slice]]:
@@ -123,23 +119,30 @@ class Filler:
             rows, self._at = rows - (past - self._at), past
         return parts
 
+    def _made(self, parts: list[tuple[LoadedWindow, slice]], consumed: int, seed: int) -> Made:
+        """A batch of these rows. Its own frame, so that nothing holds them while the next are waited for."""
+        window, place = parts[-1]
+        after = replace(window.cursor, row=window.cursor.row + place.stop, consumed=consumed + self._batch_size)
+        substituted = sum(int(window.substituted[:, place].sum()) for window, place in parts)
+        return Made(self._filled(parts, consumed, seed), after, substituted)
+
     def _filled(self, parts: list[tuple[LoadedWindow, slice]], consumed: int, seed: int) -> Packed:
         """A batch of these rows, lane by lane."""
-
-        def joined(arrays: Iterator[NDArray[Any]]) -> NDArray[Any]:
-            return np.concatenate([array[:, place] for array, (_, place) in zip(arrays, parts, strict=True)], 1).ravel()
-
         packed = self._ring.take()
-        batch = packed.batch
-        positions = np.arange(consumed + self._first, consumed + self._first + len(batch))
-        batch.positions.numpy()[:] = positions
-        batch.ids.numpy()[:] = joined(window.ids for window, _ in parts)
-        batch.condition.numpy()[:] = joined(window.condition for window, _ in parts)
-        if batch.uniforms.shape[1]:
-            batch.uniforms.copy_(objective_uniforms(seed, positions, batch.uniforms.shape[1]))
-        for name, state in batch.states.items():
-            copy_rows(joined(window.addresses[name] for window, _ in parts), raw_rows(state))
+        host = packed.host
+        host.positions[:] = np.arange(consumed + self._first, consumed + self._first + len(host.positions))
+        host.ids[:] = _joined([window.ids[:, place] for window, place in parts])
+        host.condition[:] = _joined([window.condition[:, place] for window, place in parts])
+        if host.uniforms.size:
+            host.uniforms[:] = objective_uniforms(seed, host.positions, host.uniforms.shape[1]).numpy()
+        for name, state in host.states.items():
+            copy_rows(_joined([window.addresses[name][:, place] for window, place in parts]), state)
         return self._ring.send(packed)
+
+
+def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
+    """Rows of every lane [lanes, rows of each part], lane after lane: [lanes * rows]."""
+    return (parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)).ravel()
 
 
 def objective_uniforms(seed: int, positions: Ints, size: int) -> Tensor:

@@ -118,13 +118,13 @@ class Viewer:
         try:
             tar = self._tars.get(part.chunks[0].xxh3, lambda: self._read_block(data, part.rows), _Block.weight)
             states = webdataset.RegularRows(data, part.rows, tar.stride, tar.members).states(self._fields)
-        except (ValueError, KeyError):  # other members than ours
+        except webdataset.NOT_OURS:
             return None
         return {name: [array] for name, array in (states | tar.integers).items()}
 
     def _read_block(self, data: memoryview, rows: int) -> "_Block":
         block = webdataset.regular_block(data, rows)
-        if block is None:
+        if block is None or not block.holds(self._fields):
             raise ValueError("not regular")
         return _Block(block.stride, block.members, block.scalars(self._scalars))
 

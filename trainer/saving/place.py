@@ -35,12 +35,12 @@ class Place:
             self.store.write(path, (self.folder / path).read_bytes())
 
     def fetch(self) -> None:
-        """The copies into the folder: metrics that are there are replaced, models are not."""
+        """The copies into the folder. A finished stage's model that is there whole stays; what changes is replaced."""
         if not self.elsewhere:
             return
         self._fetch(METRICS)
         for name in (MODEL, BEST, *(f"{STAGES}/{stage}" for stage in self.store.list(STAGES))):
-            if not (self.folder / name).is_dir():
+            if name == BEST or not (self.folder / name / MODEL_FILE).is_file():
                 for file in (WEIGHTS_FILE, MODEL_FILE):
                     self._fetch(f"{name}/{file}")
 
