@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.__main__ import COMMANDS
@@ -58,22 +59,39 @@ def test_a_file_that_the_readme_names_is_there(path):
     assert (ROOT / path).exists()
 
 
-def test_the_readmes_python_reads_our_shards(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    small = (
-        "--teacher builtin:gaussian --count 60 --holdout 20 --solver.steps 2 --samples-per-shard 32 --micro-batch 32"
-    )
+def run_blocks(*languages: str, teacher: str) -> dict[str, object]:
+    """What the README's blocks of code define, run in a folder with the stores that they read."""
+    small = f"--teacher {teacher} --count 60 --holdout 20 --solver.steps 2 --samples-per-shard 32 --micro-batch 32"
     for store in ("pairs", "pairs-tar --format webdataset"):
         assert main("pipeline", COMMANDS, f"generate --runner local {small} --store {store}".split()) == 0
-    blocks = code_blocks("python")
     names: dict[str, object] = {}
-    for block in blocks:
-        Path("block.py").write_text(block)
-        names |= runpy.run_path("block.py", init_globals=names)
-    assert len(blocks) == 3
+    for language in languages:
+        for block in code_blocks(language):
+            Path("block.py").write_text(block)
+            names |= runpy.run_path("block.py", init_globals=names)
+    return names
+
+
+def test_the_readmes_python_reads_our_shards(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run_blocks("python", teacher="builtin:gaussian")
+    assert names["x_T"].shape == names["x_0"].shape == (2,)
     assert names["output"].shape == (32, 2)
-    assert names["x_0"].shape == (2,)
     assert names["noise"].shape == (20, 2)
+    assert names["state"]["consumed"] == 100 * 256
+
+
+@pytest.mark.faults
+def test_ray_data_and_datasets_read_our_shards_as_the_readme_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run_blocks("python", "py", teacher="builtin:digits")
+    try:
+        rows = {row["sample_id"]: row["output"] for row in names["samples"]}
+        assert sorted(rows) == list(range(60))
+        assert np.array(rows[7]).shape == (1, 8, 8)
+        assert names["pairs"].count() == 60
+    finally:
+        names["ray"].shutdown()
 
 
 @pytest.mark.parametrize("package", ["diffusion", "storage_schemas", "trainer.stream", "trainer.fit"])
