@@ -234,6 +234,7 @@ def wait_for(condition, process: subprocess.Popen) -> None:
     assert condition()
 
 
+@pytest.mark.faults
 def test_a_killed_process_goes_on_to_the_same_weights(make_store, tmp_path):
     store, out = make_store(dtype="float16"), tmp_path / "cut"
     options = ["--steps", "80", "--checkpoint-every", "10"]
