@@ -14,7 +14,8 @@ from tests import servers
 from tests.end_to_end.jobs import SMALL
 from tests.exactly_once import every_file
 from trainer.config import FitConfig
-from trainer.run import plain
+from trainer.run import RunRecord, plain, where
+from trainer.saving.place import RECORD, Place
 
 s3fs = pytest.importorskip("s3fs")
 
@@ -113,6 +114,11 @@ def test_a_secret_in_a_uri_works_and_is_nowhere(s3_environment, jobs, monkeypatc
         assert servers.SECRET.encode() not in (store.read(path) or b""), path
 
 
-def test_a_run_of_the_trainer_keeps_no_secret_of_its_store():
-    config = FitConfig(out="run", data=f"s3://AKIA:{SLASHED}@bucket/x")
-    assert plain(config)["data"] == "s3://***@bucket/x"
+def test_a_run_of_the_trainer_keeps_no_secret_of_its_stores(tmp_path):
+    config = FitConfig(out=tmp_path, data=f"s3://AKIA:{SLASHED}@bucket/x", checkpoints=f"s3://AKIA:{SLASHED}@bucket/y")
+    assert where(config)["data"] == "s3://***@bucket/x"
+    place = Place(tmp_path, config.checkpoints)
+    RunRecord("run", plain(config), where(config), {}, 1, place.store.uri).save(tmp_path)
+    kept = (tmp_path / RECORD).read_text()
+    assert "s3://bucket/y" in kept
+    assert SLASHED not in kept
