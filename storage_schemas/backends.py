@@ -153,7 +153,7 @@ def copy_local(source: str, path: Path) -> None:
         with open(source, "rb") as reader, open(path, "wb") as writer:
             shutil.copyfileobj(reader, writer, 1 << 22)
             _sync(writer)
-        _sync_folder(path.parent)
+        sync_path(path.parent)
     except OSError:
         path.unlink(missing_ok=True)
         raise
@@ -168,7 +168,7 @@ def _temporary(path: Path, fill: Callable[[Any], Any]) -> Iterator[Path]:
             fill(temporary)
             _sync(temporary)
         yield finished
-        _sync_folder(path.parent)
+        sync_path(path.parent)
     finally:
         finished.unlink(missing_ok=True)
 
@@ -178,8 +178,9 @@ def _sync(file: Any) -> None:
     os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Make a closed file, or the names in a folder, last."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

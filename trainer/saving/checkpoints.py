@@ -7,7 +7,6 @@ A writer that is killed leaves a folder that no marker names, which the writer o
 is one run's: the record beside the folder says whose. Every rank calls every method; rank 0 decides.
 """
 
-import os
 import re
 import shutil
 import tempfile
@@ -21,6 +20,7 @@ import xxhash
 from safetensors import SafetensorError
 
 from storage_schemas import paths
+from storage_schemas.backends import sync_path
 from storage_schemas.documents import Document
 from storage_schemas.errors import StoreError
 from storage_schemas.store import Store
@@ -206,8 +206,8 @@ def _published(place: Store, path: Path, folder: str) -> File:
     """A written file, once it lasts in its place."""
     file = File(name=path.name, bytes=path.stat().st_size, xxh3=_xxh3(path))
     if place.local_path(folder):
-        _flush(path)
-        _flush(path.parent)
+        sync_path(path)
+        sync_path(path.parent)
     else:
         place.upload(path, f"{folder}/{path.name}")
     return file
@@ -234,14 +234,6 @@ def _download(place: Store, path: str, size: int, target: Path) -> None:
     with open(target, "wb") as file:
         for start in range(0, size, _PIECE):
             file.write(place.read_range(path, start, min(_PIECE, size - start)))
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove_folder(place: Store, folder: str) -> None:
