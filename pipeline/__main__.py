@@ -23,7 +23,7 @@ from pipeline.regenerate import run_regenerate
 from pipeline.status import run_status
 from pipeline.upkeep.convert import run_convert
 from pipeline.upkeep.prune import run_prune
-from pipeline.workers.drain import leave
+from pipeline.workers.drain import exit_on_sigterm, leave
 from pipeline.workers.submission import run_submit
 from storage_schemas.command_line import Command, main
 
@@ -42,4 +42,5 @@ COMMANDS = {
 }
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     leave(main("pipeline", COMMANDS))

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
 
@@ -107,6 +107,17 @@ def ignore_signals() -> None:
     """In a worker: a terminal and a service manager signal the whole group, the driver decides what that means."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def exit_on_sigterm() -> None:
+    """SIGTERM where nothing takes it over, as in the last moments of a stop, ends with the code of one that did."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        with suppress(RuntimeError, ValueError, OSError):  # it may come in the midst of a print
+            sys.stdout.flush()
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def leave(code: int) -> NoReturn:

@@ -17,17 +17,21 @@ SLOW = "python:strange_teachers:slow_teacher"
 TASKS = 30
 
 
-def line_of_work(store, *words):
-    return ["generate", "--teacher", SLOW, "--store", store, "--count", TASKS * 64, "--holdout", 0, *SMALL, *words]
+def line_of_work(store, *words, teacher=SLOW):
+    return ["generate", "--teacher", teacher, "--store", store, "--count", TASKS * 64, "--holdout", 0, *SMALL, *words]
 
 
 def told(out):
     return next(line for line in out.splitlines() if line.startswith("pipeline: "))
 
 
-def wait_for_commits(commits, store, number, seconds=60):
+def wait_for_commits(commits, store, number):
+    wait_until(lambda: len(commits(store)) >= number)
+
+
+def wait_until(happened, seconds=60):
     deadline = time.monotonic() + seconds
-    while len(commits(store)) < number:
+    while not happened():
         assert time.monotonic() < deadline, "it took too long"
         time.sleep(0.02)
 
@@ -72,16 +76,19 @@ def test_workers_leave_a_signal_of_the_whole_group_to_the_driver(commits, tmp_pa
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.faults)])
 def test_a_second_signal_leaves_at_once(start, commits, tmp_path, workers):
-    job = start(*line_of_work(tmp_path, "--runner", "local", "--workers", workers), STRANGE_DELAY="20")
-    while not list(tmp_path.glob("jobs/*/job.json")):
-        time.sleep(0.05)
+    store, teacher = tmp_path / "store", "python:strange_teachers:counted_teacher"
+    words = line_of_work(store, "--runner", "local", "--workers", workers, teacher=teacher)
+    job = start(*words, STRANGE_DELAY="20", STRANGE_MARKER=str(tmp_path / "marker"))
+    loaded = 1 if workers == 1 else 1 + workers  # one worker is the driver itself
+    wait_until(lambda: list(store.glob("jobs/*/job.json")) and len(list(tmp_path.glob("pid-*"))) == loaded)
     time.sleep(0.5)
     job.send_signal(signal.SIGTERM)
     time.sleep(0.5)
     job.send_signal(signal.SIGTERM)
     began = time.monotonic()
     out, _ = job.communicate(timeout=60)
-    assert (job.returncode, commits(tmp_path)) == (143, {}), out
+    assert "SIGTERM: 0 tasks" not in out
+    assert (job.returncode, commits(store)) == (143, {}), out
     assert time.monotonic() - began < 15  # one call of the teacher takes 20 s
 
 
