@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,25 @@ def pack(module: nn.Module, *, dtype: torch.dtype = torch.float32) -> bytes:
     """A module's parameters and buffers as safetensors bytes, floating ones in `dtype`."""
     state = {name: _cast(value.detach().cpu(), dtype) for name, value in module.state_dict().items()}
     return safetensors.torch.save(state) if state else b""
+
+
+def widened(saved: Checkpoint, *, second_time: bool = False, told_guidance: bool = False) -> Checkpoint:
+    """The same model, told more: the time that it jumps to, its guidance scale. Nothing is ever taken away.
+
+    What is new starts at weight 0, so that the answers stay the same bits; its inner weights are drawn from torch's
+    seed. Raises ValueError for a model in closed form.
+    """
+    asked = {"second_time": second_time, "told_guidance": told_guidance}
+    if saved.model["kind"] != "network":
+        told = " and ".join(name for name, wanted in asked.items() if wanted)
+        raise ValueError(f"a {saved.model['kind']} model has no {told} to be told of; start from a network")
+    new = {name: True for name, wanted in asked.items() if wanted and not saved.model["network"].get(name)}
+    if not new:
+        return saved
+    model = {**saved.model, "network": {**saved.model["network"], **new}}
+    module = model_from_spec(model)
+    module.load_state_dict({**module.state_dict(), **saved.build().state_dict()})
+    return replace(saved, model=model, weights=pack(module))
 
 
 def save(checkpoint: Checkpoint, folder: str | Path) -> None:

@@ -11,7 +11,9 @@ class Denoiser(nn.Module):
     """mu(x_t, t): the x_0 that a network's prediction says, for 0 < sigma_t.
 
     x_t: [B, ...]; t: float64 [] or [B]; condition: int64 [B] with the null label num_classes, or None for a network
-    without classes (or for the null label everywhere). Returns x_0 in x_t's dtype; the network runs in its own.
+    without classes (or for the null label everywhere). A network with a second time is told `until`, the time that is
+    jumped to, float64 [] or [B], t where it is None; one that is told guidance, the scale w >= 0, likewise, 1 where it
+    is None. Others are told neither. Returns x_0 in x_t's dtype; the network runs in its own.
     """
 
     def __init__(self, network: nn.Module, process: Process, prediction: Prediction, num_classes: int | None) -> None:
@@ -20,16 +22,58 @@ class Denoiser(nn.Module):
         self.process = process
         self.prediction = prediction
         self.num_classes = num_classes
+        self.has_second_time = bool(getattr(network, "has_second_time", False))
+        self.told_guidance = bool(getattr(network, "told_guidance", False))
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
-        return self.prediction.x_0(self.output(x_t, t, condition), x_t, *scales(self.process, t, like=x_t))
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Tensor | None = None,
+        *,
+        until: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        output = self.output(x_t, t, condition, until=until, guidance=guidance)
+        return self.prediction.x_0(output, x_t, *scales(self.process, t, like=x_t))
 
-    def output(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+    def output(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Tensor | None = None,
+        *,
+        until: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
         """What the network itself predicts, in x_t's dtype: F of prediction.py."""
+        return self.network(*self._inputs(x_t, t, condition, until, guidance)).to(x_t.dtype)
+
+    def features(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Tensor | None = None,
+        *,
+        until: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """The network's inner features, [B, network.num_features] in its dtype."""
+        found: Tensor = self.network.features(*self._inputs(x_t, t, condition, until, guidance))  # type: ignore[operator]
+        return found
+
+    def _inputs(
+        self, x_t: Tensor, t: Tensor, condition: Tensor | None, until: Tensor | None, guidance: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         dtype = next(self.network.parameters()).dtype
-        shown = self.prediction.network_input(x_t, *scales(self.process, t, like=x_t))
-        time = expand(self.prediction.network_time(self.process, t), like=x_t.new_empty(len(x_t), dtype=dtype))
-        return self.network(shown.to(dtype), time.expand(len(x_t)), self._labels(x_t, condition)).to(x_t.dtype)
+        shown = self.prediction.network_input(x_t, *scales(self.process, t, like=x_t)).to(dtype)
+        time = _for_each(self.prediction.network_time(self.process, t), shown)
+        inputs = shown, time, self._labels(x_t, condition)
+        if not (self.has_second_time or self.told_guidance):
+            return inputs
+        second = _for_each(second_time(self.process, t if until is None else until), shown)
+        scale = torch.ones((), device=x_t.device) if guidance is None else guidance
+        return *inputs, second, _for_each(torch.log1p(scale), shown)
 
     def _labels(self, x_t: Tensor, condition: Tensor | None) -> Tensor | None:
         if self.num_classes is None:
@@ -39,28 +83,58 @@ class Denoiser(nn.Module):
         return condition
 
 
+def second_time(process: Process, t: Tensor) -> Tensor:
+    """What a network is told of the time that it jumps to: log(r)/4, r = sigma_t/alpha_t within [1e-3, 1e3].
+
+    Finite at both ends of time, whatever the process and the prediction.
+    """
+    return torch.log((process.sigma(t) / process.alpha(t)).clamp(1e-3, 1e3)) / 4
+
+
+def _for_each(values: Tensor, shown: Tensor) -> Tensor:
+    """Scalars [] or [B] as [B], where the network's input is, in its dtype and no coarser than float32.
+
+    A network in half precision rounds its features of time, not the time: 999 would become 1000 in bfloat16.
+    """
+    row = shown.new_empty(len(shown), dtype=torch.promote_types(shown.dtype, torch.float32))
+    return expand(values, like=row).expand(len(shown))
+
+
 class Guided:
     """Classifier-free guidance: mu_w = mu_uncond + w (mu_cond - mu_uncond), w = 1 is the conditional model.
 
-    Both halves go through the network as one batch of 2B, and count as two evaluations. Ho & Salimans 2022, where the
-    scale is w - 1. Raises ValueError for a denoiser without classes.
+    w: a number, or float64 [B], one for each sample, where the batches are. Both halves go through the network as one
+    batch of 2B, and count as two evaluations, also for samples of scale 1: a batch stays whole. Ho & Salimans 2022,
+    where the scale is w - 1. A denoiser that is told its guidance is told w instead, in one evaluation (Meng et al.
+    2023). Raises ValueError for a denoiser without classes.
     """
 
     nfe_per_call = 2
 
-    def __init__(self, denoiser: nn.Module, scale: float) -> None:
+    def __init__(self, denoiser: nn.Module, scale: float | Tensor) -> None:
         num_classes = getattr(denoiser, "num_classes", None)
         if num_classes is None:
-            raise ValueError(f"guidance scale {scale} needs a class-conditional teacher; leave it at 1")
+            raise ValueError(f"guidance scale {_told(scale)} needs a class-conditional teacher; leave it at 1")
         self.denoiser = denoiser
         self.null_label = int(num_classes)
         self.scale = scale
+        self.is_told = bool(getattr(denoiser, "told_guidance", False))
+        self.nfe_per_call = 1 if self.is_told else Guided.nfe_per_call
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         if condition is None:
-            raise ValueError(f"guidance scale {self.scale} needs class labels; give a condition")
+            raise ValueError(f"guidance scale {_told(self.scale)} needs class labels; give a condition")
+        if self.is_told:
+            one = self.scale if isinstance(self.scale, Tensor) else x_t.new_full((), self.scale, dtype=torch.float64)
+            x_0: Tensor = self.denoiser(x_t, t, condition, guidance=one)
+            return x_0
         null = torch.full_like(condition, self.null_label)
         times = t if t.ndim == 0 else torch.cat([t, t])
         both = self.denoiser(torch.cat([x_t, x_t]), times, torch.cat([null, condition]))
         uncond, cond = both.chunk(2)
-        return uncond + self.scale * (cond - uncond)
+        scale = expand(self.scale, like=x_t) if isinstance(self.scale, Tensor) else self.scale
+        return uncond + scale * (cond - uncond)
+
+
+def _told(scale: float | Tensor) -> str:
+    return "of each sample" if isinstance(scale, Tensor) else str(scale)

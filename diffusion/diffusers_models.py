@@ -3,9 +3,9 @@
 import json
 
 from diffusion.checkpoint import Checkpoint, pack
-from diffusion.networks import import_diffusers
 from diffusion.process import DiscreteVP
 from diffusion.spec import model_from_spec, process_spec
+from diffusion.unet import import_diffusers
 
 
 def pipeline_checkpoint(source: str) -> Checkpoint:

@@ -1,25 +1,17 @@
-"""Networks F(x, time, condition): small ones of our own, for small images and vectors, and diffusers' UNet."""
+"""Networks F(x, time, condition) of our own, for small images and vectors; diffusers' UNet is in unet.py.
+
+Each can be told two numbers more of every sample: `second_time`, the time that a flow map jumps to, and its guidance
+scale, if built with second_time or told_guidance. What is told so starts at weight 0.
+"""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-
-class FourierTime(nn.Module):
-    """Random Fourier features of the network's time, [B] -> [B, size]. Tancik et al. 2020; frequencies are saved."""
-
-    frequencies: Tensor
-
-    def __init__(self, size: int, bandwidth: float) -> None:
-        super().__init__()
-        self.register_buffer("frequencies", torch.randn(size // 2) * bandwidth)
-
-    def forward(self, time: Tensor) -> Tensor:
-        angle = 2 * math.pi * time[:, None] * self.frequencies
-        return torch.cat([angle.cos(), angle.sin()], dim=1)
+from diffusion.embeddings import FourierTime, JointCoefficients, told, zeroed
+from diffusion.unet import DiffusersUNet2D
 
 
 class ResidualBlock(nn.Module):
@@ -31,9 +23,7 @@ class ResidualBlock(nn.Module):
         self.enter = nn.Linear(width, width)
         self.modulate = nn.Linear(width, 2 * width)
         self.dropout = nn.Dropout(dropout)
-        self.leave = nn.Linear(width, width)
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)
+        self.leave = zeroed(nn.Linear(width, width))
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
         scale, shift = self.modulate(embedding).chunk(2, dim=1)
@@ -44,7 +34,8 @@ class ResidualBlock(nn.Module):
 class ResidualMLP(nn.Module):
     """A residual MLP over the flattened sample, told time by Fourier features and the class by an embedding.
 
-    x: [B, *sample_shape], time: [B], condition: int64 [B] in [0, num_classes], where num_classes is the null label.
+    x: [B, *sample_shape], time: [B], condition: int64 [B] in [0, num_classes], where num_classes is the null label;
+    second_time, guidance: [B], where the network is told them. features: [B, num_features], after the last block.
     """
 
     def __init__(
@@ -56,72 +47,106 @@ class ResidualMLP(nn.Module):
         depth: int = 4,
         dropout: float = 0.0,
         bandwidth: float = 1.0,
+        second_time: bool = False,
+        told_guidance: bool = False,
     ) -> None:
         super().__init__()
         size = math.prod(sample_shape)
+        self.num_features = width
         self.time = nn.Sequential(FourierTime(64, bandwidth), nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
         self.classes = None if num_classes is None else nn.Embedding(num_classes + 1, width)
         self.enter = nn.Linear(size, width)
         self.blocks = nn.ModuleList(ResidualBlock(width, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.leave = nn.Linear(width, size)
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)
+        self.leave = zeroed(nn.Linear(width, size))
+        self.has_second_time, self.told_guidance = second_time, told_guidance
+        self.second_time = told(width) if second_time else None
+        self.guidance = told(width) if told_guidance else None
 
-    def forward(self, x: Tensor, time: Tensor, condition: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        condition: Tensor | None,
+        second_time: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        h = self.features(x, time, condition, second_time, guidance)
+        return self.leave(self.norm(h)).view_as(x)
+
+    def features(
+        self,
+        x: Tensor,
+        time: Tensor,
+        condition: Tensor | None,
+        second_time: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
         embedding = self.time(time)
         if self.classes is not None:
             embedding = embedding + self.classes(condition)
+        if self.second_time is not None:
+            embedding = embedding + self.second_time(second_time)
+        if self.guidance is not None:
+            embedding = embedding + self.guidance(guidance)
         embedding = nn.functional.silu(embedding)
         h = self.enter(x.flatten(1))
         for block in self.blocks:
             h = block(h, embedding)
-        return self.leave(self.norm(h)).view_as(x)
+        return h
+
+
+# Of (time, second time, guidance scale), which ones an affine network's terms are told together.
+_JOINT = {"second_time": (0, 1), "guidance": (0, 2), "both": (0, 1, 2)}
 
 
 class Affine(nn.Module):
-    """F = a(time) * x + b(time), coordinate by coordinate, with a and b linear in Fourier features of time.
+    """F = a * x + b, coordinate by coordinate, with a and b linear in Fourier features of time.
 
-    Its least-squares fit is convex, so the best error that it can reach is known in closed form: the student of the
-    oracle tests. No classes.
+    Where it is told more, a and b get terms that are linear in Fourier features of time and that number together, and
+    of all three. Its least-squares fit is convex, so the best error that it can reach is known in closed form: the
+    student of the oracle tests. No classes.
     """
 
-    def __init__(self, *, sample_shape: tuple[int, ...], num_classes: int | None, bandwidth: float = 1.0) -> None:
-        super().__init__()
-        if num_classes is not None:
-            raise ValueError(f"network affine knows no classes, this model has {num_classes}; use residual_mlp")
-        self.time = FourierTime(64, bandwidth)
-        self.coefficients = nn.Linear(64, 2 * math.prod(sample_shape))
-        nn.init.zeros_(self.coefficients.weight)
-        nn.init.zeros_(self.coefficients.bias)
-
-    def forward(self, x: Tensor, time: Tensor, condition: Tensor | None) -> Tensor:
-        gain, shift = self.coefficients(self.time(time)).chunk(2, dim=1)
-        return (gain * x.flatten(1) + shift).view_as(x)
-
-
-class DiffusersUNet2D(nn.Module):
-    """diffusers' UNet2DModel, x: [B, C, H, W], time: [B] timesteps; no classes. pip install 'limbeck[diffusers]'."""
-
     def __init__(
-        self, *, sample_shape: tuple[int, ...], num_classes: int | None, config: Mapping[str, Any], dropout: float = 0.0
+        self,
+        *,
+        sample_shape: tuple[int, ...],
+        num_classes: int | None,
+        bandwidth: float = 1.0,
+        second_time: bool = False,
+        told_guidance: bool = False,
     ) -> None:
         super().__init__()
         if num_classes is not None:
-            raise ValueError(f"network diffusers_unet2d knows no classes, this model has {num_classes}")
-        self.unet = import_diffusers().UNet2DModel.from_config({**config, "dropout": dropout})
+            raise ValueError(f"network affine knows no classes, this model has {num_classes}; use residual_mlp")
+        size = self.num_features = math.prod(sample_shape)
+        self.time = FourierTime(64, bandwidth)
+        self.coefficients = zeroed(nn.Linear(64, 2 * size))
+        self.has_second_time, self.told_guidance = second_time, told_guidance
+        asked = {"second_time": second_time, "guidance": told_guidance, "both": second_time and told_guidance}
+        joint = {name: numbers for name, numbers in _JOINT.items() if asked[name]}
+        self.joint = nn.ModuleDict(
+            {name: JointCoefficients(len(joint[name]), 2 * size, bandwidth=bandwidth) for name in joint}
+        )
 
-    def forward(self, x: Tensor, time: Tensor, condition: Tensor | None) -> Tensor:
-        return self.unet(x, time).sample
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        condition: Tensor | None,
+        second_time: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        coefficients = self.coefficients(self.time(time))
+        numbers: tuple[Any, ...] = time, second_time, guidance
+        for name, terms in self.joint.items():
+            coefficients = coefficients + terms(torch.stack([numbers[index] for index in _JOINT[name]], dim=1))
+        gain, shift = coefficients.chunk(2, dim=1)
+        return (gain * x.flatten(1) + shift).view_as(x)
 
-
-def import_diffusers() -> Any:
-    """The package, which only those who name such a model need."""
-    try:
-        import diffusers
-    except ImportError as error:
-        raise ValueError("a diffusers model needs its package: pip install 'limbeck[diffusers]'") from error
-    return diffusers
+    def features(self, *inputs: Tensor | None) -> Tensor:
+        return self(*inputs).flatten(1)
 
 
 NETWORKS: dict[str, type[ResidualMLP | Affine | DiffusersUNet2D]] = {

@@ -19,7 +19,7 @@ ALGORITHM = "philox4x64-as241"
 VERSION = 1
 
 SPLITS = {"train": 0, "holdout": 1}
-PURPOSES = {"noise": 0, "condition": 1, "data": 2, "objective": 3}
+PURPOSES = {"noise": 0, "condition": 1, "data": 2, "objective": 3, "guidance": 4}
 
 _FEW = 96
 """Words of a sample up to which all samples at once are faster than one after another."""
@@ -27,22 +27,50 @@ _FEW = 96
 Ids = Sequence[int] | NDArray[np.int64]
 
 
-def standard_normal(seed: int, split: str, ids: Ids, shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """eps ~ N(0, I) of each sample: [n, *shape]."""
-    return normal_quantile(uniform(seed, split, ids, purpose="noise", size=math.prod(shape))).reshape(-1, *shape)
+def standard_normal(seed: int, split: str, ids: Ids, shape: tuple[int, ...], *, index: int = 0) -> NDArray[np.float64]:
+    """eps ~ N(0, I) of each sample, [n, *shape]; that of x_T, or drawn anew at another index of a grid."""
+    draws = uniform(seed, split, ids, purpose="noise", size=math.prod(shape), index=index)
+    return normal_quantile(draws).reshape(-1, *shape)
 
 
 def labels(seed: int, split: str, ids: Ids, num_classes: int) -> NDArray[np.int64]:
     """A uniform class of each sample: [n] in [0, num_classes)."""
-    draws = uniform(seed, split, ids, purpose="condition", size=1)[:, 0]
-    return np.floor(draws * num_classes).astype(np.int64)
+    return _choices(seed, split, ids, num_classes, purpose="condition")
 
 
-def uniform(seed: int, split: str, ids: Ids, *, purpose: str, size: int) -> NDArray[np.float64]:
-    """`size` numbers in (0, 1) of each sample, on the grid (k + 1/2)/2^52: [n, size]."""
+def guidance_index(seed: int, split: str, ids: Ids, num_scales: int) -> NDArray[np.int64]:
+    """Which guidance scale each sample has, uniformly: [n] in [0, num_scales)."""
+    return _choices(seed, split, ids, num_scales, purpose="guidance")
+
+
+def guidance_scales(seed: int, split: str, ids: Ids, scales: Sequence[float]) -> NDArray[np.float64]:
+    """The guidance scale of each sample, [n]: scales[guidance_index], or the only one there is."""
+    if len(scales) == 1:
+        return np.full(len(ids), scales[0], dtype=np.float64)
+    return np.array(scales, dtype=np.float64)[guidance_index(seed, split, ids, len(scales))]
+
+
+def data_and_place(
+    seed: int, split: str, ids: Ids, *, num_data: int, num_places: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which data each sample starts from, in [0, num_data), and which place of a grid, in [0, num_places): [n] each."""
+    draws = uniform(seed, split, ids, purpose="data", size=2) * (num_data, num_places)
+    data, place = np.floor(draws).astype(np.int64).T
+    return data, place
+
+
+def _choices(seed: int, split: str, ids: Ids, count: int, *, purpose: str) -> NDArray[np.int64]:
+    """A number of [0, count) for each sample, uniformly: [n]."""
+    draws = uniform(seed, split, ids, purpose=purpose, size=1)[:, 0]
+    return np.floor(draws * count).astype(np.int64)
+
+
+def uniform(seed: int, split: str, ids: Ids, *, purpose: str, size: int, index: int = 0) -> NDArray[np.float64]:
+    """`size` numbers in (0, 1) of each sample, on the grid (k + 1/2)/2^52: [n, size]. Each index < 2^24 has its own."""
     if seed < 0 or seed >= 2**64:
         raise ValueError(f"seed {seed} is not in [0, 2^64); choose one that is")
-    bits = _bits((seed, SPLITS[split] << 32 | PURPOSES[purpose]), np.asarray(ids, dtype=np.int64), size)
+    key = seed, SPLITS[split] << 32 | index << 8 | PURPOSES[purpose]
+    bits = _bits(key, np.asarray(ids, dtype=np.int64), size)
     return ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 

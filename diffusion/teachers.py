@@ -12,8 +12,8 @@ import hashlib
 import importlib
 import inspect
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Teacher:
     """A denoiser (x_t, t, condition) -> x_0 in evaluation mode, and what a recipe must know of it.
 
     source_sha256 is the digest of a `python:` factory's module; elsewhere the spec and the weights say everything.
+    grids: of a student, the times that it was fitted for, by their number of steps.
     """
 
     uri: str
@@ -49,6 +50,7 @@ class Teacher:
     sample_shape: tuple[int, ...]
     num_classes: int | None
     source_sha256: str | None = None
+    grids: Mapping[int, Sequence[float]] = field(default_factory=dict)
 
 
 def load_teacher(uri: str, *, device: str | torch.device = "cpu") -> Teacher:
@@ -78,6 +80,7 @@ def from_checkpoint(uri: str, saved: Checkpoint, *, device: str | torch.device =
         sample_shape=tuple(saved.model["sample_shape"]),
         # A student that was fitted without labels knows its null label alone.
         num_classes=saved.model["num_classes"] if saved.about.get("labels", True) else None,
+        grids=saved.grids,
     )
 
 

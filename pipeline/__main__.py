@@ -20,6 +20,8 @@ from pipeline.config import (
 from pipeline.generate import run_generate
 from pipeline.inspection import run_inspect
 from pipeline.regenerate import run_regenerate
+from pipeline.rounds.config import ProgressiveConfig
+from pipeline.rounds.progressive import run_progressive
 from pipeline.status import run_status
 from pipeline.upkeep.convert import run_convert
 from pipeline.upkeep.prune import run_prune
@@ -30,6 +32,7 @@ from storage_schemas.command_line import Command, main
 COMMANDS = {
     "generate": Command(GenerateConfig, run_generate),
     "regenerate": Command(RegenerateConfig, run_regenerate),
+    "progressive": Command(ProgressiveConfig, run_progressive),
     "plan": Command(PlanConfig, run_plan),
     "calibrate": Command(CalibrateConfig, run_calibrate),
     "submit": Command(SubmitConfig, run_submit),

@@ -4,7 +4,7 @@ import re
 from datetime import timedelta
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from tyro.conf import Positional, arg
 
 from storage_schemas.command_line import Config
@@ -38,6 +38,21 @@ def _is_tick(text: str) -> str:
 
 
 Tick = Annotated[str, AfterValidator(_is_tick)]
+
+
+def _ascending(scales: tuple[float, ...]) -> tuple[float, ...]:
+    if len(set(scales)) < len(scales):
+        told = " ".join(map(str, scales))
+        raise ValueError(f"{told} names a scale twice: each scale has as many samples as any other, name it once")
+    return tuple(sorted(scales))
+
+
+Scales = Annotated[
+    tuple[Annotated[float, Field(allow_inf_nan=False)], ...],
+    BeforeValidator(lambda given: given if isinstance(given, list | tuple) else (given,)),
+    Field(min_length=1),
+    AfterValidator(_ascending),
+]
 PrintJson = Annotated[bool, arg(name="json"), Field(description="print JSON")]
 StoreArgument = Annotated[Positional[str], Field(description="the store's URI")]
 
@@ -45,13 +60,23 @@ MicroBatch = Annotated[
     Annotated[int, Field(ge=1)] | Literal["auto"],
     Field(description="samples solved together, part of the recipe; auto: the most that a worker has memory for"),
 ]
+ChainStart = Annotated[
+    str,
+    Field(
+        pattern=r"^(prior|data:.+)$",
+        description="prior: trajectories from noise; data:IMAGES: segments of two ddim steps from noised real images, "
+        "such as data:sklearn:digits",
+    ),
+]
 SolverName = Literal["ddim", "heun", "rk4", "ab2", "dpmpp_2m", "dpmpp_3m"]
 
 
 class GridConfig(Config):
     """How the times of a solve are spaced."""
 
-    grid: Literal["karras", "uniform_time", "uniform_logsnr"] = Field("karras", description="how the times are spaced")
+    grid: Literal["karras", "uniform_time", "uniform_logsnr", "own"] = Field(
+        "karras", description="how the times are spaced; own: as the teacher, a student, was fitted for"
+    )
     rho: float | None = Field(None, gt=0, description="karras: how strongly low noise levels are favoured; 7 if unset")
     r_max: float | None = Field(
         None, gt=0, description="karras, uniform_logsnr: first sigma/alpha; the process's own if unset"
@@ -84,9 +109,14 @@ class TeacherConfig(Config):
 
     teacher: str = Field(description="builtin:NAME, diffusers:SOURCE, python:MODULE:FACTORY, or a saved model")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of every noise and label")
-    guidance: float = Field(1.0, description="classifier-free guidance scale; 1 is the conditional model itself")
+    guidance: Scales = Field(
+        (1.0,),
+        description="classifier-free guidance scale; 1 is the conditional model itself; of several each sample has one",
+    )
     condition: Literal["auto", "none", "uniform_labels"] = Field(
-        "auto", description="labels: uniform where the teacher has classes (auto), none, or uniform"
+        "auto",
+        description="labels: uniform where the teacher has classes (auto), none, or uniform; segments that start from "
+        "data have those of their images",
     )
     dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="what states are stored as")
     solve_dtype: Literal["float32", "float64"] = Field("float32", description="what states are solved in")
@@ -99,8 +129,9 @@ class TeacherConfig(Config):
 
     @model_validator(mode="after")
     def _guidance_has_labels(self) -> Self:
-        if self.guidance != 1 and self.condition == "none":
-            raise ValueError(f"guidance {self.guidance} needs labels: leave guidance at 1, or condition at auto")
+        if self.guidance != (1.0,) and self.condition == "none":
+            told = " ".join(map(str, self.guidance))
+            raise ValueError(f"guidance {told} needs labels: leave guidance at 1, or condition at auto")
         return self
 
 
@@ -115,25 +146,17 @@ class WorkerConfig(Config):
     ray: RayConfig = RayConfig()
 
 
-class GenerateConfig(WorkerConfig, TeacherConfig):
-    """Solve the teacher's trajectories that a dataset is missing, and seal them as its next manifest."""
+class JobConfig(WorkerConfig):
+    """Where samples go, how many, and what a job does on its way there."""
 
     store: str = Field(description="where the dataset lies: a folder, s3://, gs:// or az://")
-    dataset: DatasetName = "main"
     count: int = Field(ge=1, description="train samples that the window holds at least")
     holdout: int = Field(2048, ge=0, description="holdout samples that the window holds at least")
-    solver: SolverConfig = SolverConfig()
-    states: tuple[int, ...] = Field((), description="inner grid indices to store; noise (0) and output (N) always are")
     format: Literal["parquet", "webdataset"] = Field("parquet", description="file format of shards")
     compression: Literal["none", "zstd"] = Field("none", description="of parquet shards")
     samples_per_shard: int = Field(2048, ge=1, description="samples in a shard, which is one task")
     micro_batch: MicroBatch = 256
-    calibration: str | None = Field(
-        None, description="JSON that calibrate wrote: checked against the recipe and kept among its notes"
-    )
-    with_weights: bool = Field(False, description="keep the teacher's weights in the store, for students to start from")
     single_writer: bool = Field(False, description="allow storage without conditional create; one job at a time")
-    new_recipe: bool = Field(False, description="begin a new window where the dataset holds another recipe")
     recheck: bool = Field(False, description="look every listed shard up, and make again what is lost")
     max_missing: int = Field(0, ge=0, description="tasks that may stay missing in a sealed manifest")
     max_attempts: int = Field(3, ge=1, description="tries of a task before it is set aside")
@@ -143,16 +166,6 @@ class GenerateConfig(WorkerConfig, TeacherConfig):
     drain_seconds: float = Field(25.0, ge=0, description="time that SIGTERM leaves to the tasks in flight")
     workers: int = Field(1, ge=1, description="workers at most, each with a teacher of its own")
     as_json: PrintJson = False
-
-    @model_validator(mode="after")
-    def _states_are_on_the_grid(self) -> Self:
-        past = [index for index in self.states if not 0 <= index <= self.solver.steps]
-        if past:
-            raise ValueError(
-                f"state {past[0]} is not on a grid of {self.solver.steps} steps: give indices from 1 to "
-                f"{self.solver.steps - 1}, or more steps"
-            )
-        return self
 
     @model_validator(mode="after")
     def _shards_hold_whole_micro_batches(self) -> Self:
@@ -175,6 +188,43 @@ class GenerateConfig(WorkerConfig, TeacherConfig):
             raise ValueError("webdataset shards are not compressed: drop compression, or use format parquet")
         if self.store.startswith("memory://") and (self.runner, self.workers) != ("local", 1):
             raise ValueError("a memory:// store lives in one process: use runner local with 1 worker, or another store")
+        return self
+
+
+class GenerateConfig(JobConfig, TeacherConfig):
+    """Solve the teacher's trajectories that a dataset is missing, and seal them as its next manifest."""
+
+    dataset: DatasetName = "main"
+    solver: SolverConfig = SolverConfig()
+    states: tuple[int, ...] = Field((), description="inner grid indices to store; noise (0) and output (N) always are")
+    start: ChainStart = "prior"
+    calibration: str | None = Field(
+        None, description="JSON that calibrate wrote: checked against the recipe and kept among its notes"
+    )
+    with_weights: bool = Field(False, description="keep the teacher's weights in the store, for students to start from")
+    new_recipe: bool = Field(False, description="begin a new window where the dataset holds another recipe")
+
+    @model_validator(mode="after")
+    def _states_are_on_the_grid(self) -> Self:
+        past = [index for index in self.states if not 0 <= index <= self.solver.steps]
+        if past:
+            raise ValueError(
+                f"state {past[0]} is not on a grid of {self.solver.steps} steps: give indices from 1 to "
+                f"{self.solver.steps - 1}, or more steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _segments_are_two_steps_of_ddim(self) -> Self:
+        if self.start == "prior":
+            return self
+        if (self.solver.name, self.solver.steps % 2) != ("ddim", 0):
+            raise ValueError(
+                f"start {self.start} makes segments of two ddim steps, this is {self.solver.name} on "
+                f"{self.solver.steps}: use --solver.name ddim with an even number of steps"
+            )
+        if self.states or self.calibration:
+            raise ValueError(f"start {self.start} stores three states a segment: leave --states and --calibration out")
         return self
 
 
@@ -215,6 +265,12 @@ class CalibrateConfig(WorkerConfig, TeacherConfig):
     out: str | None = Field(None, description="JSON file for the measurement, for generate --calibration")
     picture: str | None = Field(None, description="PNG file for a plot of error against network calls")
     as_json: PrintJson = False
+
+    @model_validator(mode="after")
+    def _grids_have_any_number_of_steps(self) -> Self:
+        if self.solver.grid == "own":
+            raise ValueError("solver.grid own: a student has no other steps than its own; calibrate on another grid")
+        return self
 
 
 class RegenerateConfig(GenerateConfig):
@@ -349,3 +405,11 @@ class InspectConfig(Config):
     manifest: int | None = Field(None, ge=1, description="number of a manifest; the latest by default")
     as_json: PrintJson = False
     picture: str | None = Field(None, description="PNG file for a picture of a few trajectories")
+    lineage: bool = Field(False, description="print the models and data behind it instead, back to the first teacher")
+    student: str | None = Field(None, description="lineage: folder of a saved student to begin with, not the dataset")
+
+    @model_validator(mode="after")
+    def _students_have_a_lineage(self) -> Self:
+        if self.student and not self.lineage:
+            raise ValueError(f"student {self.student} is where a lineage begins: add --lineage")
+        return self

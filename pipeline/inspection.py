@@ -4,18 +4,19 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from pipeline import lineage
 from pipeline.config import InspectConfig
 from storage_schemas.commit import ColumnStatistics, Commit
 from storage_schemas.dataset import Dataset, latest_number, open_dataset
 from storage_schemas.errors import UserError
 from storage_schemas.notes import Calibration, check_calibration, read_calibrations
 from storage_schemas.recipe import Recipe
-from storage_schemas.record import SPLITS, from_storage, state_column
+from storage_schemas.record import SEGMENT_STATES, SPLITS, from_storage
 from storage_schemas.store import Store
 
 MOST_COMMITS = 512
@@ -27,12 +28,24 @@ DRAWN = 48
 
 def run_inspect(config: InspectConfig) -> int:
     """The exit code."""
-    dataset = open_dataset(Store.open(config.store), config.dataset, config.manifest)
+    store = Store.open(config.store)
+    if config.lineage:
+        links = list(_lineage(store, config))
+        print(json.dumps(links) if config.as_json else lineage.told(iter(links)))
+        return 0
+    dataset = open_dataset(store, config.dataset, config.manifest)
     found = describe(dataset)
     print(json.dumps(found) if config.as_json else told(found))
     if config.picture:
         draw(dataset, config.picture)
     return 0
+
+
+def _lineage(store: Store, config: InspectConfig) -> Iterator[lineage.Link]:
+    if config.student:
+        return lineage.lineage_of_student(store, config.student)
+    dataset = open_dataset(store, config.dataset, config.manifest)
+    return lineage.lineage_of(store, dataset.recipe.id, config.dataset)
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
@@ -114,12 +127,25 @@ def _told_recipe(recipe_id: str, recipe: dict[str, Any], nfe: int | None) -> lis
     shape = "x".join(map(str, recipe["sample_shape"]))
     return [
         f"teacher    {teacher['uri']}, weights {teacher['weights_sha256'][:12]}",
-        f"guidance   {recipe['guidance']['scale']}",
+        _told_guidance(recipe["guidance"]["scale"]),
         f"solver     {solver['name']}, {solver['steps']} steps, {nfe} calls a sample, {solver['frame']} frame",
-        f"grid       {solver['grid']['name']}{' (' + grid + ')' if grid else ''}, stored at {list(recipe['states'])}",
+        f"grid       {solver['grid']['name']}{' (' + grid + ')' if grid else ''}, {_told_stored(recipe)}",
         f"samples    {shape} {recipe['storage_dtype']}, solved in {recipe['solve_dtype']} by {recipe['micro_batch']}",
         f"recipe     {recipe_id}, seed {recipe['noise']['seed']}",
     ]
+
+
+def _told_guidance(scale: float | tuple[float, ...]) -> str:
+    if isinstance(scale, tuple):
+        return f"guidance   {', '.join(map(str, scale))}: each sample has one of them"
+    return f"guidance   {scale}"
+
+
+def _told_stored(recipe: dict[str, Any]) -> str:
+    if recipe["chain"] == "trajectory":
+        return f"stored at {list(recipe['states'])}"
+    start = recipe["start"]
+    return f"segments of two steps from {start['images'] if start['kind'] == 'data' else 'the prior'}"
 
 
 def _told_window(split: str, samples: int, start: int, stop: int) -> str:
@@ -141,10 +167,10 @@ def draw(dataset: Dataset, path: str) -> None:
         raise UserError("this dataset has no shards to draw: generate some")
     recipe = dataset.recipe
     columns = dataset.read(dataset.table[0])
-    stored = [columns[state_column(k, recipe.num_steps)][:DRAWN] for k in recipe.states]
+    stored = [columns[field.name][:DRAWN] for field in recipe.fields if not field.is_scalar]
     states = [from_storage(state, recipe.storage_dtype) for state in stored]
     are_images = len(recipe.sample_shape) == 3 and recipe.sample_shape[0] in (1, 3)
-    figure = _images(states) if are_images else _lines(states, recipe.states)
+    figure = _images(states) if are_images else _lines(states, recipe.states or range(SEGMENT_STATES))
     figure.savefig(path, dpi=120)
     print(f"drew {len(states[0])} trajectories into {path}", file=sys.stderr)
 

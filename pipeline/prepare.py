@@ -1,15 +1,14 @@
 """What a run needs before any work: the teacher, the recipe, the layout and the store. All refusals come from here."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from diffusion import checkpoint
 from diffusion.checkpoint import Checkpoint
 from diffusion.teachers import Teacher, load_checkpoint, load_teacher
 from pipeline.before.micro_batch import find_micro_batch, with_micro_batch
 from pipeline.config import GenerateConfig
 from pipeline.recipe import build_layout, build_recipe
+from pipeline.weights import keep_weights
 from storage_schemas import paths
 from storage_schemas.dataset import put_recipe
 from storage_schemas.errors import UsageError, UserError, usage_errors
@@ -60,7 +59,7 @@ def keep_recipe(run: Run) -> None:
     """Put the recipe, and the teacher's weights and a calibration where they were asked for, into the store."""
     put_recipe(run.store, run.recipe)
     if run.weights:
-        keep_weights(run.store, run.recipe, run.weights)
+        keep_weights(run.store, run.recipe.id, run.weights)
     if run.calibration:
         put_calibration(run.store, run.recipe, run.calibration)
 
@@ -70,14 +69,6 @@ def settle(config: GenerateConfig, draft: Recipe, layout: Layout, store: Store) 
     if config.micro_batch != "auto":
         return draft
     return with_micro_batch(draft, find_micro_batch(config, draft, layout, store))
-
-
-def keep_weights(store: Store, recipe: Recipe, weights: Checkpoint) -> None:
-    """Put the teacher beside its recipe, its description last; what is there already is the same by its digest."""
-    folder = paths.weights_folder(recipe.id)
-    if not store.exists(f"{folder}/{checkpoint.MODEL_FILE}"):
-        store.write(f"{folder}/{checkpoint.WEIGHTS_FILE}", weights.weights)
-        store.write(f"{folder}/{checkpoint.MODEL_FILE}", json.dumps(weights.document(), sort_keys=True).encode())
 
 
 def _weights_of(teacher: Teacher) -> Checkpoint:

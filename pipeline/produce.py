@@ -16,13 +16,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffusion.teachers import Teacher, load_teacher
+from diffusion.teachers import Teacher, from_checkpoint, load_teacher
+from pipeline.segments import starting_images
 from pipeline.solve import Solved, denoise_of, solve_task
+from pipeline.weights import kept_weights
 from storage_schemas import formats, paths
+from storage_schemas.canonical import digest
 from storage_schemas.commit import Commit, Task, column_statistics, put_commit, read_commit
 from storage_schemas.errors import UserError, without_credentials
 from storage_schemas.layout import Layout
-from storage_schemas.recipe import Recipe
+from storage_schemas.recipe import DataStart, Recipe
 from storage_schemas.store import Store
 
 COMMIT_WITHIN = timedelta(hours=12)
@@ -63,13 +66,15 @@ class Producer:
     """One teacher on one device. Two calls of `run` may be in flight: one uploads while the other solves."""
 
     def __init__(self, order: Order, teacher: Teacher | None = None) -> None:
-        """The recipe's teacher from its uri, or `teacher`: the same one from elsewhere, on the order's device."""
+        """The recipe's teacher: `teacher`, which is on the order's device, else the store's, else that of its uri."""
         set_up_torch(threads=order.threads, tf32=order.recipe.tf32)
         self.order = order
         self.device = pick_device(order.device)
-        loaded = teacher or load_teacher(order.recipe.teacher.uri, device=self.device)
+        loaded = teacher or _load_teacher(order, self.device)
         self.teacher = _same_teacher(order.recipe, loaded)
         self.denoise = denoise_of(order.recipe, self.teacher.denoiser, device=self.device)
+        if isinstance(order.recipe.start, DataStart):
+            starting_images(order.recipe.start)  # refused here, and not task by task
         self.machine = machine_of(self.device, order.threads)
         self._solving = threading.Lock()
 
@@ -189,6 +194,17 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name)
+
+
+def _load_teacher(order: Order, device: torch.device) -> Teacher:
+    """On another machine there may be no other place than the store."""
+    uri = order.recipe.teacher.uri
+    kept = None if order.recipe.teacher.source_sha256 else kept_weights(order.store, order.recipe.id)
+    if kept is None:
+        return load_teacher(uri, device=device)
+    if digest(kept.model) != digest(order.recipe.teacher.model):
+        raise UserError(f"{order.store.uri} keeps another model for recipe {order.recipe.id[:12]}: restore it")
+    return from_checkpoint(uri, kept, device=device)
 
 
 def _same_teacher(recipe: Recipe, teacher: Teacher) -> Teacher:

@@ -10,12 +10,16 @@ from diffusion.grids import make_grid, near_ratio
 from diffusion.process import Process
 from diffusion.teachers import Teacher
 from pipeline.config import GenerateConfig, GridConfig
+from pipeline.segments import data_start
 from storage_schemas.layout import Layout, check_layout
 from storage_schemas.recipe import (
     Condition,
+    DataLabels,
+    DataStart,
     Guidance,
     NoCondition,
     NoiseRecord,
+    PriorStart,
     Recipe,
     SolverRecord,
     TeacherRecord,
@@ -28,8 +32,11 @@ def build_recipe(config: GenerateConfig, teacher: Teacher) -> Recipe:
 
     A micro-batch still to be found is 1 here: it fits every shard.
     """
+    if getattr(teacher.denoiser, "has_second_time", False):
+        raise ValueError(f"{teacher.uri} is told where it jumps to and has no ODE to solve: name the teacher before it")
     grid = grid_options(config.solver, teacher.process)
-    times = _rounded(make_grid(config.solver.grid, teacher.process, config.solver.steps, **grid))
+    times = _rounded(_times(config, teacher, grid))
+    start = _start(config, teacher)
     frame = frame_for(teacher.process, times)
     last = config.solver.steps
     return Recipe(
@@ -39,16 +46,18 @@ def build_recipe(config: GenerateConfig, teacher: Teacher) -> Recipe:
             model=teacher.model,
             source_sha256=teacher.source_sha256,
         ),
-        guidance=Guidance(scale=_guidance(config, teacher)),
+        guidance=_guidance(config, teacher),
         solver=SolverRecord(
             name=config.solver.name, steps=last, frame=frame, grid={"name": config.solver.grid, **grid}
         ),
         times=tuple(times.tolist()),
         alphas=tuple(_rounded(teacher.process.alpha(times)).tolist()),
         sigmas=tuple(_rounded(teacher.process.sigma(times)).tolist()),
-        states=tuple(sorted({0, *config.states, last})),
+        states=() if start.kind == "data" else tuple(sorted({0, *config.states, last})),
+        start=start,
         condition=_condition(config, teacher),
         noise=NoiseRecord(algorithm=noise.ALGORITHM, version=noise.VERSION, seed=config.seed),
+        chain="segment" if start.kind == "data" else "trajectory",
         sample_shape=teacher.sample_shape,
         storage_dtype=config.dtype,
         solve_dtype=config.solve_dtype,
@@ -72,14 +81,39 @@ def grid_options(solver: GridConfig, process: Process) -> dict[str, Any]:
     """The grid's options with its defaults filled in, so that a default given by hand is the same recipe."""
     given = {name: getattr(solver, name) for name in ("rho", "r_max", "r_min", "t_min")}
     near = {"r_min": near_ratio(process)}
-    defaults = {"karras": {"rho": 7.0, **near}, "uniform_logsnr": near, "uniform_time": {}}
+    defaults = {"karras": {"rho": 7.0, **near}, "uniform_logsnr": near, "uniform_time": {}, "own": {}}
     return defaults[solver.grid] | {name: value for name, value in given.items() if value is not None}
 
 
-def _guidance(config: GenerateConfig, teacher: Teacher) -> float:
-    if config.guidance != 1 and teacher.num_classes is None:
-        raise ValueError(f"guidance {config.guidance} needs classes, {teacher.uri} has none: leave it at 1")
-    return config.guidance
+def _times(config: GenerateConfig, teacher: Teacher, grid: dict[str, Any]) -> torch.Tensor:
+    """The grid's times, float64 [N + 1]; own: those that a student was fitted for."""
+    steps = config.solver.steps
+    if config.solver.grid != "own":
+        return make_grid(config.solver.grid, teacher.process, steps, **grid)
+    if grid:
+        name, value = next(iter(grid.items()))
+        raise ValueError(f"the own grid has no {name} (given {value}): leave it out")
+    if steps not in teacher.grids:
+        serves = ", ".join(map(str, sorted(teacher.grids))) or "no number of steps, as it is no student"
+        raise ValueError(f"{teacher.uri} has no own grid of {steps} steps, it serves {serves}: choose another")
+    return torch.tensor(teacher.grids[steps], dtype=torch.float64)
+
+
+def _start(config: GenerateConfig, teacher: Teacher) -> PriorStart | DataStart:
+    if config.start == "prior":
+        return PriorStart()
+    return data_start(config.start, sample_shape=teacher.sample_shape, num_classes=teacher.num_classes)
+
+
+def _guidance(config: GenerateConfig, teacher: Teacher) -> Guidance:
+    """One scale is kept as a number."""
+    scales = config.guidance
+    if scales != (1.0,) and teacher.num_classes is None:
+        told = " ".join(map(str, scales))
+        raise ValueError(f"guidance {told} needs classes, {teacher.uri} has none: leave it at 1")
+    if min(scales) < 0 and getattr(teacher.denoiser, "told_guidance", False):
+        raise ValueError(f"guidance {scales[0]} can't be told to {teacher.uri}, only 0 and more: give others")
+    return Guidance(scale=scales[0] if len(scales) == 1 else scales)
 
 
 def _channels_last(config: GenerateConfig, teacher: Teacher) -> bool:
@@ -94,6 +128,8 @@ def _condition(config: GenerateConfig, teacher: Teacher) -> Condition:
         return NoCondition()
     if teacher.num_classes is None:
         raise ValueError(f"condition uniform_labels needs classes, {teacher.uri} has none: use condition none")
+    if config.start != "prior":
+        return DataLabels(num_classes=teacher.num_classes)
     return UniformLabels(num_classes=teacher.num_classes)
 
 

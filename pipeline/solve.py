@@ -1,6 +1,6 @@
 """From a range of sample ids to the columns of a shard: pure functions of the recipe, the teacher and the ids."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from diffusion import noise
 from diffusion.denoiser import Guided
 from diffusion.process import Process
-from diffusion.solvers import solve
+from diffusion.solvers import Solution, solve
+from pipeline.segments import draw_starts, two_steps
 from storage_schemas.commit import Task
 from storage_schemas.errors import UserError
-from storage_schemas.recipe import NoCondition, Recipe
-from storage_schemas.record import NO_CONDITION, Columns, state_column, to_storage
+from storage_schemas.recipe import NoCondition, Recipe, UniformLabels
+from storage_schemas.record import NO_CONDITION, SEGMENT_STATES, Columns, to_storage
 
 Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -37,7 +38,7 @@ class Solved:
     nfe: int
 
 
-def solve_task(recipe: Recipe, denoise: Denoise, process: Process, task: Task, *, device: torch.device) -> Solved:
+def solve_task(recipe: Recipe, denoise: nn.Module, process: Process, task: Task, *, device: torch.device) -> Solved:
     """Every sample of a task, micro-batch by micro-batch, in ascending order of ids. OutOfMemory if one is too large.
 
     It is never solved in smaller ones instead: a network's last bits hang on the batch size, which the recipe states.
@@ -58,29 +59,80 @@ def micro_batches(task: Task, size: int) -> Iterator[np.ndarray]:
 
 @torch.no_grad()
 def solve_batch(
-    recipe: Recipe, denoise: Denoise, process: Process, split: str, ids: np.ndarray, *, device: torch.device
+    recipe: Recipe, denoise: nn.Module, process: Process, split: str, ids: np.ndarray, *, device: torch.device
 ) -> Solved:
-    """One micro-batch: x_T, its labels, the solver's states at recipe.states, rounded to the storage dtype."""
-    labels = draw_labels(recipe, split, ids)
+    """One micro-batch: where its chains start, its labels, and its states, rounded to the storage dtype."""
     with memory_told(recipe.micro_batch, device):
-        solution = solve(
-            denoise,
-            process,
-            in_memory_format(recipe, draw_noise(recipe, split, ids).to(device)),
-            torch.tensor(recipe.times, dtype=torch.float64),
-            solver=recipe.solver.name,
-            condition=None if labels is None else torch.from_numpy(labels).to(device),
-            keep=recipe.states,
-        )
-        states = solution.states.to(getattr(torch, recipe.storage_dtype))
+        solver = _solve_segments if recipe.chain == "segment" else _solve_trajectories
+        scalars, found, nfe = solver(recipe, denoise, process, split, ids, device=device)
+        states = found.to(getattr(torch, recipe.storage_dtype))
         finite = states.isfinite().transpose(0, 1).flatten(1).all(1).cpu().numpy()
-    columns = {
-        "sample_id": ids,
-        "condition": np.full(len(ids), NO_CONDITION, dtype=np.int64) if labels is None else labels,
-        **{state_column(k, recipe.num_steps): _bits(x) for k, x in zip(recipe.states, states, strict=True)},
-    }
+    names = [field.name for field in recipe.fields if not field.is_scalar]
+    columns = {"sample_id": ids, **scalars, **{name: _bits(x) for name, x in zip(names, states, strict=True)}}
     kept = {name: column[finite] for name, column in columns.items()}
-    return Solved(kept, tuple(ids[~finite].tolist()), solution.nfe)
+    return Solved(kept, tuple(ids[~finite].tolist()), nfe)
+
+
+def _solve_trajectories(
+    recipe: Recipe, denoise: nn.Module, process: Process, split: str, ids: np.ndarray, *, device: torch.device
+) -> tuple[Columns, Tensor, int]:
+    """Labels; the states [K, B, ...] at recipe.states from x_T; network calls."""
+    times = torch.tensor(recipe.times, dtype=torch.float64)
+    solution = solve_ids(recipe, denoise, process, split, ids, times, keep=recipe.states, device=device)
+    return {"condition": _conditions(draw_labels(recipe, split, ids), len(ids))}, solution.states, solution.nfe
+
+
+def _solve_segments(
+    recipe: Recipe, denoise: nn.Module, process: Process, split: str, ids: np.ndarray, *, device: torch.device
+) -> tuple[Columns, Tensor, int]:
+    """Labels, places on the grid and images; the three states [3, B, ...] of each segment; network calls."""
+    starts = draw_starts(recipe, split, ids)
+    labels = None if isinstance(recipe.condition, NoCondition) else starts.labels
+    grid = torch.tensor(recipe.times, dtype=torch.float64)
+    times = torch.stack([grid[starts.index + step] for step in range(SEGMENT_STATES)])
+    states, nfe = two_steps(
+        guided(recipe, denoise, draw_scales(recipe, split, ids), device=device),
+        process,
+        in_memory_format(recipe, starts.x_t.to(device)),
+        # MPS knows no float64: there times stay on the CPU.
+        times if device.type == "mps" else times.to(device),
+        None if labels is None else torch.from_numpy(labels).to(device),
+    )
+    condition = _conditions(labels, len(ids))
+    return {"condition": condition, "start_index": starts.index, "data_id": starts.data}, states, nfe
+
+
+def _conditions(labels: np.ndarray | None, count: int) -> np.ndarray:
+    return np.full(count, NO_CONDITION, dtype=np.int64) if labels is None else labels
+
+
+def solve_ids(
+    recipe: Recipe,
+    denoise: nn.Module,
+    process: Process,
+    split: str,
+    ids: np.ndarray,
+    times: Tensor,
+    *,
+    keep: Sequence[int],
+    device: torch.device,
+    solver: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Solution:
+    """States of these ids at the indices `keep` of a grid, from their own x_T, with their labels and guidance.
+
+    By the recipe's solver, in its solve dtype, unless told otherwise. denoise: of `denoise_of`.
+    """
+    labels = draw_labels(recipe, split, ids)
+    return solve(
+        guided(recipe, denoise, draw_scales(recipe, split, ids), device=device),
+        process,
+        in_memory_format(recipe, draw_noise(recipe, split, ids).to(device, dtype)),
+        times,
+        solver=solver or recipe.solver.name,
+        condition=None if labels is None else torch.from_numpy(labels).to(device),
+        keep=keep,
+    )
 
 
 @contextmanager
@@ -116,9 +168,14 @@ def draw_noise(recipe: Recipe, split: str, ids: np.ndarray) -> Tensor:
 
 def draw_labels(recipe: Recipe, split: str, ids: np.ndarray) -> np.ndarray | None:
     """int64 [B], or None for a recipe without conditions."""
-    if isinstance(recipe.condition, NoCondition):
+    if not isinstance(recipe.condition, UniformLabels):
         return None
     return noise.labels(recipe.noise.seed, split, ids, recipe.condition.num_classes)
+
+
+def draw_scales(recipe: Recipe, split: str, ids: np.ndarray) -> np.ndarray:
+    """The guidance scale of each id: float64 [B]."""
+    return noise.guidance_scales(recipe.noise.seed, split, ids, recipe.guidance.scales)
 
 
 def in_memory_format(recipe: Recipe, x_T: Tensor) -> Tensor:
@@ -126,14 +183,26 @@ def in_memory_format(recipe: Recipe, x_T: Tensor) -> Tensor:
     return x_T.contiguous(memory_format=torch.channels_last) if recipe.channels_last else x_T
 
 
-def denoise_of(recipe: Recipe, denoiser: nn.Module, *, device: torch.device) -> Denoise:
-    """The denoiser as the recipe wants it called: channels last, compiled, guided, under autocast."""
+def denoise_of(recipe: Recipe, denoiser: nn.Module, *, device: torch.device) -> nn.Module:
+    """The denoiser as the recipe wants it: channels last, compiled. `guided` then says how samples call it."""
     if recipe.channels_last:
         # torch's stubs lack the overload; weights of four axes change their place in memory, all others stay.
         denoiser = denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    network = _compiled(denoiser, recipe.compile, device) if recipe.compile != "none" else denoiser
-    guided: Denoise = network if recipe.guidance.scale == 1 else Guided(network, recipe.guidance.scale)
-    return guided if recipe.autocast == "none" else _Autocast(guided, recipe.autocast, device)
+    return _compiled(denoiser, recipe.compile, device) if recipe.compile != "none" else denoiser
+
+
+def guided(recipe: Recipe, denoiser: nn.Module, scales: np.ndarray, *, device: torch.device) -> Denoise:
+    """A denoiser as samples with these guidance scales [B] call it: guided, under autocast.
+
+    What is compiled lies within and never sees a scale, so no scale compiles it anew.
+    """
+    denoise: Denoise = denoiser
+    if len(recipe.guidance.scales) > 1:
+        each = torch.from_numpy(scales)
+        denoise = Guided(denoiser, each if device.type == "mps" else each.to(device))  # MPS knows no float64
+    elif not recipe.guidance.is_plain:
+        denoise = Guided(denoiser, recipe.guidance.scales[0])
+    return denoise if recipe.autocast == "none" else _Autocast(denoise, recipe.autocast, device)
 
 
 def _compiled(denoiser: nn.Module, mode: str, device: torch.device) -> nn.Module:
@@ -151,10 +220,11 @@ class Graphed(nn.Module):
         super().__init__()
         self.compiled = compiled
         self.num_classes: int | None = getattr(compiled, "num_classes", None)
+        self.told_guidance = bool(getattr(compiled, "told_guidance", False))
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, **told: Tensor) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        return self.compiled(x_t, t, condition).clone()
+        return self.compiled(x_t, t, condition, **told).clone()
 
 
 class _Autocast:

@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 from unittest import mock
 
 import tyro
@@ -22,6 +22,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from storage_schemas.errors import UsageError, UserError, without_credentials
+
+
+class _PassedOn:
+    """Marks the field whose words are another program's options."""
+
+
+PassedOn = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], _PassedOn()]
+"""Another program's options: --fit.steps 100, or in YAML fit: {steps: 100}, is the words --steps 100 of field `fit`."""
 
 
 class Config(BaseModel):
@@ -88,7 +96,22 @@ def parse(config: type[ConfigT], arguments: Sequence[str], *, program: str) -> C
 def spelled_out(config: type[Config], arguments: Sequence[str]) -> list[str]:
     """The same words with the fields of `--config FILE.yaml` in its place. What follows `--` is left as it is."""
     own = _before_dashes(arguments)
-    return [*_with_yaml(own, _positionals(config)), *arguments[len(own) :]]
+    words = _with_yaml(own, _positionals(config))
+    for name, field in config.model_fields.items():
+        if any(isinstance(mark, _PassedOn) for mark in field.metadata):
+            words = _passed_on(words, f"--{name}")
+    return [*words, *arguments[len(own) :]]
+
+
+def _passed_on(words: Sequence[str], field: str) -> list[str]:
+    """--fit.steps 100 as --fit=--steps --fit=100: a flag of another program, and what follows it up to the next."""
+    found, inside = list[str](), False
+    for word in words:
+        if word.startswith("--"):
+            inside = word.startswith(f"{field}.")
+            word = f"--{word.removeprefix(f'{field}.')}" if inside else word
+        found.append(f"{field}={word}" if inside else word)
+    return found
 
 
 def _before_dashes(arguments: Sequence[str]) -> list[str]:
@@ -170,7 +193,9 @@ def _one_line(complaint: str, renamed: Mapping[str, str]) -> str:
     """Tyro's box as one sentence: what is wrong and, where it knows, what was perhaps meant."""
     lines = [line.strip("│ \n") for line in complaint.splitlines()]
     lines = [line for line in lines if line and not line.startswith(("╭", "╰", "For full helptext", "For further"))]
-    told = [line for line in lines if not set(line) <= {"─"}]
+    if len(lines) > 1 and set(lines[1]) == {"-"}:
+        lines = lines[2:]  # where stdout has no UTF-8 a box is its title, underlined
+    told = [line for line in lines if not set(line) <= {"─", "-"}]
     stop = next((i for i, line in enumerate(told) if line.startswith("Argument helptext")), len(told))
     told = told[:stop] or ["these options do not parse"]
     heading = re.fullmatch(r"Error parsing (\S+): \d+ validation errors? for \S+", told[0])

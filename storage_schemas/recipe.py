@@ -23,10 +23,34 @@ class TeacherRecord(Document):
 
 
 class Guidance(Document):
-    """Classifier-free guidance. `scale` 1 is the conditional model in this convention."""
+    """Classifier-free guidance. `scale` 1 is the conditional model in this convention.
 
-    scale: float = 1.0
+    Of several scales each sample has one, a pure function of (seed, split, id): diffusion.noise.guidance_scales.
+    """
+
+    scale: float | tuple[float, ...] = 1.0
     convention: Literal["mu_uncond + scale * (mu_cond - mu_uncond)"] = "mu_uncond + scale * (mu_cond - mu_uncond)"
+
+    @model_validator(mode="after")
+    def _scales_ascend(self) -> Self:
+        if isinstance(self.scale, tuple) and (len(self.scale) < 2 or list(self.scale) != sorted(set(self.scale))):
+            raise ValueError(f"guidance scales {list(self.scale)}: give two or more that ascend, or one as a number")
+        return self
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """All that occur."""
+        return self.scale if isinstance(self.scale, tuple) else (self.scale,)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every sample is the conditional model's own, which needs no call without the condition."""
+        return self.scales == (1.0,)
+
+    @property
+    def told(self) -> str:
+        """For people: 2, or 1, 2, 4."""
+        return ", ".join(f"{scale:g}" for scale in self.scales)
 
 
 class SolverRecord(Document):
@@ -45,9 +69,10 @@ class PriorStart(Document):
 
 
 class DataStart(Document):
-    """Chains start from noised data, named by its digest."""
+    """Chains start from noised images: those of a source's train split, and the digest of their pixels and labels."""
 
     kind: Literal["data"] = "data"
+    images: str
     digest: Sha256
 
 
@@ -64,6 +89,13 @@ class UniformLabels(Document):
     num_classes: int = Field(ge=1)
 
 
+class DataLabels(Document):
+    """The labels of the images that chains start from, of a teacher with so many classes."""
+
+    kind: Literal["data_labels"] = "data_labels"
+    num_classes: int = Field(ge=1)
+
+
 class NoiseRecord(Document):
     """The counter-based generator of everything random about a sample."""
 
@@ -73,7 +105,7 @@ class NoiseRecord(Document):
 
 
 Start = Annotated[PriorStart | DataStart, Field(discriminator="kind")]
-Condition = Annotated[NoCondition | UniformLabels, Field(discriminator="kind")]
+Condition = Annotated[NoCondition | UniformLabels | DataLabels, Field(discriminator="kind")]
 
 
 class Recipe(Document):
@@ -117,6 +149,15 @@ class Recipe(Document):
             raise ValueError(f"states {list(self.states)} must ascend without repeats")
         if self.chain == "trajectory" and (self.states[:1], self.states[-1:]) != ((0,), (self.num_steps,)):
             raise ValueError(f"states {list(self.states)} of a trajectory begin with 0 and end with {self.num_steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _segments_lie_on_the_grid(self) -> Self:
+        if self.start.kind == "data" and self.chain != "segment":
+            raise ValueError("chains that start from data are segments: a trajectory starts from the prior")
+        if self.chain == "segment" and (self.num_steps % 2 or self.states):
+            told = f"segments of two steps on a grid of {self.num_steps}, states {list(self.states)}"
+            raise ValueError(f"{told}: give an even number of steps and no states, which are the segment's own")
         return self
 
     @cached_property

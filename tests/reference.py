@@ -72,7 +72,9 @@ def _default(field: FieldInfo) -> str:
         return "required"
     if isinstance(field.default, bool):
         return "on" if field.default else "off"
-    return "" if field.default in (None, ()) else f"{field.default}"
+    if isinstance(field.default, tuple):
+        return " ".join(map(str, field.default))
+    return "" if field.default is None else f"{field.default}"
 
 
 if __name__ == "__main__":

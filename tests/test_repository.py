@@ -34,8 +34,10 @@ DEPLOY = (ROOT / "deploy" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("program", "words"), readme_commands() + readme_commands(DEPLOY), ids=lambda value: value[0])
-def test_a_command_of_the_readme_parses(program, words):
-    command, *options = words
+def test_a_command_of_the_readme_parses(program, words, tmp_path):
+    (rounds,) = code_blocks("yaml")
+    (tmp_path / "rounds.yaml").write_text(rounds)
+    command, *options = [str(tmp_path / word) if word == "rounds.yaml" else word for word in words]
     parse(PROGRAMS[program][command].config, options, program=program)
 
 

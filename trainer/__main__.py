@@ -12,6 +12,7 @@ _COMMANDS = {
     "fit": ("trainer.fit", "FitConfig", "run_fit"),
     "sample": ("trainer.sample", "SampleConfig", "run_sample"),
     "evaluate": ("trainer.evaluate", "EvaluateConfig", "run_evaluate"),
+    "report": ("trainer.report", "ReportConfig", "run_report"),
     "classifier": ("trainer.features", "ClassifierConfig", "run_classifier"),
     "shuffle": ("trainer.shuffling", "ShuffleConfig", "run_shuffle"),
 }

@@ -1,80 +1,65 @@
 """What `python -m trainer fit` can be told."""
 
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from storage_schemas.command_line import Config
+from storage_schemas.images import KINDS
+from trainer.objectives.options import DISTRIBUTION_LEVEL, TWO_TIMES, ObjectiveConfig
 
-ObjectiveName = Literal["knowledge", "progressive", "denoising"]
 ProcessName = Literal["ve", "linear_vp", "cosine_vp", "rectified_flow"]
 PredictionName = Literal["edm", "sample", "v_prediction", "velocity", "epsilon"]
 DtypeName = Literal["float32", "float16", "bfloat16"]
 
-# Each objective's own options; an option of another objective is refused.
-_OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "knowledge": {"distance": "l2", "c": None},
-    "progressive": {"schedule": (8, 4, 2, 1)},
-    "denoising": {"label_dropout": 0.1, "p_mean": -1.2, "p_std": 1.2},
-}
+_DISTILLED: dict[str, Any] = {"init": "teacher", "decay": "cosine", "ema": 0.999}
 # Where papers differ in how they train: Salimans & Ho 2022 take lr to 0 linearly in every stage and keep no average.
 _FIT_DEFAULTS: dict[str, dict[str, Any]] = {
-    "knowledge": {"init": "teacher", "decay": "cosine", "ema": 0.999},
+    **dict.fromkeys(("knowledge", *TWO_TIMES, "consistency"), _DISTILLED),
+    **dict.fromkeys(DISTRIBUTION_LEVEL, _DISTILLED | {"lr": 1e-4, "beta1": 0.0}),
     "progressive": {"init": "teacher", "decay": "linear", "ema": 0.0},
+    "reflow": {"init": "scratch", "decay": "cosine", "ema": 0.999},
     "denoising": {"init": "scratch", "decay": "cosine", "ema": 0.999, "process": "ve"},
 }
 # How a store is read.
 _OF_A_STORE = ("manifest", "follow_latest", "verify", "on_corrupt", "cache_folder", "cache_gib", "in_flight_mib")
 
 
-class ObjectiveConfig(Config):
-    """What the student is fitted to."""
+class CriticConfig(Config):
+    """dmd, vsd, sid: the network that learns the score of the student's samples."""
 
-    name: ObjectiveName = Field("knowledge", description="knowledge: one step; progressive: few; denoising: a teacher.")
-    distance: Literal["l2", "l1", "pseudo_huber"] | None = Field(
-        None, description="knowledge: distance to the output; l2 unless told."
+    kind: Literal["copy", "lora"] = Field(
+        "copy", description="A copy of the teacher, or low-rank changes of the teacher's own weights."
     )
-    c: float | None = Field(None, gt=0, description="knowledge: the width c of pseudo_huber, sqrt(|u|^2 + c^2) - c.")
-    schedule: tuple[int, ...] | None = Field(
-        None, description="progressive: steps of each stage, such as 8 4 2 1, which is the default."
-    )
-    label_dropout: float | None = Field(
-        None, ge=0, le=1, description="denoising: share of labels replaced by the null label; 0.1 unless told."
-    )
-    p_mean: float | None = Field(None, description="denoising with process ve: mean of log sigma; -1.2 unless told.")
-    p_std: float | None = Field(None, gt=0, description="denoising with process ve: std of log sigma; 1.2 unless told.")
+    rank: int = Field(16, ge=1, description="lora: rank of the changes.")
+    lr: float | None = Field(None, gt=0, description="Its peak learning rate; the student's unless told.")
+    ema: float = Field(0.0, ge=0, lt=1, description="Decay of the average of it that the student learns from; 0: none.")
 
-    @model_validator(mode="after")
-    def _check(self) -> "ObjectiveConfig":
-        for owner, options in _OBJECTIVE_DEFAULTS.items():
-            for option in options.keys() - _OBJECTIVE_DEFAULTS[self.name].keys():
-                if getattr(self, option) is not None:
-                    raise ValueError(f"objective.{option} means nothing to {self.name}; it belongs to {owner}")
-        if (self.distance == "pseudo_huber") != (self.c is not None):
-            raise ValueError(f"objective.distance {self.distance} with c {self.c}; pseudo_huber needs c, others don't")
-        if self.schedule is not None:
-            halves = all(longer == 2 * shorter for longer, shorter in pairwise(self.schedule))
-            if not self.schedule or min(self.schedule) < 1 or not halves:
-                raise ValueError(f"objective.schedule {list(self.schedule)} does not halve; write one such as 8 4 2 1")
-        return self
 
-    def filled(self) -> "ObjectiveConfig":
-        """With the objective's own defaults where nothing is said."""
-        defaults = _OBJECTIVE_DEFAULTS[self.name].items()
-        return self.model_copy(update={key: value for key, value in defaults if getattr(self, key) is None})
+class TeacherConfig(Config):
+    """dmd, vsd, sid: the teacher's network beside the student."""
+
+    uri: str | None = Field(None, description="Its uri; what the store keeps, or the recipe's uri, unless told.")
+    dtype: DtypeName = Field("float32", description="Its weights' dtype.")
+    offload: bool = Field(False, description="Keep its weights on the CPU between its calls.")
 
 
 class NetworkConfig(Config):
     """The student's network. All but dropout belongs to --init scratch; other students keep their teacher's."""
 
-    name: Literal["residual_mlp", "affine"] | None = Field(
-        None, description="residual_mlp, or affine: one line a coordinate and time, whose best fit is known."
+    name: Literal["residual_mlp", "affine", "unet"] | None = Field(
+        None,
+        description="residual_mlp; unet, diffusers' UNet2DModel for images; affine: one line a coordinate and time, "
+        "whose best fit is known.",
     )
-    width: int | None = Field(None, ge=1, description="Width of the residual MLP; 256 unless told.")
-    depth: int | None = Field(None, ge=1, description="Blocks of the residual MLP; 4 unless told.")
+    width: int | None = Field(
+        None, ge=1, description="Width of the residual MLP, 256 unless told; channels of the UNet's first level, 64."
+    )
+    depth: int | None = Field(
+        None, ge=1, description="Blocks of the residual MLP, 4 unless told; of each level of the UNet, 2."
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout while fitting, whatever the student starts from.")
 
 
@@ -93,10 +78,15 @@ class FitConfig(Config):
     data: str | None = Field(None, description="Store to read trajectories from: a folder or s3://... URI.")
     dataset: str = Field("main", description="Name of the dataset in the store.")
     manifest: int | None = Field(None, ge=1, description="Number of the manifest; the latest one unless told.")
-    images: str | None = Field(None, description="Real images for denoising: sklearn:digits or npz:PATH.")
+    images: str | None = Field(None, description=f"Real images for denoising, or for dmd's discriminator: {KINDS}.")
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="What is fitted.")
     init: str | None = Field(None, description="teacher, scratch or the folder of a saved model to start from.")
     network: NetworkConfig = Field(NetworkConfig(), description="The student's network.")
+    critic: CriticConfig = Field(CriticConfig(), description="dmd, vsd, sid: the critic.")
+    teacher: TeacherConfig = Field(TeacherConfig(), description="dmd, vsd, sid: the teacher beside the student.")
+    told_guidance: bool = Field(
+        False, description="Tell the student each sample's guidance scale, of which the data has several."
+    )
     process: ProcessName | None = Field(None, description="denoising: the forward process; ve unless told.")
     prediction: PredictionName | None = Field(
         None, description="From scratch: what the network predicts; by the process unless told (ve: edm)."
@@ -108,7 +98,12 @@ class FitConfig(Config):
     steps: int = Field(3000, ge=1, description="Optimizer steps; of each stage, where there are several.")
     batch_size: int = Field(256, ge=1, description="Samples a step.")
     micro_batch: int | None = Field(None, ge=1, description="Samples at a time on the device; divides the batch size.")
-    lr: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
+    lr: float | None = Field(
+        None, gt=0, description="Peak learning rate of AdamW; 1e-4 for dmd, vsd, sid, else 1e-3, unless told."
+    )
+    beta1: float | None = Field(
+        None, ge=0, lt=1, description="AdamW's first beta; 0 for dmd, vsd, sid, else 0.9, unless told."
+    )
     warmup: int = Field(100, ge=0, description="Steps from 0 to the peak learning rate, in each stage.")
     decay: Literal["cosine", "linear", "none"] | None = Field(
         None, description="How the learning rate falls to 0; linear for progressive, else cosine, unless told."
@@ -120,6 +115,9 @@ class FitConfig(Config):
     )
     autocast: Literal["none", "bfloat16", "float16"] = Field("none", description="Lower precision for the network.")
     compile: bool = Field(False, description="torch.compile the network.")
+    gradient_checkpointing: bool = Field(
+        False, description="Keep no activations inside of blocks: compute them again for the gradient."
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; torch's own choice unless told.")
     seed: int = Field(0, ge=0, lt=2**63, description="Of the order, the weights and every random choice.")
@@ -163,7 +161,7 @@ class FitConfig(Config):
             return given
         objective = ObjectiveConfig.model_validate(given.get("objective") or {}).filled()
         told = {key: value for key, value in given.items() if value is not None}
-        filled = {**_FIT_DEFAULTS[objective.name], **told, "objective": objective}
+        filled = {"lr": 1e-3, "beta1": 0.9, **_FIT_DEFAULTS[objective.name], **told, "objective": objective}
         if filled.get("process", "ve") != "ve":
             _refuse_options(given.get("objective"), filled["process"])
             filled["objective"] = objective.model_copy(update={"p_mean": None, "p_std": None})
@@ -173,6 +171,7 @@ class FitConfig(Config):
     def _check(self) -> "FitConfig":
         self._check_input()
         self._check_network()
+        self._check_others()
         self._check_reading()
         if self.micro_batch is not None and self.batch_size % self.micro_batch:
             told = f"micro_batch {self.micro_batch} does not divide batch_size {self.batch_size}"
@@ -188,12 +187,38 @@ class FitConfig(Config):
         wanted, other = ("images", "data") if real else ("data", "images")
         if getattr(self, wanted) is None:
             raise ValueError(f"objective {self.objective.name} needs --{wanted}")
-        if getattr(self, other) is not None:
+        if getattr(self, other) is not None and not self.objective.gan:
             raise ValueError(f"objective {self.objective.name} reads --{wanted}; leave --{other} out")
         if real and self.init == "teacher":
             raise ValueError("init teacher: denoising makes a teacher; use scratch or the folder of a saved model")
         if not real and self.process is not None:
             raise ValueError(f"process {self.process}: a student has its teacher's process; leave --process out")
+
+    def _check_others(self) -> None:
+        """What belongs to the networks beside the student, and to data of several scales."""
+        if self.objective.name not in DISTRIBUTION_LEVEL:
+            for name in ("critic", "teacher"):
+                if getattr(self, name) != FitConfig.model_fields[name].default:
+                    raise ValueError(f"{name}: {self.objective.name} has none; leave it out, or fit dmd, vsd or sid")
+        if (self.objective.critic_steps or 1) > self.steps:
+            told = f"objective.critic_steps {self.objective.critic_steps} leaves the student no update"
+            raise ValueError(f"{told} in {self.steps} steps; give more --steps")
+        if self.critic.kind == "lora":
+            self._check_lora()
+        if self.parallel == "fsdp" and self.objective.gan:
+            raise ValueError("objective.gan: its discriminator can't be sharded; use --parallel ddp")
+        if self.told_guidance and self.objective.name == "denoising":
+            raise ValueError("told_guidance: denoising has no guided targets; leave it out")
+
+    def _check_lora(self) -> None:
+        if self.teacher.offload or self.teacher.dtype != "float32":
+            raise ValueError(
+                "critic.kind lora shares the teacher's weights; leave teacher.offload and teacher.dtype out"
+            )
+        if self.parallel == "fsdp":
+            raise ValueError("critic.kind lora: weights that it shares can't be sharded; use copy, or --parallel ddp")
+        if self.told_guidance:
+            raise ValueError("critic.kind lora: the teacher's weights are not told guidance; use copy")
 
     def _check_reading(self) -> None:
         if self.lanes is not None and self.batch_size % self.lanes:

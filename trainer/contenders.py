@@ -14,7 +14,6 @@ from torch import Tensor
 
 from diffusion.checkpoint import Checkpoint
 from diffusion.denoiser import Guided
-from diffusion.flow_map import FlowMap
 from diffusion.grids import make_grid
 from diffusion.process import Process
 from diffusion.solvers import plan, solve
@@ -23,10 +22,11 @@ from diffusion.teachers import Teacher
 from storage_schemas.errors import ManifestMismatch
 from storage_schemas.recipe import Recipe, UniformLabels
 from trainer.holdout import Pairs
+from trainer.sampling import Way, few_steps, noises_of
 from trainer.student import check_finite, find_student, student_steps
 
-Sampler = Callable[[Tensor, Tensor | None], Tensor]
-"""(x_T [B, ...], condition [B] or None) -> x_0 [B, ...]."""
+Sampler = Callable[[Pairs], Tensor]
+"""Stored pairs -> x_0 [B, ...] from their noises, with their conditions and guidance scales."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,13 @@ class Contender:
     @torch.no_grad()
     def outputs(self, pairs: Pairs, *, batch: int, device: torch.device) -> Tensor:
         """Its x_0 for every noise of `pairs`, [n, ...] on the CPU. Raises ManifestMismatch if some are not finite."""
-        conditions = [None] * len(pairs) if pairs.condition is None else list(pairs.condition.split(batch))
-        parts = zip(pairs.noise.split(batch), conditions, strict=False)
-        found = torch.cat([self.sample(x.to(device), None if c is None else c.to(device)).cpu() for x, c in parts])
+        found = torch.cat([self.sample(part).cpu() for part in pairs.parts(batch, device)])
         check_finite(found, name=f"{self.name} in {self.steps} steps")
         return found
 
 
 def students(
-    runs: Sequence[Path], nfes: Sequence[int], recipe: Recipe, *, device: torch.device
+    runs: Sequence[Path], nfes: Sequence[int], recipe: Recipe, *, device: torch.device, way: Way | None = None
 ) -> tuple[list[Contender], list[str]]:
     """Every run's student at each NFE that it was fitted for, and a note of each that it was not.
 
@@ -61,7 +59,7 @@ def students(
         serves = student_steps(run)
         for nfe in nfes or serves:
             if nfe in serves:
-                found.append(student(run, nfe, recipe, device=device))
+                found.append(student(run, nfe, recipe, device=device, way=way))
             else:
                 told = ", ".join(map(str, serves)) or "no number of steps"
                 notes.append(f"{run} was not fitted for {nfe} steps; it serves {told}")
@@ -70,15 +68,21 @@ def students(
     return found, notes
 
 
-def student(run: Path, steps: int, recipe: Recipe, *, device: torch.device) -> Contender:
-    """A student as it samples in `steps` jumps. Raises ManifestMismatch where it is one of other data."""
-    saved = find_student(run, steps)
-    times = torch.tensor(saved.grids[steps], dtype=torch.float64)
-    _check_student(run, saved, float(times[0]), recipe)
-    flow_map = FlowMap(saved.build(device=device))  # type: ignore[arg-type]
+def student(run: Path, steps: int, recipe: Recipe, *, device: torch.device, way: Way | None = None) -> Contender:
+    """A student as it samples in `steps` steps, told each pair's own guidance scale if it is told one.
 
-    def sample(x_T: Tensor, condition: Tensor | None) -> Tensor:
-        return flow_map.sample(x_T.float(), times, condition)
+    A reflow's process is its own, and its noise the stored one at its own scale. Raises ManifestMismatch where it is
+    one of other data.
+    """
+    saved = find_student(run, steps)
+    _check_student(run, saved, steps, recipe)
+    sampler = few_steps(saved, steps, way=way, device=device)
+    scale = sampler.noise_scale / recipe.sigmas[0] if _is_scaled(saved) else 1.0
+
+    def sample(pairs: Pairs) -> Tensor:
+        x_T = pairs.noise.float() * scale
+        noises = noises_of(pairs.seed, pairs.split, pairs.ids, like=x_T)
+        return sampler(x_T, pairs.condition, pairs.guidance, noises)
 
     return Contender(name=str(run), kind="student", steps=steps, nfe=steps, sample=sample)
 
@@ -88,12 +92,14 @@ def teacher_solvers(teacher: Teacher, recipe: Recipe, nfes: Sequence[int]) -> It
 
     Grids are of the recipe's kind, with its options. From one point straight to 0 every solver is ddim, told once.
     """
-    calls_each = 1 if recipe.guidance.scale == 1 else Guided.nfe_per_call
+    calls_each = calls_of(recipe)
     for nfe in sorted({*nfes, recipe.num_steps * calls_each}):
         calls = nfe // calls_each
         for solver, steps in (("ddim", calls), ("heun", (calls + 1) // 2), ("dpmpp_2m", calls)):
             affordable = steps > (0 if solver == "ddim" else 1)
             recipes_own = solver == "ddim" and steps == recipe.num_steps
+            if recipe.solver.grid["name"] == "own" and steps != recipe.num_steps:
+                continue  # a student is asked at no other times than its own
             if affordable and (nfe in nfes or recipes_own):
                 contender = teacher_solver(teacher, recipe, solver, steps)
                 if contender.nfe == nfe:
@@ -101,17 +107,18 @@ def teacher_solvers(teacher: Teacher, recipe: Recipe, nfes: Sequence[int]) -> It
 
 
 def teacher_solver(teacher: Teacher, recipe: Recipe, solver: str, steps: int) -> Contender:
-    """The guided teacher under one solver, in the recipe's solve dtype, on its kind of grid with `steps` steps."""
+    """The teacher under one solver, each sample at its own guidance scale, in the recipe's solve dtype.
+
+    On a grid of the recipe's kind with `steps` steps.
+    """
     times = recipe_grid(recipe, teacher.process, steps)
-    scale = recipe.guidance.scale
-    denoise = teacher.denoiser if scale == 1 else Guided(teacher.denoiser, scale)
 
-    def sample(x_T: Tensor, condition: Tensor | None) -> Tensor:
-        keep = [steps]
-        solution = solve(denoise, teacher.process, x_T, times, solver=solver, condition=condition, keep=keep)
-        return solution.states[0]
+    def sample(pairs: Pairs) -> Tensor:
+        denoise = teacher.denoiser if recipe.guidance.is_plain else Guided(teacher.denoiser, pairs.guidance)
+        given, keep = (teacher.process, pairs.noise, times), [steps]
+        return solve(denoise, *given, solver=solver, condition=pairs.condition, keep=keep).states[0]
 
-    nfe = count_nfe(solver, teacher.process, times, scale)
+    nfe = count_nfe(solver, teacher.process, times, recipe)
     return Contender(name=f"teacher {solver}", kind="teacher", steps=steps, nfe=nfe, sample=sample)
 
 
@@ -127,21 +134,36 @@ def recipe_nfe(recipe: Recipe) -> int:
     """Network calls behind one stored output."""
     process = process_from_spec(recipe.teacher.model["process"])
     times = torch.tensor(recipe.times, dtype=torch.float64)
-    return count_nfe(recipe.solver.name, process, times, recipe.guidance.scale)
+    return count_nfe(recipe.solver.name, process, times, recipe)
 
 
-def count_nfe(solver: str, process: Process, times: Tensor, guidance_scale: float) -> int:
-    """Network calls that a solver's plan makes for one sample."""
-    calls = sum(len(step) for step in plan(solver, process, times))
-    return calls * (1 if guidance_scale == 1 else Guided.nfe_per_call)
+def count_nfe(solver: str, process: Process, times: Tensor, recipe: Recipe) -> int:
+    """Network calls that a solver's plan makes for one sample, guided as the recipe says."""
+    return sum(len(step) for step in plan(solver, process, times)) * calls_of(recipe)
 
 
-def _check_student(run: Path, saved: Checkpoint, start: float, recipe: Recipe) -> None:
-    classes = saved.model["num_classes"] if isinstance(recipe.condition, UniformLabels) else None
-    theirs = (tuple(saved.model["sample_shape"]), classes, process_from_spec(saved.model["process"]), start)
+def calls_of(recipe: Recipe) -> int:
+    """Network calls behind one guided x_0; of several scales a sample of scale 1 pays as much as the others."""
+    is_told = recipe.teacher.model.get("network", {}).get("told_guidance", False)
+    return 1 if is_told or recipe.guidance.is_plain else Guided.nfe_per_call
+
+
+def _check_student(run: Path, saved: Checkpoint, steps: int, recipe: Recipe) -> None:
     needed = recipe.condition.num_classes if isinstance(recipe.condition, UniformLabels) else None
-    ours = (recipe.sample_shape, needed, process_from_spec(recipe.teacher.model["process"]), recipe.times[0])
-    names = ("sample shape", "number of classes", "process", "first time")
-    for what, there, here in zip(names, theirs, ours, strict=True):
-        if there != here:
-            raise ManifestMismatch(f"{run} has {what} {there}, this data has {here}; evaluate it on data like its own")
+    theirs: dict[str, Any] = {
+        "sample shape": tuple(saved.model["sample_shape"]),
+        "number of classes": None if needed is None else saved.model["num_classes"],
+    }
+    ours: dict[str, Any] = {"sample shape": recipe.sample_shape, "number of classes": needed}
+    if not _is_scaled(saved):
+        theirs |= {"process": process_from_spec(saved.model["process"]), "first time": saved.grids[steps][0]}
+        ours |= {"process": process_from_spec(recipe.teacher.model["process"]), "first time": recipe.times[0]}
+    for what, here in ours.items():
+        if theirs[what] != here:
+            told = f"{run} has {what} {theirs[what]}, this data has {here}"
+            raise ManifestMismatch(f"{told}; evaluate it on data like its own")
+
+
+def _is_scaled(saved: Checkpoint) -> bool:
+    """Whether the student learnt from the data's noises at the scale of a process of its own."""
+    return saved.about.get("from_noise") == "scaled"

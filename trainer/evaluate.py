@@ -1,8 +1,8 @@
 """`python -m trainer evaluate`: students beside their teacher's own solvers, at the same number of network calls."""
 
 import json
-import sys
-from collections.abc import Iterator, Mapping
+import platform
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,23 +10,25 @@ from typing import Annotated, Any
 import torch
 import tyro
 from pydantic import Field, model_validator
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from diffusion.teachers import Teacher
 from storage_schemas.command_line import Config
 from storage_schemas.dataset import Dataset, open_dataset
 from storage_schemas.errors import UserError, usage_errors
+from storage_schemas.images import KINDS
 from storage_schemas.recipe import Recipe
 from storage_schemas.store import Store
 from trainer.contenders import Contender, recipe_nfe, students, teacher_solvers
+from trainer.costs import Costs, student_costs
 from trainer.features import load_classifier, shipped_classifier, shipped_image_source
 from trainer.holdout import Pairs, read_pairs
 from trainer.images import load_images
-from trainer.metrics import Frechet, holdout_error, sliced_wasserstein, variance
+from trainer.metrics import Frechet, Neighbours, holdout_error, sliced_wasserstein, variance
 from trainer.plan import pick_device
 from trainer.plots import plot_quality
+from trainer.sampling import Way
+from trainer.tables import show, terminal
 from trainer.teacher import recipe_teacher
 
 _MOST = 2048
@@ -43,8 +45,11 @@ class EvaluateConfig(Config):
     count: int | None = Field(
         None, ge=2, description=f"Samples of each contender; all of the holdout up to {_MOST} unless told."
     )
+    sampling: Way | None = Field(
+        None, description="jump or renoise: how students make several steps; as each was fitted unless told."
+    )
     images: str | None = Field(
-        None, description="Real images to compare with: sklearn:digits or npz:PATH; by the sample shape unless told."
+        None, description=f"Real images to compare with: {KINDS}; by the sample shape unless told."
     )
     classifier: Path | None = Field(
         None, description="Folder of a classifier (python -m trainer classifier); the shipped one unless told."
@@ -66,16 +71,32 @@ class EvaluateConfig(Config):
 
 
 @dataclass(frozen=True)
+class Distances:
+    """Of samples from real ones; None where there is no classifier to measure in."""
+
+    sliced_wasserstein: float
+    frechet: float | None = None
+    density: float | None = None
+    coverage: float | None = None
+
+
+@dataclass(frozen=True)
 class Row:
-    """One contender's figures. kind: student, teacher or stored; frechet is None where it can't be measured."""
+    """One contender's figures. kind: student, teacher or stored. costs: of a student whose run is there."""
 
     name: str
     kind: str
     steps: int
     nfe: int
     holdout_error: float
-    sliced_wasserstein: float
-    frechet: float | None
+    distances: Distances
+    costs: Costs | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As in evaluation.json."""
+        told = asdict(self)
+        distances, costs = told.pop("distances"), told.pop("costs")
+        return told | distances | {"costs": costs}
 
 
 @dataclass(frozen=True)
@@ -85,11 +106,15 @@ class Reference:
     name: str
     target: Tensor
     other: Tensor
-    frechet: Frechet | None
+    frechet: Frechet | None = None
+    neighbours: Neighbours | None = None
 
-    def distances(self, samples: Tensor) -> tuple[float, float | None]:
-        """(sliced Wasserstein, Frechet) of samples from the target."""
-        return sliced_wasserstein(samples, self.target), None if self.frechet is None else self.frechet(samples)
+    def distances(self, samples: Tensor) -> Distances:
+        """Of samples from the target."""
+        wasserstein = sliced_wasserstein(samples, self.target)
+        if self.frechet is None or self.neighbours is None:
+            return Distances(wasserstein)
+        return Distances(wasserstein, self.frechet(samples), *self.neighbours(samples))
 
 
 def run_evaluate(config: EvaluateConfig) -> int:
@@ -103,7 +128,7 @@ def run_evaluate(config: EvaluateConfig) -> int:
     if config.as_json:
         print(text)
     else:
-        show(evaluation, Console())
+        show(evaluation, terminal())
         print(f"{out / 'evaluation.json'}, {out / 'evaluation.png'}")
     return 0
 
@@ -115,7 +140,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     dataset = open_dataset(Store.open(config.data), config.dataset, config.manifest)
     pairs = read_pairs(dataset, "holdout", config.count, at_most=_MOST)
     with usage_errors():
-        contenders, notes = students(config.runs, config.nfe, dataset.recipe, device=device)
+        contenders, notes = students(config.runs, config.nfe, dataset.recipe, device=device, way=config.sampling)
     teacher = _teacher(config, dataset, device, notes)
     reference = _reference(config, dataset, len(pairs), notes)
     if teacher is not None:
@@ -124,13 +149,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     rows = [*_rows(contenders, pairs, reference, dataset, device), _stored_row(pairs, reference, dataset.recipe)]
     return {
         "count": len(pairs),
+        "machine": machine(device),
         "dataset": config.dataset,
         "manifest": dataset.manifest.number,
         "recipe": dataset.recipe.id,
         "reference": reference.name,
         "output_variance": variance(pairs.output),
         "floor": _floor(reference),
-        "rows": [asdict(row) for row in sorted(rows, key=lambda row: (row.nfe, row.kind))],
+        "rows": [row.plain() for row in sorted(rows, key=lambda row: (row.nfe, row.kind))],
         "notes": notes,
     }
 
@@ -162,17 +188,21 @@ def _reference(config: EvaluateConfig, dataset: Dataset, count: int, notes: list
         found = load_classifier(config.classifier) if config.classifier else shipped_classifier(source, shape)
     if found is None:
         notes.append(f"no Frechet distance: no classifier of {source} is shipped; fit one and name it by --classifier")
-        return Reference(source, target, other, None)
+        return Reference(source, target, other)
     classifier, saved = found
-    notes.append(f"Frechet distance in a classifier's features, accuracy {saved.about['figures']['accuracy']:.4f}")
-    return Reference(source, target, other, Frechet(classifier, target))
+    notes.append(
+        "Frechet distance, density and coverage are of a classifier's features, "
+        f"accuracy {saved.about['figures']['accuracy']:.4f}"
+    )
+    with usage_errors():
+        return Reference(source, target, other, Frechet(classifier, target), Neighbours(classifier, target))
 
 
 def _stored_reference(dataset: Dataset, count: int) -> Reference:
     """Outputs for noises of the train split: twice `count` where there are so many, in two halves."""
     outputs = read_pairs(dataset, "train", None, at_most=2 * count).output
     target, other = outputs.tensor_split(2)
-    return Reference("stored outputs of train noises", target, other, None)
+    return Reference("stored outputs of train noises", target, other)
 
 
 def _rows(
@@ -181,50 +211,27 @@ def _rows(
     # The recipe's micro-batch: its own solver on its own grid would give the stored bits again.
     for contender in contenders:
         outputs = contender.outputs(pairs, batch=dataset.recipe.micro_batch, device=device)
-        error = holdout_error(outputs, pairs.output)
-        yield Row(contender.name, contender.kind, contender.steps, contender.nfe, error, *reference.distances(outputs))
+        figures = holdout_error(outputs, pairs.output), reference.distances(outputs)
+        costs = student_costs(Path(contender.name), contender.steps) if contender.kind == "student" else None
+        yield Row(contender.name, contender.kind, contender.steps, contender.nfe, *figures, costs)
 
 
 def _stored_row(pairs: Pairs, reference: Reference, recipe: Recipe) -> Row:
     name = f"teacher {recipe.solver.name}, stored"
-    return Row(name, "stored", recipe.num_steps, recipe_nfe(recipe), 0.0, *reference.distances(pairs.output))
+    return Row(name, "stored", recipe.num_steps, recipe_nfe(recipe), 0.0, reference.distances(pairs.output))
+
+
+def machine(device: torch.device) -> str:
+    """What a device is, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def _floor(reference: Reference) -> dict[str, Any]:
-    wasserstein, frechet = reference.distances(reference.other)
     counts = [len(reference.other), len(reference.target)]
     return {
         "of": f"two halves of {reference.name}",
         "counts": counts,
-        "sliced_wasserstein": wasserstein,
-        "frechet": frechet,
+        **asdict(reference.distances(reference.other)),
     }
-
-
-_FIGURES = {"holdout_error": "holdout error", "sliced_wasserstein": "sliced Wasserstein", "frechet": "Frechet"}
-
-
-def show(evaluation: Mapping[str, Any], console: Console) -> None:
-    """The evaluation as a table, with what one must know to read it."""
-    figures = [name for name in _FIGURES if name != "frechet" or evaluation["floor"]["frechet"] is not None]
-    table = Table(title=f"{evaluation['count']} samples each, against {evaluation['reference']}")
-    table.add_column("", overflow="fold")
-    for heading in ("steps", "NFE", *(_FIGURES[name] for name in figures)):
-        table.add_column(heading, justify="right")
-    for index, row in enumerate(evaluation["rows"]):
-        last = index + 1 == len(evaluation["rows"]) or evaluation["rows"][index + 1]["nfe"] != row["nfe"]
-        cells = [_figure(row[name]) for name in figures]
-        table.add_row(row["name"], str(row["steps"]), str(row["nfe"]), *cells, end_section=last)
-    floor = evaluation["floor"]
-    table.add_row("floor", "", "", *(_figure(floor.get(name)) for name in figures))
-    console.print(table)
-    console.print(
-        f"holdout error: per dimension, of a variance of {_figure(evaluation['output_variance'])}", highlight=False
-    )
-    console.print(f"floor: {floor['of']}, {' samples against '.join(map(str, floor['counts']))}", highlight=False)
-    for note in evaluation["notes"]:
-        print(f"note: {note}", file=sys.stderr)
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"

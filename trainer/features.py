@@ -20,8 +20,11 @@ from diffusion import checkpoint
 from diffusion.checkpoint import Checkpoint
 from storage_schemas.command_line import Config
 from storage_schemas.errors import UsageError, usage_errors
+from storage_schemas.images import KINDS
 from trainer.images import load_images
+from trainer.plan import pick_device
 
+_AT_ONCE = 1024
 _BUILTIN = Path(__file__).parent / "builtin"
 
 _LICENCES = {
@@ -69,7 +72,7 @@ class ClassifierConfig(Config):
     """Fit the classifier in whose features evaluate measures the Frechet distance."""
 
     out: Path = Field(description="Folder to write model.json and model.safetensors to.")
-    images: str = Field("sklearn:digits", description="Image source: sklearn:digits or npz:PATH.")
+    images: str = Field("sklearn:digits", description=f"Image source: {KINDS}.")
     width: int = Field(32, ge=1, description="Channels of the first stage; the second has twice as many.")
     num_features: int = Field(64, ge=2, description="Size of the penultimate layer.")
     steps: int = Field(1500, ge=1, description="Optimiser steps.")
@@ -78,11 +81,13 @@ class ClassifierConfig(Config):
     weight_decay: float = Field(1e-2, ge=0, description="AdamW's weight decay.")
     label_smoothing: float = Field(0.05, ge=0, lt=1, description="Probability spread over the other classes.")
     seed: int = Field(0, ge=0, description="Seed of the weights, the batches and the dropout.")
+    device: str = Field("cpu", description="cpu, cuda, cuda:1, ... or auto.")
 
 
 def run_classifier(config: ClassifierConfig) -> int:
     """The command: fit, measure on the reference half, save, say."""
     with usage_errors():
+        config = config.model_copy(update={"device": str(pick_device(config.device))})
         train, reference = load_images(config.images, "train"), load_images(config.images, "reference")
         spec = classifier_spec(config, *train)
         classifier = fit_classifier(config, spec, *train)
@@ -105,14 +110,14 @@ def fit_classifier(config: ClassifierConfig, spec: dict[str, Any], images: Tenso
     """A classifier by AdamW on cross entropy, from `seed` alone; the caller's generators are left as they were."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        classifier = _build(spec).train()
+        classifier = _build(spec).train().to(config.device)
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
         loss = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
         for _ in range(config.steps):
             rows = torch.randint(len(images), (config.batch_size,))
             optimizer.zero_grad()
-            loss(classifier(images[rows]), labels[rows]).backward()
+            loss(classifier(images[rows].to(config.device)), labels[rows].to(config.device)).backward()
             optimizer.step()
             schedule.step()
     return classifier.eval()
@@ -121,7 +126,9 @@ def fit_classifier(config: ClassifierConfig, spec: dict[str, Any], images: Tenso
 @torch.no_grad()
 def accuracy(classifier: Classifier, images: Tensor, labels: Tensor) -> float:
     """The share of images whose likeliest class is their label."""
-    return (classifier(images).argmax(dim=1) == labels).double().mean().item()
+    device = next(classifier.parameters()).device
+    found = torch.cat([classifier(part.to(device)).argmax(dim=1).cpu() for part in images.split(_AT_ONCE)])
+    return (found == labels).double().mean().item()
 
 
 def load_classifier(folder: str | Path) -> tuple[Classifier, Checkpoint]:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from diffusion.flow_map import FlowMap
-from storage_schemas.errors import UsageError, UserError, usage_errors
+from storage_schemas.errors import UserError, usage_errors
+from trainer.advice import advice_of
 from trainer.config import FitConfig
 from trainer.follow import Following
 from trainer.logs import NoLog, RunLog
@@ -19,17 +20,14 @@ from trainer.parallel import Ranks, ranks
 from trainer.pins import Pins
 from trainer.plan import Plan, Stage
 from trainer.reading.content import check_division
-from trainer.run import RunRecord, check_place, earlier_run, only_fit, where
+from trainer.run import RunRecord, where
 from trainer.saving.checkpoints import Checkpoints, Found
 from trainer.saving.models import Models
-from trainer.saving.place import BEST, METRICS, RECORD, Place
-from trainer.start import built, check_launch, make_plan, start
+from trainer.saving.place import BEST, METRICS, Place
+from trainer.start import Claim, check_launch, gather, make_plan, start_or_go_on
 from trainer.stream import Stream
 
 __all__ = ["FitConfig", "run_fit"]
-
-# Seconds that a restarted run waits for its processes elsewhere to end, which notice when their collectives fail.
-_PATIENCE = 60.0
 
 
 class Diverged(UserError):
@@ -51,33 +49,15 @@ def run_fit(config: FitConfig) -> int:
 
 def _fit(config: FitConfig, crew: Ranks, held: ExitStack) -> int:
     place = Place(config.out, config.checkpoints)
-    begun = (config.out / RECORD).is_file()
-    if crew.is_first and begun:
-        held.enter_context(only_fit(config.out, patience=_PATIENCE if crew.objects else 0.0))
-    earlier = crew.broadcast(earlier_run(config, place) if crew.is_first else None)
     checkpoints = Checkpoints(place.store, crew, keep_last=config.keep_last, keep_best=config.keep_best)
-    if crew.is_first and not earlier and not place.store.exists(RECORD) and checkpoints:
-        raise UsageError(
-            f"{place.store.uri} holds checkpoints of a run without its {RECORD}; move them, or choose another"
-        )
+    claim = Claim(config, place, held if crew.is_first else None)
+    earlier = crew.broadcast(claim.earlier(checkpoints))
     with checkpoints.newest() if earlier else nullcontext() as found:
         with usage_errors():
             plan = make_plan(config, crew, earlier, found)
-            if earlier and found is None:
-                check_place(earlier, place, config.out)
-            record, denoiser = (earlier, built(earlier.model)) if earlier and found else start(config, plan, place)
-            record = crew.broadcast(record)
-        if crew.is_first:
-            if not begun:
-                held.enter_context(only_fit(config.out))
-                if (config.out / RECORD).is_file():
-                    raise UsageError(f"another fit has begun in {config.out} since; the same command goes on with it")
-            if not config.resume:
-                place.clear()  # only now that nothing is refused any more
-            if earlier:
-                place.fetch()
-            record.save(config.out)
-            place.put(RECORD)
+            record, denoiser = start_or_go_on(config, plan, place, earlier, found)
+        record = crew.broadcast(record)
+        claim.make(record, goes_on=earlier is not None)
         stop = held.enter_context(stop_on_signals())
         fit = Fit(config, plan, record, crew, stop, place, checkpoints)
         fit.begin(FlowMap(denoiser.to(crew.device)), found)
@@ -109,10 +89,11 @@ class Fit:
         """At the start, or where a checkpoint is."""
         sharded = self.config.parallel == "fsdp"
         with usage_errors():
-            self.stepper = Stepper(student, self.config, self.ranks, sharded=sharded)
+            cast = gather(self.config, self.plan, student)
+            self.stepper = Stepper(cast, self.config, self.ranks, sharded=sharded)
         self.stage, self.step = 0, 0
         self.stream_state: dict[str, Any] | None = None
-        self.warnings = list(self.plan.warnings)
+        self.warnings = self.plan.warnings_of(student)
         if found:
             tree = found.read(like={"stepper": self.stepper.state_dict()} if sharded else None)
             self.stepper.load_state_dict(tree["stepper"])
@@ -140,6 +121,8 @@ class Fit:
                 self.stage, self.step = self.stage + 1, 0
             if self.pins:
                 self.pins.drop()
+            if self.ranks.is_first and (told := advice_of(self.config.out)):
+                self.log.say(told)
             self.log.say(f"{self.config.out / 'model'}: fitted in {self.total} steps")
         return 0
 
@@ -162,15 +145,16 @@ class Fit:
         if config.follow_latest:
             following = Following(config, self.plan, stage, ranks=self.ranks, pins=self.pins, say=self.log.say)
         with self._stream(stage, following) as stream, following or nullcontext():
-            meter, stopped = Meter(stream), self.ranks.any(bool(self.stop))
+            meter, stopped = Meter(stream, self.ranks.device), self.ranks.any(bool(self.stop))
             while self.step < config.steps and not stopped:
                 batch = next(stream)
                 meter.note_batch()
                 if following:
                     self._note_content(following, stream)
-                loss, norm = self.stepper.step(stage.objective, batch, seed=step_seed(config.seed, self.done))
+                seed = step_seed(config.seed, self.done)
+                found = self.stepper.step(stage.objective, batch, seed=seed, number=self.step)
                 self.step += 1
-                meter.add(loss, norm, config.batch_size)
+                meter.add(found, config.batch_size)
                 error = self._report(stage, meter, stream)
                 stopped = self.ranks.any(bool(self.stop))  # agreed, so that all ranks end after the same step
                 if self.step % config.checkpoint_every == 0 or self.step == config.steps or stopped:
@@ -201,7 +185,7 @@ class Fit:
         if number != before:
             self.plan = following.plans[number]
             self.log.say(f"{self.config.out}: from step {self.done + 1} on manifest {number}, in place of {before}")
-            for warning in self.plan.warnings:
+            for warning in self.plan.warnings_of(self.stepper.cast.student):
                 self.log.say(f"warning: {warning}")
 
     def _report(self, stage: Stage, meter: Meter, stream: Stream) -> float | None:
@@ -209,12 +193,14 @@ class Fit:
         config, figures, last = self.config, Figures(), self.step == self.config.steps
         if self.done % config.log_every == 0 or last:
             self._check_finite(meter)
-            lr = float(self.stepper.scheduler.get_last_lr()[0])
+            lr = float(self.stepper.student.scheduler.get_last_lr()[0])
             figures = {"stage": stage.name, **meter.take(), "lr": lr, **self._counts(stream)}
         error = None
         if config.validate_every and (self.step % config.validate_every == 0 or last) and self.plan.holdout_error:
             with self.stepper.evaluating() as served:
                 error = figures["holdout_error"] = self.plan.holdout_error(FlowMap(served), stage)
+                if last and self.plan.train_error:
+                    figures["train_error"] = self.plan.train_error(FlowMap(served), stage)
         if figures:
             self.log.write(self.done, figures)
         return error

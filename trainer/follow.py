@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from dataclasses import replace
 from threading import Event
-from typing import Self
+from typing import Any, Self
 
 from storage_schemas.dataset import latest_manifest
 from storage_schemas.errors import ManifestMismatch, UserError
 from trainer.config import FitConfig
+from trainer.objectives.options import DISTRIBUTION_LEVEL
 from trainer.parallel import Ranks
 from trainer.pins import Pins
 from trainer.plan import Plan, Stage
@@ -95,3 +96,12 @@ class Following:
             raise ManifestMismatch(f"{told} on another time grid; start another run on them")
         if new.source(self._columns).fields != old.source(self._columns).fields:
             raise ManifestMismatch(f"{told} in another storage dtype; start another run on them")
+        if self._config.objective.name in DISTRIBUTION_LEVEL and _score(new) != _score(old):
+            raise ManifestMismatch(f"{told} of another teacher or guidance scale; start another run on their score")
+
+
+def _score(plan: Plan) -> tuple[Any, ...]:
+    """Whose score dmd, vsd and sid learn from, wherever its weights lie."""
+    teacher = plan.made_by
+    assert teacher is not None
+    return teacher.model, teacher.weights_sha256, teacher.source_sha256, plan.guidance

@@ -1,11 +1,14 @@
 """Stored pairs to judge by: the teacher's outputs for noises that no student was fitted on."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from diffusion import noise
 from storage_schemas.dataset import Dataset
 from storage_schemas.errors import ManifestMismatch
 from storage_schemas.record import NO_CONDITION, Split, from_storage
@@ -15,14 +18,34 @@ _COLUMNS = ("sample_id", "condition", "noise", "output")
 
 @dataclass(frozen=True)
 class Pairs:
-    """x_T and the solver's x_0, [n, *sample_shape] in the recipe's solve dtype; condition int64 [n] or None."""
+    """x_T and the solver's x_0, [n, *sample_shape] in the recipe's solve dtype; condition int64 [n] or None.
+
+    guidance: float64 [n], the scale that each was solved at. seed, split and ids say whose they are.
+    """
 
     noise: Tensor
     output: Tensor
     condition: Tensor | None
+    guidance: Tensor
+    seed: int
+    split: Split
+    ids: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.noise)
+
+    def parts(self, size: int, device: torch.device) -> Iterator["Pairs"]:
+        """`size` samples at a time, on the device."""
+        for first in range(0, len(self), size):
+            rows = slice(first, first + size)
+            yield replace(
+                self,
+                noise=self.noise[rows].to(device),
+                output=self.output[rows].to(device),
+                condition=None if self.condition is None else self.condition[rows].to(device),
+                guidance=self.guidance[rows].to(device),
+                ids=self.ids[rows],
+            )
 
 
 def read_pairs(dataset: Dataset, split: Split, count: int | None, *, at_most: int) -> Pairs:
@@ -35,13 +58,18 @@ def read_pairs(dataset: Dataset, split: Split, count: int | None, *, at_most: in
         told = f"the dataset has {have} {split} samples, {max(wanted, 2)} are needed"
         raise ManifestMismatch(f"{told}; give a smaller --count, or generate with a larger --{_COUNT_FLAG[split]}")
     stored = _read(dataset, split, wanted)
+    recipe, ids = dataset.recipe, stored["sample_id"]
     columns = {name: from_storage(values, _dtype(dataset, name)) for name, values in stored.items()}
-    dtype = getattr(torch, dataset.recipe.solve_dtype)
+    dtype = getattr(torch, recipe.solve_dtype)
     condition = torch.from_numpy(columns["condition"].astype(np.int64))
     return Pairs(
         noise=torch.from_numpy(columns["noise"]).to(dtype),
         output=torch.from_numpy(columns["output"]).to(dtype),
         condition=None if (condition == NO_CONDITION).all() else condition,
+        guidance=torch.from_numpy(noise.guidance_scales(recipe.noise.seed, split, ids, recipe.guidance.scales)),
+        seed=recipe.noise.seed,
+        split=split,
+        ids=ids,
     )
 
 

@@ -1,43 +1,27 @@
-"""The step and the loop around it: AdamW, warm-up and decay, clipping, averaged weights, exact resume."""
+"""The step and the signals around it: who is updated by a batch, averaged weights, exact resume."""
 
-import copy
 import hashlib
-import math
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
-from torch.distributed.tensor import DTensor
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from diffusion.denoiser import Denoiser
 from diffusion.flow_map import FlowMap
 from trainer import parallel
+from trainer.cast import Cast
 from trainer.config import FitConfig
-from trainer.objectives import Objective
+from trainer.objectives import AlternatingObjective, Objective
 from trainer.parallel import Ranks
+from trainer.player import Average, Player, frozen
 from trainer.stream import Batch
-
-_AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def lr_factor(step: int, config: FitConfig) -> float:
-    """Share of the peak learning rate at `step`: linear warm-up, then the decay to 0 at config.steps."""
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    share = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
-    return {"cosine": (1 + math.cos(math.pi * share)) / 2, "linear": 1 - share, "none": 1.0}[config.decay or "none"]
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -55,50 +39,55 @@ def check_device(config: FitConfig, device: torch.device) -> None:
 
 
 class Stepper:
-    """A student, its optimizer and its averaged weights, over one stage after another, on one process or many.
+    """The networks of a fit, their optimizers and averages, over one stage after another, on one process or many.
 
-    Every rank has one, of a student of the same shape: its weights become the first rank's. `sharded` is FSDP2, else
-    several ranks are DDP. The loss and the gradient are means over the global batch, of which each rank is given an
-    equal part. Collective: the constructor, `step`, `served_state`, and what is served of a sharded student; with
-    `sharded` also `state_dict`, `load_state_dict` and `restart`.
+    Every rank has one, of networks of the same shape: their weights become the first rank's. `sharded` is FSDP2, else
+    several ranks are DDP. Collective: the constructor, `step`, `served_state`, and what is served of a sharded
+    student; with `sharded` also `state_dict`, `load_state_dict` and `restart`.
     """
 
-    def __init__(self, student: FlowMap, config: FitConfig, ranks: Ranks, *, sharded: bool = False) -> None:
-        self.config, self.ranks, self.sharded = config, ranks, sharded
-        self.student = student.train()
-        parallel.send_first(student, ranks)
-        self.average = Average(student.denoiser, config.ema) if config.ema else None
+    def __init__(self, cast: Cast, config: FitConfig, ranks: Ranks, *, sharded: bool = False) -> None:
+        self.config, self.ranks, self.sharded, self.cast = config, ranks, sharded, cast
+        fitted = _together(cast.student.train(), cast.weighting)
+        parallel.send_first(fitted, ranks)
+        if cast.critic is not None:
+            parallel.send_first(cast.critic, ranks)
+        denoiser, options = cast.student.denoiser, config.objective
+        self.average = Average(denoiser, config.ema) if config.ema else None
+        self.target = None if options.target_ema is None else Average(denoiser, options.target_ema)
+        critic_ema = config.critic.ema if cast.critic else 0.0
+        self.critic_average = Average(cast.critic, critic_ema) if cast.critic and critic_ema else None
+        if self.target is not None:
+            cast.target = FlowMap(self.target.module).eval()
         if config.compile:
-            student.denoiser.network.compile()
-        self._loss = self._spread()
-        self._begin()
+            denoiser.network.compile()
+        if sharded:
+            self._share_out()
+        assert config.lr is not None
+        self.student = Player(fitted, config, ranks, lr=config.lr, every=options.critic_steps or 1, sharded=sharded)
+        self.critic: Player | None = None
+        if cast.critic:
+            self.critic = Player(cast.critic, config, ranks, lr=config.critic.lr or config.lr, sharded=sharded)
 
-    def _spread(self) -> nn.Module:
-        if not self.sharded:
-            return parallel.replicated(self.student, self.ranks)
-        for denoiser in {self.student.denoiser, self.served}:
-            parallel.share_out(denoiser.network, self.ranks)
-        return parallel.Loss(self.student)
-
-    def _begin(self) -> None:
-        config = self.config
-        self.optimizer = torch.optim.AdamW(
-            self.student.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
-        )
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, config))
-        self.scaler = torch.amp.GradScaler(self.ranks.device.type, enabled=config.autocast == "float16")
+    def _share_out(self) -> None:
+        averages = [average.module for average in (self.average, self.target) if average]
+        critics = [average.module for average in (self.critic_average,) if average] + [self.cast.critic]
+        denoisers = [self.cast.student.denoiser, *averages, *(critic.denoiser for critic in critics if critic)]
+        networks = [denoiser.network for denoiser in denoisers]
+        for network in filter(None, (*networks, self.cast.weighting)):
+            parallel.share_out(network, self.ranks)
 
     def restart(self) -> None:
         """Begin the next stage: from the served weights, with everything else as new."""
-        self.student.denoiser.load_state_dict(self.served.state_dict())
+        self.cast.student.denoiser.load_state_dict(self.served.state_dict())
         if self.average is not None:
             self.average.count = 0
-        self._begin()
+        self.student.begin()
 
     @property
     def served(self) -> Denoiser:
         """The denoiser that is validated, saved, and the start of the next stage."""
-        return self.student.denoiser if self.average is None else self.average.denoiser
+        return self.cast.student.denoiser if self.average is None else self.average.module
 
     @contextmanager
     def evaluating(self) -> Iterator[Denoiser]:
@@ -107,71 +96,55 @@ class Stepper:
         yield served.eval()
         served.train()
 
-    def step(self, objective: Objective, batch: Batch, *, seed: int) -> tuple[Tensor, Tensor]:
-        """One optimizer step on this rank's part of the global batch; (loss, norm of the gradient before clipping).
+    def step(self, objective: Objective, batch: Batch, *, seed: int, number: int = 0) -> dict[str, Tensor]:
+        """What the run's step `number` (from 0) updates by this rank's part of the global batch.
 
-        Both are the global batch's, on the device, the same on every rank. Dropout alone depends on how many ranks
-        there are: each draws its own.
+        The student; or, where there is a critic, the critic, and the student after each `critic_steps` of those.
+        Returns losses and norms of the gradients before clipping, of the global batch, on the device, the same on
+        every rank. Dropout alone depends on how many ranks there are: each draws its own.
         """
         torch.manual_seed(seed + self.ranks.rank)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self._gradient(objective, batch)
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.config.clip or math.inf)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.scheduler.step()
-        if self.average is not None:
-            self.average.update(self.student.denoiser)
-        return self.ranks.mean(loss), norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self.critic is None:
+            return self._update_student(objective, batch)
+        assert isinstance(objective, AlternatingObjective)
+        loss, norm = self.critic.update(objective.critic_loss, self.cast, batch)
+        if self.critic_average is not None and self.cast.critic is not None:
+            self.critic_average.update(self.cast.critic)
+        found = {"critic_loss": loss, "critic_grad_norm": norm}
+        turn = (number + 1) % objective.critic_steps == 0
+        return found | (self._update_student(objective, batch) if turn else {})
 
-    def _gradient(self, objective: Objective, batch: Batch) -> Tensor:
-        """The loss of this rank's part; leaves the mean gradient over ranks in the parameters."""
-        loss = torch.zeros((), device=self.ranks.device)
-        done = 0
-        for part in batch.split(self.config.micro_batch or len(batch)):
-            done += len(part)
-            with parallel.held_back(self._loss, last=done == len(batch)):
-                with self._autocast():
-                    piece = self._loss(objective, part.to(self.ranks.device)) * (len(part) / len(batch))
-                self.scaler.scale(piece).backward()
-            loss += piece.detach()
-        return loss
-
-    def _autocast(self) -> torch.autocast:
-        dtype = _AUTOCAST.get(self.config.autocast)
-        return torch.autocast(self.ranks.device.type, dtype=dtype, enabled=dtype is not None)
+    def _update_student(self, objective: Objective, batch: Batch) -> dict[str, Tensor]:
+        critic = self.critic_average.module if self.critic_average else self.cast.critic
+        with frozen(critic):
+            loss, norm = self.student.update(objective, replace(self.cast, critic=critic), batch)
+        for average in filter(None, (self.average, self.target)):
+            average.update(self.cast.student.denoiser)
+        return {"loss": loss, "grad_norm": norm}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, but the stream.
 
-        Plain tensors, the same on every rank; of a sharded student DTensors under their parameters' names, for
+        Plain tensors, the same on every rank; of sharded networks DTensors under their parameters' names, for
         torch.distributed.checkpoint, which loads what other numbers of ranks have saved: into a `state_dict()`, in
         place, and that is what `load_state_dict` takes.
         """
-        student, optimizer = self.student.state_dict(), self.optimizer.state_dict()
-        if self.sharded:
-            student, optimizer = get_state_dict(self.student, self.optimizer)
-        return {
-            "student": student,
-            "average": None if self.average is None else self.average.state_dict(),
-            "optimizer": optimizer,
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
+        return {name: part and part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
-        student, optimizer = state["student"], state["optimizer"]
-        if self.sharded:
-            set_state_dict(self.student, self.optimizer, model_state_dict=student, optim_state_dict=optimizer)
-        else:
-            self.student.load_state_dict(student)
-            self.optimizer.load_state_dict(optimizer)
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
+        for name, part in self._parts().items():
+            if part is not None:
+                part.load_state_dict(state[name])
+
+    def _parts(self) -> dict[str, Player | Average[Any] | None]:
+        return {
+            "student": self.student,
+            "average": self.average,
+            "target": self.target,
+            "critic": self.critic,
+            "critic_average": self.critic_average,
+        }
 
     def served_state(self) -> dict[str, Any]:
         """The served denoiser's whole weights, plain tensors on the CPU, on the first rank; {} on the others."""
@@ -179,29 +152,9 @@ class Stepper:
         return whole if self.ranks.is_first else {}
 
 
-class Average:
-    """Exponential average of a denoiser's weights: the first, then with min(decay, (1 + n)/(10 + n)) after n of them.
-
-    It starts short, to forget its start. Unlike PyTorch's AveragedModel it asks the device for nothing.
-    """
-
-    def __init__(self, denoiser: Denoiser, decay: float) -> None:
-        self.denoiser, self.decay, self.count = copy.deepcopy(denoiser), decay, 0
-
-    def update(self, denoiser: Denoiser) -> None:
-        """Take in the weights after a step."""
-        decay = min(self.decay, (1 + self.count) / (10 + self.count)) if self.count else 0.0
-        get_ema_multi_avg_fn(decay)(list(self.denoiser.parameters()), list(denoiser.parameters()), self.count)
-        for averaged, current in zip(self.denoiser.buffers(), denoiser.buffers(), strict=True):
-            averaged.copy_(current)
-        self.count += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count, "denoiser": self.denoiser.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.count = state["count"]
-        self.denoiser.load_state_dict(state["denoiser"])
+def _together(student: FlowMap, weighting: nn.Module | None) -> nn.Module:
+    """What the student's optimizer fits."""
+    return student if weighting is None else nn.ModuleDict({"student": student, "weighting": weighting})
 
 
 class StopRequest:

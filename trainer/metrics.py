@@ -11,6 +11,7 @@ from trainer.features import Classifier
 
 _PROJECTIONS = 128
 _SEED = 0
+_NEIGHBOURS = 5
 
 
 def holdout_error(outputs: Tensor, targets: Tensor) -> float:
@@ -55,6 +56,43 @@ class _Features(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.classifier.features(images.float()).double()
+
+
+class Neighbours:
+    """How full and how complete samples y are around the `reference` x, in a classifier's features.
+
+    B_i is the open ball around x_i that reaches to its k-th nearest neighbour among the other x, k = 5:
+    density = 1/(k m) sum_ij [y_j in B_i], which may pass 1, and coverage = 1/n sum_i [some y_j in B_i].
+    In place of precision and recall, of which one outlier may spoil either. Naeem et al. 2020, section 3.
+    """
+
+    def __init__(self, classifier: Classifier, reference: Tensor, *, k: int = _NEIGHBOURS) -> None:
+        if len(reference) <= k:
+            raise ValueError(f"{len(reference)} reference images have no {k} neighbours each; name a source with more")
+        self._k, self._features = k, _Features(classifier)
+        self._reference = self._of(reference)
+        self._radii = torch.cat([_nearest(part, self._reference, k) for part in self._reference.split(1024)])
+
+    def __call__(self, images: Tensor) -> tuple[float, float]:
+        """(density, coverage) of images [m, C, H, W]."""
+        samples, inside = self._of(images), torch.zeros(len(self._reference), dtype=torch.int64)
+        for part in samples.split(1024):
+            inside += (_distances(part, self._reference) < self._radii).sum(dim=0)
+        return inside.sum().item() / (self._k * len(samples)), (inside > 0).double().mean().item()
+
+    @torch.no_grad()
+    def _of(self, images: Tensor) -> Tensor:
+        return torch.cat([self._features(batch) for batch in images.split(1024)])
+
+
+def _nearest(some: Tensor, points: Tensor, k: int) -> Tensor:
+    """The distance of each of `some` of the points to its k-th nearest other one."""
+    return _distances(some, points).kthvalue(k + 1, dim=1).values
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    # By differences: the product form would lose the small ones.
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor) -> float:

@@ -25,11 +25,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from diffusion.flow_map import FlowMap
 from storage_schemas.errors import UserError, usage_errors
-from trainer.objectives import Objective
 from trainer.plan import pick_device
-from trainer.stream import Batch
 
 # How long a rank waits for the others, who may be reading, validating or saving.
 TIMEOUT = timedelta(minutes=15)
@@ -192,38 +189,39 @@ def _device_of(name: str, local_rank: int) -> torch.device:
 
 
 class Loss(nn.Module):
-    """objective(student, batch) as a forward pass, so that DDP sees whatever the objective calls of the student."""
+    """loss_of(cast, batch) as a forward pass of the module that it fits, so that DDP sees whatever is called of it."""
 
-    def __init__(self, student: FlowMap) -> None:
+    def __init__(self, fitted: nn.Module) -> None:
         super().__init__()
-        self.student = student
+        self.fitted = fitted
 
-    def forward(self, objective: Objective, batch: Batch) -> Tensor:
-        return objective(self.student, batch)
+    def forward(self, loss_of: Callable[[Any, Any], Tensor], cast: Any, batch: Any) -> Tensor:
+        return loss_of(cast, batch)
 
 
-def replicated(student: FlowMap, ranks: Ranks) -> nn.Module:
-    """The Loss of a student that every rank holds whole; its gradients are means over ranks."""
+def replicated(fitted: nn.Module, ranks: Ranks) -> nn.Module:
+    """The Loss of a module that every rank holds whole; its gradients are means over ranks."""
     if ranks.objects is None:
-        return Loss(student)
-    loss = DistributedDataParallel(Loss(student), gradient_as_bucket_view=True)
+        return Loss(fitted)
+    loss = DistributedDataParallel(Loss(fitted), gradient_as_bucket_view=True)
     loss.broadcast_buffers = False  # they never change; an attribute, since the argument's name depends on the release
-    _settle(loss, student)
+    _settle(loss, fitted)
     return loss
 
 
-def _settle(loss: nn.Module, student: FlowMap) -> None:
+def _settle(loss: nn.Module, fitted: nn.Module) -> None:
     """Have DDP lay out its buckets by an order of gradients that does not depend on when a run was resumed.
 
     It lays them out anew before the second backward pass, in the first one's order, and with another layout four ranks
     add up in another order: without this, a resumed run's first step would differ in its last bits.
     """
 
-    def touch(student: FlowMap, _: Any) -> Tensor:
-        return torch.stack([0 * parameter.sum() for parameter in reversed(list(student.parameters()))]).sum()
+    def touch(cast: Any, batch: Any) -> Tensor:
+        fitted_ones = [parameter for parameter in fitted.parameters() if parameter.requires_grad]
+        return torch.stack([0 * parameter.sum() for parameter in reversed(fitted_ones)]).sum()
 
-    loss(touch, None).backward()
-    student.zero_grad(set_to_none=True)
+    loss(touch, None, None).backward()
+    fitted.zero_grad(set_to_none=True)
 
 
 def held_back(loss: nn.Module, last: bool) -> AbstractContextManager[None]:

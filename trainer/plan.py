@@ -1,15 +1,16 @@
 """What a fit will do, from its config: the student to start from, the stages, and where samples come from."""
 
-import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from diffusion.checkpoint import Checkpoint
 from diffusion.flow_map import FlowMap
+from diffusion.teachers import Teacher
+from storage_schemas.images import images_digest
+from storage_schemas.recipe import TeacherRecord
 from storage_schemas.store import Store
 from trainer.config import FitConfig
 from trainer.images import load_images
@@ -21,23 +22,30 @@ from trainer.student import Shape, check_fits, saved_model, scratch
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of optimizer steps on one objective. times: the grid that its student then samples on, if any."""
+    """A run of optimizer steps on one objective.
+
+    times: the grid on which its student is validated, if any. grids: those that it is saved to serve, by their number
+    of steps; that of `times` unless told. sampling: how it makes several steps.
+    """
 
     name: str
     objective: Objective
     times: tuple[float, ...] = ()
+    grids: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    sampling: Literal["jump", "renoise"] = "jump"
 
     @property
-    def num_steps(self) -> int:
-        """Jumps of the student's sampler."""
-        return len(self.times) - 1
+    def served(self) -> dict[int, tuple[float, ...]]:
+        """The grids that its student is saved with."""
+        return self.grids or ({len(self.times) - 1: self.times} if self.times else {})
 
 
 @dataclass(frozen=True)
 class Plan:
     """A fit in full. reads: what data it is, in a few words and digests; store: where it lies, if in one.
 
-    shape: what its students share with the samples. labels: whether its samples have any.
+    shape: what its students share with the samples. labels: whether its samples have any. teacher: whoever made them,
+    on a device; made_by: its record. guidance: the scales that it was guided by.
     """
 
     start: Callable[[], Checkpoint]
@@ -46,9 +54,24 @@ class Plan:
     reads: dict[str, Any]
     shape: Shape
     holdout_error: Callable[[FlowMap, Stage], float] | None = None
+    train_error: Callable[[FlowMap, Stage], float] | None = None
     warnings: tuple[str, ...] = ()
     store: Store | None = None
     labels: bool = True
+    guidance: tuple[float, ...] = (1.0,)
+    teacher: Callable[[torch.device], Teacher] | None = None
+    made_by: TeacherRecord | None = None
+
+    def warnings_of(self, student: FlowMap) -> list[str]:
+        """What a user should know of these samples, and of this student on them."""
+        if (len(self.guidance) > 1) == student.told_guidance:
+            return list(self.warnings)
+        if student.told_guidance:
+            told = f"the data holds guidance scale {self.guidance[0]:g} alone, and this student is told scales"
+            return [*self.warnings, f"{told}: it learns of no other"]
+        scales = ", ".join(f"{scale:g}" for scale in self.guidance)
+        told = f"the data holds guidance scales {scales}, and this student is not told which"
+        return [*self.warnings, f"{told}: it learns their mixture; --told-guidance tells it"]
 
 
 def plan_images(config: FitConfig) -> Plan:
@@ -67,7 +90,7 @@ def plan_images(config: FitConfig) -> Plan:
         p_mean=options.p_mean if options.p_mean is not None else 0.0,
         p_std=options.p_std or 1.0,
     )
-    digest = images_digest(images, labels)
+    digest = images_digest(images.numpy(), labels.numpy())
     return Plan(
         start=lambda: _start(config, shape),
         stages=(Stage("denoising", objective),),
@@ -90,14 +113,6 @@ _PROCESSES: dict[str, dict[str, Any]] = {
     "cosine_vp": {"name": "cosine_vp", "s": 0.008},
     "rectified_flow": {"name": "rectified_flow"},
 }
-
-
-def images_digest(images: Tensor, labels: Tensor) -> str:
-    """sha256 of the pixels and labels."""
-    digest = hashlib.sha256(str(tuple(images.shape)).encode())
-    for tensor in (images, labels):
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def pick_device(name: str) -> torch.device:

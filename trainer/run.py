@@ -22,7 +22,7 @@ _LOOKS = 0.5  # seconds between two tries to take it
 # in another place or format, is known by their digest.
 _FREE = {
     "out", "data", "dataset", "manifest", "follow_latest",
-    "threads", "device", "parallel", "micro_batch",
+    "threads", "device", "parallel", "micro_batch", "gradient_checkpointing",
     "checkpoint_every", "checkpoints", "keep_last", "keep_best", "resume", "log_every", "validate_every", "save_dtype",
     "verify", "on_corrupt", "cache_folder", "cache_gib", "in_flight_mib", "ahead_mib",
 }  # fmt: skip

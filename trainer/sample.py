@@ -13,10 +13,10 @@ from torch.nn.functional import pad
 
 from diffusion import noise
 from diffusion.checkpoint import Checkpoint
-from diffusion.flow_map import FlowMap
 from storage_schemas.command_line import Config
 from storage_schemas.errors import UsageError, usage_errors
 from trainer.plan import pick_device
+from trainer.sampling import FewSteps, Way, few_steps, noises_of
 from trainer.student import check_finite, find_student, is_told_labels
 
 _CELL = 64
@@ -34,6 +34,17 @@ class SampleConfig(Config):
     tensors: Path | None = Field(None, description="Safetensors file for noise, output and condition.")
     seed: int = Field(0, ge=0, lt=2**64, description="Seed of the noise; its holdout line is used.")
     label: int | None = Field(None, ge=0, description="One class for all; every class in turn unless told.")
+    guidance: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="Scale for a student that is told it; the middle one of those it was fitted on unless told.",
+    )
+    sampling: Way | None = Field(
+        None,
+        description="jump: from each time of the grid to the next; renoise: to data each time, then noise anew, as "
+        "consistency models do. What the student was fitted for unless told.",
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
 
     @model_validator(mode="after")
@@ -49,9 +60,11 @@ def run_sample(config: SampleConfig) -> int:
         saved = find_student(config.run, config.nfe)
         device = pick_device(config.device)
     labels = sample_labels(saved, config.count, config.label)
+    guidance = sample_guidance(saved, config.guidance)
     if config.out is not None:
         _check_images(saved, config.run)
-    tensors = draw(saved, config.nfe, config.seed, labels, config.count, device=device)
+    sampler = few_steps(saved, config.nfe, way=config.sampling, device=device)
+    tensors = draw(sampler, tuple(saved.model["sample_shape"]), config.seed, labels, config.count, guidance=guidance)
     check_finite(tensors["output"], name=str(config.run))
     for path in filter(None, (config.out, config.tensors)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,20 +78,31 @@ def run_sample(config: SampleConfig) -> int:
     return 0
 
 
-@torch.no_grad()
 def draw(
-    saved: Checkpoint, steps: int, seed: int, labels: Tensor | None, count: int, *, device: torch.device
+    sampler: FewSteps, shape: tuple[int, ...], seed: int, labels: Tensor | None, count: int, *, guidance: float
 ) -> dict[str, Tensor]:
     """As stored: noise = sigma_T eps of the holdout ids 0 .. count-1, output = x_0, and condition, if any."""
-    flow_map = FlowMap(saved.build(device=device))  # type: ignore[arg-type]
-    times = torch.tensor(saved.grids[steps], dtype=torch.float64)
-    eps = torch.from_numpy(noise.standard_normal(seed, "holdout", range(count), tuple(saved.model["sample_shape"])))
-    x_T = (flow_map.process.sigma(times[0]) * eps).float()
+    device = sampler.device
+    eps = torch.from_numpy(noise.standard_normal(seed, "holdout", range(count), shape))
+    x_T = (sampler.noise_scale * eps).float()
+    scale = torch.tensor(guidance, dtype=torch.float64)
     outputs = []
     for rows in torch.arange(count).split(_BATCH):
-        condition = None if labels is None else labels[rows].to(device)
-        outputs.append(flow_map.sample(x_T[rows].to(device), times, condition).cpu())
+        start, condition = x_T[rows].to(device), None if labels is None else labels[rows].to(device)
+        noises = noises_of(seed, "holdout", rows.numpy(), like=start)
+        outputs.append(sampler(start, condition, scale, noises).cpu())
     return {"noise": x_T, "output": torch.cat(outputs)} | ({} if labels is None else {"condition": labels})
+
+
+def sample_guidance(saved: Checkpoint, told: float | None) -> float:
+    """The guidance scale that a student is told: the one asked for, or the middle one of those it was fitted on."""
+    hears = saved.model.get("network", {}).get("told_guidance", False)
+    if told is not None and not hears:
+        raise UsageError(
+            f"guidance {told} means nothing to this student, which has its teacher's baked in; fit one --told-guidance"
+        )
+    scales = saved.about.get("guidance_scales", [1.0])
+    return scales[len(scales) // 2] if told is None else told
 
 
 def sample_labels(saved: Checkpoint, count: int, label: int | None) -> Tensor | None:

@@ -1,22 +1,75 @@
 """What a fit begins with: a new run's plan, record and student, or those of the one that it goes on with."""
 
 import os
+from contextlib import ExitStack
 from typing import Any
 
+import torch
+
+from diffusion.activations import checkpoint_activations
+from diffusion.checkpoint import Checkpoint, widened
 from diffusion.denoiser import Denoiser
+from diffusion.flow_map import FlowMap
 from diffusion.spec import model_from_spec
 from storage_schemas.dataset import latest_manifest
 from storage_schemas.errors import ManifestMismatch, UsageError
 from storage_schemas.store import Store
+from trainer.cast import Cast
 from trainer.config import FitConfig
+from trainer.critic import frozen_teacher, make_critic
+from trainer.objectives.options import DISTRIBUTION_LEVEL, TWO_TIMES
+from trainer.objectives.weights import Uncertainty
 from trainer.order import default_block, default_lanes
 from trainer.parallel import Ranks
 from trainer.plan import Plan, plan_images
-from trainer.run import RunRecord, new_record, where
-from trainer.saving.checkpoints import Found
-from trainer.saving.place import Place
+from trainer.run import RunRecord, check_place, earlier_run, new_record, only_fit, where
+from trainer.saving.checkpoints import Checkpoints, Found
+from trainer.saving.place import RECORD, Place
 from trainer.student import with_dropout
 from trainer.trajectories import plan_trajectories
+
+# Seconds that a restarted run waits for its processes elsewhere to end, which notice when their collectives fail.
+_PATIENCE = 60.0
+
+
+class Claim:
+    """A run's hold on its folder and place, by the first rank, who alone has a `held` that keeps it; others do nothing.
+
+    Nothing is written before `make`, so that what is refused until then leaves no trace.
+    """
+
+    def __init__(self, config: FitConfig, place: Place, held: ExitStack | None) -> None:
+        self._config, self._place, self._held = config, place, held
+        self._has_begun = (config.out / RECORD).is_file()
+
+    def earlier(self, checkpoints: Checkpoints) -> RunRecord | None:
+        """The run that is there to go on with, once no other process is at work on it."""
+        config, place = self._config, self._place
+        if self._held is None:
+            return None
+        if self._has_begun:
+            self._held.enter_context(only_fit(config.out, patience=_PATIENCE if "WORLD_SIZE" in os.environ else 0.0))
+        earlier = earlier_run(config, place)
+        if not earlier and not place.store.exists(RECORD) and checkpoints:
+            told = f"{place.store.uri} holds checkpoints of a run without its {RECORD}"
+            raise UsageError(f"{told}; move them, or choose another")
+        return earlier
+
+    def make(self, record: RunRecord, *, goes_on: bool) -> None:
+        """Now that nothing is refused any more: what another run has left is removed, or fetched to go on with."""
+        config, place = self._config, self._place
+        if self._held is None:
+            return
+        if not self._has_begun:
+            self._held.enter_context(only_fit(config.out))
+            if (config.out / RECORD).is_file():
+                raise UsageError(f"another fit has begun in {config.out} since; the same command goes on with it")
+        if not config.resume:
+            place.clear()
+        if goes_on:
+            place.fetch()
+        record.save(config.out)
+        place.put(RECORD)
 
 
 def check_launch(config: FitConfig, crew: Ranks) -> None:
@@ -58,15 +111,36 @@ def _manifest(config: FitConfig, reads: dict[str, Any]) -> int | None:
     return latest.number if latest else None
 
 
+def start_or_go_on(
+    config: FitConfig, plan: Plan, place: Place, earlier: RunRecord | None, found: Found | None
+) -> tuple[RunRecord, Denoiser]:
+    """The record and the student of the earlier run; of a new one where there is no checkpoint to go on from."""
+    if earlier and found:
+        return earlier, built(earlier.model)
+    if earlier:
+        check_place(earlier, place, config.out)
+    return start(config, plan, place)
+
+
 def start(config: FitConfig, plan: Plan, place: Place) -> tuple[RunRecord, Denoiser]:
     """The record of a new run, and its student as --init says."""
     start = plan.start()
+    torch.manual_seed(config.seed)  # of what it is told beside its teacher
+    start = widened(start, second_time=config.objective.name in TWO_TIMES, told_guidance=config.told_guidance)
+    _check_scales(start, plan.guidance)
     model = with_dropout(start.model, config.network.dropout)
     denoiser = built(model)
     denoiser.load_state_dict(start.build().state_dict())
     count = plan.source(plan.stages[0].objective.columns).ids.count
     block = default_block(count, config.lanes or default_lanes(config.batch_size))
     return new_record(config, place, reads=_reads(config, plan), model=model, block=block), denoiser
+
+
+def _check_scales(start: Checkpoint, scales: tuple[float, ...]) -> None:
+    """A network is told log(1 + w)."""
+    if start.model["network"].get("told_guidance") and min(scales) < 0:
+        told = f"guidance scale {min(scales):g} can't be told to a student, only 0 and more"
+        raise ValueError(f"{told}; generate at others, or fit a student that isn't told")
 
 
 def _reads(config: FitConfig, plan: Plan) -> dict[str, Any]:
@@ -77,3 +151,19 @@ def built(model: dict[str, Any]) -> Denoiser:
     denoiser = model_from_spec(model)
     assert isinstance(denoiser, Denoiser)
     return denoiser
+
+
+def gather(config: FitConfig, plan: Plan, student: FlowMap) -> Cast:
+    """The student, and the networks beside it that its objective asks."""
+    device = next(student.parameters()).device
+    weighting = Uncertainty(config.seed).to(device) if config.objective.weighting == "learned" else None
+    cast = Cast(student, weighting=weighting)
+    if config.objective.name in DISTRIBUTION_LEVEL:
+        assert plan.teacher is not None
+        teacher = plan.teacher(torch.device("cpu") if config.teacher.offload else device)
+        cast.critic = make_critic(config, teacher, student.denoiser)  # first: it starts in float32
+        cast.teacher = frozen_teacher(config, teacher, guidance=plan.guidance, device=device)
+    if config.gradient_checkpointing:
+        for module in filter(None, (student, cast.critic)):
+            checkpoint_activations(module)
+    return cast

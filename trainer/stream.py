@@ -143,9 +143,9 @@ class Stream:
 class TrajectoryStream(IterableDataset[dict[str, Tensor]]):
     """The same batches for any training loop: `DataLoader(TrajectoryStream(...), batch_size=None)`.
 
-    Yields this rank's part of each global batch, in new memory: ids and condition int64 [B], each of `columns`
-    [B, *sample_shape] in the storage dtype. Endless; with `epochs`, an iteration ends with the batch that completes
-    that many, and the next goes on from there.
+    Yields this rank's part of each global batch, in new memory: ids and condition int64 [B], guidance float64 [B] (the
+    scale that each was solved at), each of `columns` [B, *sample_shape] in the storage dtype. Endless; with `epochs`,
+    an iteration ends with the batch that completes that many, and the next goes on from there.
 
     data: a store's URI, of which `dataset` and `manifest` (None: the latest) are opened, or a Dataset. rank,
     world_size: those of torch.distributed where it is set up already, else one rank. Worker w of W of a DataLoader
@@ -213,7 +213,7 @@ class TrajectoryStream(IterableDataset[dict[str, Tensor]]):
                 # Workers that go on from their states begin a round together.
                 past = min((number // workers + 1) * workers, length)
                 self._state = stream.state_dict() | begun.after(past, self._batch_size).state()
-                yield {"ids": batch.ids, "condition": batch.condition, **batch.states}
+                yield {"ids": batch.ids, "condition": batch.condition, "guidance": batch.guidance, **batch.states}
             self._state = self._state | begun.after(length, self._batch_size).state()
 
     def _length(self) -> int:

@@ -20,11 +20,13 @@ from diffusion.denoiser import Denoiser
 from diffusion.prediction import Epsilon
 from diffusion.process import Process
 from diffusion.spec import model_from_spec, process_from_spec
+from diffusion.unet import unet_spec
 from storage_schemas.errors import ManifestMismatch
 from trainer.config import FitConfig
 
 # By process: one step from pure noise needs a prediction that says something of x_0 there.
 _PREDICTIONS = {"ve": "edm", "linear_vp": "v_prediction", "cosine_vp": "v_prediction", "rectified_flow": "velocity"}
+_UNET_TIME_SCALE = 250.0
 
 
 @dataclass(frozen=True)
@@ -45,19 +47,29 @@ def scratch(config: FitConfig, shape: Shape) -> Checkpoint:
         prediction["sigma_data"] = config.sigma_data or round(shape.rms, 4)
     elif config.sigma_data is not None:
         raise ValueError(f"sigma_data {config.sigma_data} means nothing to prediction {name}; it belongs to edm")
-    network: dict[str, Any] = {"name": config.network.name or "residual_mlp"}
-    if network["name"] == "residual_mlp":
-        network |= {"width": config.network.width or 256, "depth": config.network.depth or 4}
     spec = {
         "kind": "network",
         "sample_shape": list(shape.sample_shape),
         "num_classes": shape.num_classes,
         "process": shape.process,
         "prediction": prediction,
-        "network": network,
+        "network": _network(config, shape, prediction=name),
     }
     torch.manual_seed(config.seed)
     return Checkpoint(spec, checkpoint.pack(model_from_spec(spec)))
+
+
+def _network(config: FitConfig, shape: Shape, *, prediction: str) -> dict[str, Any]:
+    """The spec of the network that a fit from scratch is told of."""
+    options = config.network
+    if options.name == "affine":
+        return {"name": "affine"}
+    if options.name == "unet":
+        # A table of betas counts its times to a thousand; t in [0, 1] and log(r)/4 are short for a UNet's sinusoids.
+        counts = shape.process["name"] == "discrete_vp" and prediction != "edm"
+        scale = 1.0 if counts else _UNET_TIME_SCALE
+        return unet_spec(shape.sample_shape, width=options.width or 64, depth=options.depth or 2, time_scale=scale)
+    return {"name": "residual_mlp", "width": options.width or 256, "depth": options.depth or 4}
 
 
 def check_fits(saved: Checkpoint, shape: Shape, *, name: str) -> None:

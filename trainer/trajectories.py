@@ -1,6 +1,7 @@
 """What a fit on stored trajectories will do: checks the data against the objective, and cuts the run into stages."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,23 +9,25 @@ from torch import Tensor
 
 from diffusion.checkpoint import Checkpoint
 from diffusion.flow_map import FlowMap
-from diffusion.grids import subset_indices
 from diffusion.process import Process
 from storage_schemas.dataset import Dataset, open_dataset
 from storage_schemas.errors import ManifestMismatch
 from storage_schemas.recipe import Recipe
-from storage_schemas.record import Split, state_column
+from storage_schemas.record import Split
 from storage_schemas.store import Store
+from trainer.advice import ADVISED
+from trainer.cast import Cast
 from trainer.config import FitConfig
 from trainer.objectives import student_condition
-from trainer.objectives.knowledge import Knowledge
-from trainer.objectives.progressive import Progressive, rounding_error
+from trainer.objectives.progressive import Progressive, ProgressiveSegments, progressive_target, rounding_error
 from trainer.plan import Plan, Stage
 from trainer.reading.chunks import Reading
 from trainer.reading.rows import gathered
 from trainer.reading.shards import ShardSource
+from trainer.stages import stages
+from trainer.stream import Batch
 from trainer.student import Shape, check_few_steps, check_fits, recipe_process, saved_model, scratch
-from trainer.teacher import recipe_checkpoint
+from trainer.teacher import recipe_checkpoint, recipe_teacher
 
 # Rounding in the targets, as a share of the data's rms.
 _WARN, _REFUSE = 0.05, 0.5
@@ -37,31 +40,41 @@ def plan_trajectories(config: FitConfig, *, number: int | None) -> Plan:
     store = Store.open(config.data or "")
     dataset = open_dataset(store, config.dataset, number)
     recipe = dataset.recipe
-    if recipe.chain != "trajectory":
-        raise ManifestMismatch(f"{store.uri} holds segments, this objective needs trajectories: name another --dataset")
     process = recipe_process(recipe.teacher.model["process"], recipe.times, recipe.alphas, recipe.sigmas)
-    stages = _stages(config, dataset)
-    rms = _output_rms(config, dataset)
-    shape = Shape(recipe.sample_shape, recipe.teacher.model["num_classes"], recipe.teacher.model["process"], rms)
+    planned = stages(config, dataset)
+    rms = _rms(config, dataset, process)
+    theirs = {"name": "rectified_flow"} if config.objective.name == "reflow" else recipe.teacher.model["process"]
+    shape = Shape(recipe.sample_shape, recipe.teacher.model["num_classes"], theirs, rms)
+    has_holdout, advised = dataset.ids("holdout").count > 0, config.objective.name in ADVISED
     return Plan(
-        start=lambda: start_student(config, dataset, shape),
-        stages=stages,
+        start=lambda: start_student(config, dataset, shape, planned[0].times[0]),
+        stages=planned,
         source=lambda columns: _source(config, dataset, "train", columns),
-        reads={
-            "dataset": config.dataset,
-            "manifest": dataset.manifest.number,
-            "content_digest": dataset.manifest.content_digest,
-            "recipe": recipe.id,
-        },
+        reads=_named(dataset),
         shape=shape,
-        holdout_error=HoldoutError(config, dataset) if dataset.ids("holdout").count else None,
-        warnings=_rounding_warnings(recipe, process, stages, rms),
+        holdout_error=_error_on(config, dataset, "holdout") if has_holdout else None,
+        train_error=_error_on(config, dataset, "train") if has_holdout and advised else None,
+        warnings=_rounding_warnings(recipe, process, planned, rms),
         store=store,
         labels=recipe.condition.kind != "none",
+        teacher=lambda device: recipe_teacher(store, recipe, uri=config.teacher.uri, device=device),
+        made_by=recipe.teacher,
+        guidance=recipe.guidance.scales,
     )
 
 
-def start_student(config: FitConfig, dataset: Dataset, shape: Shape) -> Checkpoint:
+def _named(dataset: Dataset) -> dict[str, Any]:
+    """What data it is."""
+    manifest = dataset.manifest
+    return {
+        "dataset": manifest.dataset,
+        "manifest": manifest.number,
+        "content_digest": manifest.content_digest,
+        "recipe": dataset.recipe.id,
+    }
+
+
+def start_student(config: FitConfig, dataset: Dataset, shape: Shape, first_time: float) -> Checkpoint:
     """What --init says: the recipe's teacher, a fresh network, or a saved model; refused if it can't fit the data."""
     if config.init == "scratch":
         start = scratch(config, shape)
@@ -71,45 +84,20 @@ def start_student(config: FitConfig, dataset: Dataset, shape: Shape) -> Checkpoi
         start = saved_model(config.init or "")
     name = dataset.recipe.teacher.uri if config.init == "teacher" else str(config.init)
     check_fits(start, shape, name=name)
-    check_few_steps(start, dataset.recipe.times[0])
+    check_few_steps(start, first_time)
     return start
-
-
-def _stages(config: FitConfig, dataset: Dataset) -> tuple[Stage, ...]:
-    recipe, options = dataset.recipe, config.objective
-    if options.name == "knowledge":
-        times = (recipe.times[0], recipe.times[-1])
-        return (Stage("knowledge", Knowledge(times, options.distance or "l2", options.c or 1.0), times),)
-    schedule = options.schedule or ()
-    needed = {steps: subset_indices(recipe.num_steps, steps) for steps in schedule}
-    _check_stored(dataset, {index for indices in needed.values() for index in indices})
-    return tuple(_progressive_stage(recipe, indices) for indices in needed.values())
-
-
-def _progressive_stage(recipe: Recipe, indices: Sequence[int]) -> Stage:
-    times = tuple(recipe.times[index] for index in indices)
-    columns = tuple(state_column(index, recipe.num_steps) for index in indices)
-    return Stage(f"{len(indices) - 1}-step", Progressive(times, columns), times)
-
-
-def _check_stored(dataset: Dataset, needed: set[int]) -> None:
-    recipe = dataset.recipe
-    if missing := sorted(needed - set(recipe.states)):
-        inner = " ".join(map(str, sorted(needed - {0, recipe.num_steps})))
-        have = " ".join(map(str, recipe.states))
-        raise ManifestMismatch(
-            f"{dataset.store.uri} stores states {have}, this schedule needs also {' '.join(map(str, missing))}: "
-            f"generate with --states {inner}"
-        )
 
 
 def _rounding_warnings(recipe: Recipe, process: Process, stages: Sequence[Stage], rms: float) -> tuple[str, ...]:
     """One line for each stage whose targets storage rounding blurs; refused where little else would be left."""
     lines = []
     for stage in stages:
-        if not isinstance(stage.objective, Progressive):
+        segments = isinstance(stage.objective, ProgressiveSegments)
+        if not segments and not isinstance(stage.objective, Progressive):
             continue
-        errors = rounding_error(process, stage.times, storage_dtype=recipe.storage_dtype, data_rms=rms)
+        errors = rounding_error(
+            process, stage.times, storage_dtype=recipe.storage_dtype, data_rms=rms, exact_starts=segments
+        )
         worst = max(errors)
         told = f"{recipe.storage_dtype} storage puts {worst:.2g} rms into {stage.name} targets of rms {rms:.2g}"
         if worst > _REFUSE * rms:
@@ -119,11 +107,18 @@ def _rounding_warnings(recipe: Recipe, process: Process, stages: Sequence[Stage]
     return tuple(lines)
 
 
-def _output_rms(config: FitConfig, dataset: Dataset) -> float:
-    """Root mean square of the teacher's first outputs."""
+def _rms(config: FitConfig, dataset: Dataset, process: Process) -> float:
+    """Root mean square of the teacher's first outputs; of segments that of x~, which is an output of two steps."""
     if not dataset.ids("train").count:
         raise ManifestMismatch(f"{dataset.store.uri} has no train samples: generate some with --count")
-    _, states = _first_rows(config, dataset, "train", ("output",), _RMS_ROWS)
+    segments = dataset.recipe.chain == "segment"
+    columns = ProgressiveSegments.columns if segments else ("output",)
+    _, _, states = _first_rows(config, dataset, "train", columns, _RMS_ROWS)
+    if segments:
+        start, x_t, x_s = (states[name] for name in columns)
+        times = torch.tensor(dataset.recipe.times, dtype=torch.float64)
+        t, s = times[start.long()], times[start.long() + 2]
+        return float(progressive_target(process, x_t.double(), x_s.double(), t, s).square().mean().sqrt())
     return float(states["output"].double().square().mean().sqrt())
 
 
@@ -143,25 +138,49 @@ def _reading(config: FitConfig) -> Reading:
 
 def _first_rows(
     config: FitConfig, dataset: Dataset, split: Split, columns: Sequence[str], count: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """(condition, states) of up to `count` first samples of a split."""
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(condition, guidance, states) of up to `count` first samples of a split."""
     source = _source(config, dataset, split, columns)
     rows = source.load(source.ids.at(np.arange(min(count, source.ids.count))))
-    return gathered(rows, source.fields)
+    return torch.from_numpy(rows.guidance), *gathered(rows, source.fields)
+
+
+def _error_on(config: FitConfig, dataset: Dataset, split: Split) -> "HoldoutError | SegmentError":
+    kind = SegmentError if dataset.recipe.chain == "segment" else HoldoutError
+    return kind(config, dataset, split)
 
 
 class HoldoutError:
-    """Mean squared error per number of the student's samples against the teacher's, from the first holdout noises."""
+    """Mean squared error per number of the student's samples against the teacher's, from a split's first noises."""
 
-    def __init__(self, config: FitConfig, dataset: Dataset) -> None:
+    def __init__(self, config: FitConfig, dataset: Dataset, split: Split) -> None:
         columns = ("noise", "output")
-        self._condition, states = _first_rows(config, dataset, "holdout", columns, _HOLDOUT_ROWS)
+        self._guidance, self._condition, states = _first_rows(config, dataset, split, columns, _HOLDOUT_ROWS)
         self._noise, self._output = states["noise"].float(), states["output"].float()
+        self._noise_scale = dataset.recipe.sigmas[0]
 
     @torch.no_grad()
     def __call__(self, student: FlowMap, stage: Stage) -> float:
         device = next(student.parameters()).device
         condition = student_condition(student, self._condition.to(device))
+        guidance = self._guidance.to(device) if student.told_guidance else None
         times = torch.tensor(stage.times, dtype=torch.float64)
-        samples = student.sample(self._noise.to(device), times, condition)
+        # A student with a process of its own has its own scale of noise.
+        noise = self._noise.to(device) * (float(student.process.sigma(times[0])) / self._noise_scale)
+        samples = student.sample(noise, times, condition, guidance=guidance)
         return float((samples - self._output.to(device)).square().mean())
+
+
+class SegmentError:
+    """The objective itself on a split's first segments, which lead to no output that a sample could be held to."""
+
+    def __init__(self, config: FitConfig, dataset: Dataset, split: Split) -> None:
+        columns = ProgressiveSegments.columns
+        guidance, condition, states = _first_rows(config, dataset, split, columns, _HOLDOUT_ROWS)
+        rows = torch.arange(len(condition))
+        self._batch = Batch(rows, rows, condition, states, torch.empty(len(rows), 0, dtype=torch.float64), guidance)
+
+    @torch.no_grad()
+    def __call__(self, student: FlowMap, stage: Stage) -> float:
+        device = next(student.parameters()).device
+        return float(stage.objective(Cast(student), self._batch.to(device)))

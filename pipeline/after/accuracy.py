@@ -1,14 +1,16 @@
 """What an audit learns by solving samples anew: the solver's error, and whether the stored states are the recipe's."""
 
 import math
+from typing import Any
 
 import numpy as np
 
 from diffusion.solvers import SOLVERS
 from pipeline.after.checks import Check, named
-from pipeline.after.resolve import Resolved, halves_last
+from pipeline.after.resolve import Resolved, halves_last, is_own
 from pipeline.after.scan import Findings
 from pipeline.config import VerifyConfig
+from pipeline.solve import draw_scales
 from storage_schemas.recipe import Recipe
 from storage_schemas.record import state_column
 
@@ -25,14 +27,16 @@ def error_check(recipe: Recipe, found: Findings, resolved: Resolved, place: int,
     With `richardson` it is scaled to the error against the exact solution: for a solver of order p the difference is
     (1 - 2^-p) of it. A last step that both have in common is no part of either. Storage's rounding, which is known, is
     not scaled. The interval is a studentised bootstrap over samples; from a few dozen samples with rare large errors it
-    is too short, so take more for a verdict that matters.
+    is too short, so take more for a verdict that matters. A student on its own grid has no finer solution: it is solved
+    at the same steps again, and what is left is storage's rounding.
     """
     order, name = SOLVERS[recipe.solver.name].order, state_column(recipe.states[place], recipe.num_steps)
-    factor = (2**order / (2**order - 1)) ** 2 if config.richardson else 1.0
+    extrapolated = config.richardson and not is_own(recipe)
+    factor = (2**order / (2**order - 1)) ** 2 if extrapolated else 1.0
     std, rounding = found.states["output"].std or 1.0, float(resolved.rounding[place])
     squares = factor * (resolved.squares[:, place] - rounding) + rounding
     error, low, high = (value / std for value in rms_interval(squares, seed=config.seed))
-    figures = {
+    figures: dict[str, Any] = {
         "error": error,
         "low": low,
         "high": high,
@@ -40,13 +44,31 @@ def error_check(recipe: Recipe, found: Findings, resolved: Resolved, place: int,
         "worst": math.sqrt(float(resolved.squares[:, place].max())) / std,
     }
     limit = config.tolerance if name == "output" else None
-    against = "the exact solution" if config.richardson else "doubled steps"
-    aside = "" if halves_last(recipe) or name != "output" else ", the last step to sigma = 0 aside"
-    told = f"{error:.3g} of the output's spread against {against}{aside}, 95% in [{low:.3g}, {high:.3g}]"
+    against = _against(recipe, name, extrapolated=extrapolated)
+    told = f"{error:.3g} of the output's spread against {against}, 95% in [{low:.3g}, {high:.3g}]"
     told += f", tolerance {limit:g}" if limit else ""
     told += "; worst sample {worst:.3g}, storage's rounding {rounding:.3g}".format(**figures)
+    if by_scale := _error_by_scale(recipe, resolved, squares, std):
+        told += "; by guidance " + ", ".join(f"{scale} {value:.3g}" for scale, value in by_scale.items())
+        figures["by_guidance"] = by_scale
     passed = math.isfinite(error) and (limit is None or high <= limit)
     return Check(f"solver error of {name}", passed, told, figures)
+
+
+def _against(recipe: Recipe, state: str, *, extrapolated: bool) -> str:
+    """What a stored state's error is told against."""
+    if is_own(recipe):
+        return "its own steps"
+    aside = "" if halves_last(recipe) or state != "output" else ", the last step to sigma = 0 aside"
+    return ("the exact solution" if extrapolated else "doubled steps") + aside
+
+
+def _error_by_scale(recipe: Recipe, resolved: Resolved, squares: np.ndarray, std: float) -> dict[str, float]:
+    """sqrt(mean)/std of squares [K] over the samples of each guidance scale; empty where there is one scale."""
+    if len(recipe.guidance.scales) == 1:
+        return {}
+    scales = np.array([draw_scales(recipe, sample.split, np.array([sample.id]))[0] for sample in resolved.samples])
+    return {str(scale): _root(float(squares[scales == scale].mean())) / std for scale in np.unique(scales).tolist()}
 
 
 def rms_interval(squares: np.ndarray, *, seed: int) -> tuple[float, float, float]:

@@ -68,6 +68,7 @@ def of_rows(dataset: Dataset, scanned: Scanned) -> list[Check]:
         *checks.values(found),
         checks.quarantine(dataset, found.rows),
         checks.labels(dataset.recipe, found),
+        *checks.guidance(dataset.recipe, found),
     ]
 
 

@@ -22,7 +22,7 @@ from storage_schemas.recipe import Recipe, UniformLabels
 from storage_schemas.record import NO_CONDITION, SPLITS, to_storage
 
 FALSE_ALARM = 1e-4
-RANDOM_CHECKS = 6
+RANDOM_CHECKS = 7
 ALARM = FALSE_ALARM / RANDOM_CHECKS
 
 MOST_QUARANTINED = 0.01
@@ -174,13 +174,28 @@ def labels(recipe: Recipe, found: Findings) -> Check:
         return Check("labels", False, f"label {list(counts)[-1]} is none of those asked for", figures)
     if classes is None:
         return Check("labels", True, "none was asked for, none is there", figures)
-    each = found.rows / classes
-    if each < LABELS_EACH or classes == 1:
-        return Check("labels", None, f"{each:.2g} samples a label are too few, {LABELS_EACH:g} are needed", figures)
-    statistic = sum((count - each) ** 2 / each for count in counts.values())
-    p = float(chi_square_tail(torch.tensor(statistic, dtype=torch.float64), classes - 1))
-    told = f"chi-square {statistic:.3g} of {classes - 1} degrees, p {p:.2g}, counts {min(counts.values())} to "
-    return Check("labels", p >= ALARM, told + str(max(counts.values())), figures | {"p": p})
+    return _evenly("labels", "a label", list(counts.values()), figures)
+
+
+def guidance(recipe: Recipe, found: Findings) -> list[Check]:
+    """Of several scales, how many of the rows have which: a scale whose solves run away loses more than the others."""
+    scales = recipe.guidance.scales
+    if len(scales) == 1:
+        return []
+    counts = {scale: found.scales.get(scale, 0) for scale in scales}
+    figures = {"counts": {str(scale): count for scale, count in counts.items()}}
+    return [_evenly("guidance scales", "a scale", list(counts.values()), figures)]
+
+
+def _evenly(name: str, each_of: str, counts: Sequence[int], figures: dict[str, Any]) -> Check:
+    """Pearson's chi-square of counts that should be alike."""
+    each = sum(counts) / len(counts)
+    if each < LABELS_EACH or len(counts) == 1:
+        return Check(name, None, f"{each:.2g} samples {each_of} are too few, {LABELS_EACH:g} are needed", figures)
+    statistic, degrees = sum((count - each) ** 2 / each for count in counts), len(counts) - 1
+    p = float(chi_square_tail(torch.tensor(statistic, dtype=torch.float64), degrees))
+    told = f"chi-square {statistic:.3g} of {degrees} degrees, p {p:.2g}, counts {min(counts)} to {max(counts)}"
+    return Check(name, p >= ALARM, told, figures | {"p": p})
 
 
 def named(names: Sequence[str]) -> str:

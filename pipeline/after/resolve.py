@@ -9,11 +9,10 @@ from torch import Tensor
 
 from diffusion.grids import make_grid
 from diffusion.process import Process
-from diffusion.solvers import solve
 from pipeline.after.duplicates import DIGITS, Sample
 from pipeline.after.teacher import TeacherSource
 from pipeline.produce import Order, Producer, pick_device
-from pipeline.solve import draw_labels, draw_noise, in_memory_format, memory_told, micro_batches, solve_batch
+from pipeline.solve import memory_told, micro_batches, solve_batch, solve_ids
 from storage_schemas.commit import Task
 from storage_schemas.recipe import Recipe
 from storage_schemas.record import Columns, from_storage, state_column, to_storage
@@ -51,8 +50,9 @@ class Replay:
 class Resolved:
     """What came of solving K samples anew; S stored states.
 
-    squares [K, S]: mean over coordinates of (stored - solved at 2N steps)^2; rounding [S]: storage's share of it.
-    drift [K, S]: the same against N steps, among other samples than the recipe says, without one unit of rounding.
+    squares [K, S]: mean over coordinates of (stored - solved at 2N steps)^2, or at a student's own N; rounding [S]:
+    storage's share of it. drift [K, S]: the same against N steps, among other samples than the recipe says, without one
+    unit of rounding.
     """
 
     samples: tuple[Sample, ...]
@@ -88,9 +88,7 @@ def _solved_anew(producer: Producer, batch: Sequence[Stored]) -> tuple[np.ndarra
     """Mean squares [B, S] of a batch: stored - fine, rounding of fine, stored - coarse rounded, beyond a unit, fine."""
     recipe = producer.order.recipe
     kept = [_numbers(recipe, np.stack([part.row[name] for part in batch])) for name in _names(recipe)]
-    doubled = doubled_grid(producer.teacher.process, recipe)
-    last = len(doubled) - 1
-    fine = _solve(producer, batch, doubled, [2 * k if k < recipe.num_steps else last for k in recipe.states])
+    fine = _solve(producer, batch, *finer(producer.teacher.process, recipe))
     coarse = _solve(producer, batch, torch.tensor(recipe.times, dtype=torch.float64), recipe.states)
     unit = 2.0 ** (1 - DIGITS[recipe.storage_dtype][0])
     beyond = [np.maximum(np.abs(x - y) - unit * np.abs(y), 0.0) for x, y in zip(kept, coarse, strict=True)]
@@ -135,6 +133,19 @@ def replay(producer: Producer, stored: Stored) -> Replay:
     )
 
 
+def is_own(recipe: Recipe) -> bool:
+    """Whether the grid is that of a student, which knows no other times: there is no finer solution of it."""
+    return recipe.solver.grid["name"] == "own"
+
+
+def finer(process: Process, recipe: Recipe) -> tuple[Tensor, Sequence[int]]:
+    """The doubled grid, or a student's own, and the places of the recipe's states on it."""
+    if is_own(recipe):
+        return torch.tensor(recipe.times, dtype=torch.float64), recipe.states
+    doubled = doubled_grid(process, recipe)
+    return doubled, [2 * k if k < recipe.num_steps else len(doubled) - 1 for k in recipe.states]
+
+
 def doubled_grid(process: Process, recipe: Recipe) -> Tensor:
     """The recipe's grid with every step halved, in the grid's own parameter: [2N+1] or [2N], index 2i is index i.
 
@@ -166,16 +177,9 @@ def _solve(producer: Producer, batch: Sequence[Stored], times: Tensor, keep: Seq
     """States of a batch from its ids' own x_T, in float64 and not rounded for storage."""
     recipe, split = producer.order.recipe, batch[0].sample.split
     ids = np.array([part.sample.id for part in batch], dtype=np.int64)
-    labels = draw_labels(recipe, split, ids)
     with memory_told(recipe.micro_batch, producer.device):
-        solution = solve(
-            producer.denoise,
-            producer.teacher.process,
-            in_memory_format(recipe, draw_noise(recipe, split, ids).to(producer.device)),
-            times,
-            solver=recipe.solver.name,
-            condition=None if labels is None else torch.from_numpy(labels).to(producer.device),
-            keep=keep,
+        solution = solve_ids(
+            recipe, producer.denoise, producer.teacher.process, split, ids, times, keep=keep, device=producer.device
         )
     return list(solution.states.double().cpu().numpy())
 

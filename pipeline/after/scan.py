@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from pipeline.after.duplicates import RECORD, Sample, fingerprints
 from pipeline.after.normality import NoiseSums, noise_sums
 from pipeline.after.resolve import Stored
+from pipeline.solve import draw_scales
 from storage_schemas.commit import Commit
 from storage_schemas.dataset import Dataset
 from storage_schemas.formats import PIECE, check_shard, read_shard
@@ -80,6 +81,7 @@ class Findings:
     rows: int = 0
     states: dict[str, Spread] = field(default_factory=dict)
     labels: dict[int, int] = field(default_factory=dict)
+    scales: dict[float, int] = field(default_factory=dict)
     records: np.ndarray = field(default_factory=lambda: np.empty(0, RECORD))
     picked: tuple[Stored, ...] = ()
 
@@ -89,10 +91,8 @@ class Findings:
             self.noise.plus(other.noise),
             self.rows + other.rows,
             {name: self.states.get(name, Spread()).plus(spread) for name, spread in other.states.items()},
-            {
-                label: self.labels.get(label, 0) + other.labels.get(label, 0)
-                for label in sorted(self.labels | other.labels)
-            },
+            _summed(self.labels, other.labels),
+            _summed(self.scales, other.scales),
             picked=self.picked + other.picked,
         )
 
@@ -153,15 +153,25 @@ def _other_ids(dataset: Dataset, shard: Shard) -> str:
 def _findings(dataset: Dataset, shard: Shard, commit: Commit, columns: Columns, picked: frozenset[Sample]) -> Findings:
     recipe, inside = dataset.recipe, dataset.rows_inside(shard)
     rows = {name: column[inside] for name, column in columns.items()}
-    values, counts = np.unique(rows["condition"], return_counts=True)
+    scales = draw_scales(recipe, shard.split, rows["sample_id"])
     return Findings(
         noise=noise_sums(from_storage(rows["noise"], recipe.storage_dtype), recipe.sigmas[0], recipe.storage_dtype),
         rows=len(rows["sample_id"]),
         states={field.name: spread(field, rows[field.name]) for field in recipe.fields if not field.is_scalar},
-        labels=dict(zip(values.tolist(), counts.tolist(), strict=True)),
+        labels=_counts(rows["condition"]),
+        scales=_counts(scales),
         records=fingerprints(shard.split, rows["sample_id"], rows["noise"]),
         picked=tuple(_picked(shard, commit, rows, picked)),
     )
+
+
+def _counts(values: np.ndarray) -> dict[Any, int]:
+    found, counts = np.unique(values, return_counts=True)
+    return dict(zip(found.tolist(), counts.tolist(), strict=True))
+
+
+def _summed(one: dict[T, int], other: dict[T, int]) -> dict[T, int]:
+    return {key: one.get(key, 0) + other.get(key, 0) for key in one | other}
 
 
 def _picked(shard: Shard, commit: Commit, rows: Columns, picked: frozenset[Sample]) -> Iterator[Stored]:

@@ -1,15 +1,13 @@
 """The teacher of a dataset that is there already: where its weights are to be had, and only if their hash agrees."""
 
-import json
 from dataclasses import dataclass
 
 import torch
 
-from diffusion import checkpoint
 from diffusion.teachers import Teacher, from_checkpoint, load_teacher
-from storage_schemas import paths
+from pipeline.weights import kept_weights
 from storage_schemas.canonical import digest
-from storage_schemas.errors import UserError
+from storage_schemas.errors import StoreError, UserError
 from storage_schemas.recipe import Recipe
 from storage_schemas.store import Store
 
@@ -40,16 +38,11 @@ class TeacherSource:
         return self._same(source, kept or _loaded(source, device))
 
     def _kept(self, device: str | torch.device) -> Teacher | None:
-        folder = paths.weights_folder(self.recipe.id)
-        document = self.store.read(f"{folder}/{checkpoint.MODEL_FILE}")
-        weights = self.store.read(f"{folder}/{checkpoint.WEIGHTS_FILE}")
-        if document is None or weights is None:
-            return None
         try:
-            saved = checkpoint.unpack(json.loads(document), weights)
-        except ValueError as error:
-            raise NoTeacher(f"{self.store.uri}/{folder}: {error}") from None
-        return from_checkpoint(self.recipe.teacher.uri, saved, device=device)
+            saved = kept_weights(self.store, self.recipe.id)
+        except StoreError as error:
+            raise NoTeacher(str(error)) from None
+        return None if saved is None else from_checkpoint(self.recipe.teacher.uri, saved, device=device)
 
     def _same(self, source: str, teacher: Teacher) -> Teacher:
         told = self.recipe.teacher

@@ -141,7 +141,7 @@ def told(config: CalibrateConfig, calibration: Calibration) -> str:
     reference, solvers = calibration.reference, list(dict.fromkeys(point.solver for point in calibration.points))
     grid = ", ".join(f"{name} {value}" for name, value in calibration.grid.items() if name != "name")
     lines = [
-        f"teacher    {calibration.teacher.uri}, guidance {calibration.guidance.scale:g}, "
+        f"teacher    {calibration.teacher.uri}, guidance {calibration.guidance.told}, "
         f"{calibration.grid['name']} grid{' (' + grid + ')' if grid else ''}",
         f"reference  {reference.solver}, {reference.steps} steps, {reference.nfe} calls, {_told(reference.error)} from "
         "half as many steps",

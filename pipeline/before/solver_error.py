@@ -4,15 +4,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion.grids import make_grid
-from diffusion.solvers import solve
 from diffusion.teachers import Teacher, load_teacher
 from pipeline.config import CalibrateConfig, GenerateConfig, TeacherConfig
 from pipeline.produce import machine_of, pick_device, set_up_torch
 from pipeline.recipe import build_recipe, grid_options
-from pipeline.solve import Denoise, denoise_of, draw_labels, draw_noise, in_memory_format, memory_told
+from pipeline.solve import denoise_of, memory_told, solve_ids
 from storage_schemas.recipe import Recipe
 
 REFERENCE = "rk4"
@@ -49,7 +48,7 @@ class Bench:
     config: CalibrateConfig
     recipe: Recipe
     teacher: Teacher
-    denoise: Denoise
+    denoise: nn.Module
     device: torch.device
 
     @classmethod
@@ -68,17 +67,11 @@ class Bench:
         outputs, nfe = [], 0
         for start in range(0, config.count, config.micro_batch):
             ids = np.arange(start, min(start + config.micro_batch, config.count))
-            labels = draw_labels(self.recipe, "holdout", ids)
             with memory_told(len(ids), self.device), torch.no_grad():
-                solution = solve(
-                    self.denoise,
-                    process,
-                    in_memory_format(self.recipe, draw_noise(self.recipe, "holdout", ids).to(self.device, dtype)),
-                    times,
-                    solver=solver,
-                    condition=None if labels is None else torch.from_numpy(labels).to(self.device),
-                    keep=[steps],
-                )
+                solution = solve_ids(
+                    self.recipe, self.denoise, process, "holdout", ids, times,
+                    keep=[steps], device=self.device, solver=solver, dtype=dtype,
+                )  # fmt: skip
                 outputs.append(solution.states[0].cpu().double())
             nfe = solution.nfe
         return torch.cat(outputs), nfe

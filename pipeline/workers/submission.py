@@ -81,6 +81,11 @@ def submission_of(words: Sequence[str]) -> Submission:
     The file is read here and its fields become flags: the cluster needs no copy of it, and runs what was named.
     """
     name, *options = words or ("",)
+    if name == "progressive":
+        raise UsageError(
+            "progressive starts a trainer and keeps students in a folder: run it where both are, with --runner ray "
+            "and --launch 'ray-job python -m trainer' for work on the cluster"
+        )
     if name not in SUBMITTABLE:
         raise UsageError(f"{name!r} can't be submitted: write -- generate ... or -- regenerate ... at the end")
     flags = spelled_out(SUBMITTABLE[name], options)

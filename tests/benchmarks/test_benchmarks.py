@@ -38,6 +38,7 @@ def test_both_formats_hold_the_same_samples(folder):
         assert values.tobytes() == mine[name].tobytes()
 
 
+@pytest.mark.faults
 def test_a_reader_is_measured_in_processes_of_its_own(folder):
     bench = Bench(folder, 512)
     chosen = bench.prepared([OURS, MEMMAPS])

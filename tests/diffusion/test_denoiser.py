@@ -55,9 +55,48 @@ def test_guidance_is_a_line_through_both(scale, batch):
     )
 
 
-def test_guidance_without_classes_is_refused():
-    with pytest.raises(ValueError, match="needs a class-conditional teacher"):
-        Guided(make_denoiser(VE(), EDM(), num_classes=None), 2.0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_scale_for_each_sample_gives_the_bits_of_that_scale_for_all(dtype, batch):
+    x_t, condition = batch[0].to(dtype), batch[1]
+    denoiser, t = make_denoiser(VE(), EDM()), torch.tensor(2.0, dtype=torch.float64)
+    # 1.7 has no exact float32; a batch of 8 of samples of 8 numbers: a wrong broadcast would be silent.
+    scales = torch.tensor([0.0, 1.0, 1.7, 4.0], dtype=torch.float64).repeat(2)
+    each = Guided(denoiser, scales)(x_t, t, condition)
+    for row, scale in enumerate(scales.tolist()):
+        assert torch.equal(each[row], Guided(denoiser, scale)(x_t, t, condition)[row])
+    times = torch.linspace(0.5, 4.0, 8, dtype=torch.float64)
+    own = [Guided(denoiser, scales[row].item())(x_t, times, condition)[row] for row in range(8)]
+    assert torch.equal(Guided(denoiser, scales)(x_t, times, condition), torch.stack(own))
+
+
+def test_a_denoiser_that_is_told_its_guidance_is_told_the_scale_in_one_call(batch):
+    x_t, condition = batch
+    torch.manual_seed(0)
+    network = ResidualMLP(sample_shape=(2, 4), num_classes=3, width=16, depth=2, told_guidance=True)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    denoiser, t = Denoiser(network, VE(), EDM(), 3).eval(), torch.tensor(2.0, dtype=torch.float64)
+    scales = torch.tensor([1.0, 3.0], dtype=torch.float64).repeat(4)
+    told = denoiser(x_t, t, condition, guidance=scales)
+    guided = Guided(denoiser, scales)
+    assert torch.equal(guided(x_t, t, condition), told)
+    assert guided.nfe_per_call == 1
+    assert torch.equal(Guided(denoiser, 3.0)(x_t, t, condition)[1::2], told[1::2])
+    assert not torch.equal(denoiser(x_t, t, condition)[1::2], told[1::2])
+
+
+@pytest.mark.parametrize(("scale", "told"), [(2.0, "2.0"), (torch.ones(8).double(), "of each sample")])
+def test_guidance_without_classes_or_labels_is_refused(scale, told, batch):
+    with pytest.raises(ValueError, match=f"guidance scale {told} needs a class-conditional teacher"):
+        Guided(make_denoiser(VE(), EDM(), num_classes=None), scale)
+    with pytest.raises(ValueError, match=f"guidance scale {told} needs class labels; give a condition"):
+        Guided(make_denoiser(VE(), EDM()), scale)(batch[0], torch.tensor(2.0, dtype=torch.float64))
+
+
+def test_scales_of_another_batch_are_refused(batch):
+    scales, t = torch.ones(4, dtype=torch.float64), torch.tensor(2.0, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"scalars of shape \(4,\) for a batch of 8"):
+        Guided(make_denoiser(VE(), EDM()), scales)(batch[0], t, batch[1])
 
 
 @pytest.mark.parametrize("process", [LinearVP(), CosineVP(), VE(), RectifiedFlow()])

@@ -60,7 +60,8 @@ def crossings(denoise, process, solver, device, *, steps=4):
 @every_process
 def test_one_copy_of_all_times_is_all_that_goes_to_a_device(solver, process):
     """A meta tensor has no values: reading one raises, and what it would be copied from is seen."""
-    denoise = Guided(network_of(process, "v_prediction", "meta"), 2.0)
+    scales = torch.ones(2, dtype=torch.float64, device="meta")
+    denoise = Guided(network_of(process, "v_prediction", "meta"), scales)
     crossings(denoise, process, solver, "meta")  # a table of betas crosses once in a process's life
     assert crossings(denoise, process, solver, "meta") == {"aten._to_copy.default": 1}
 
@@ -109,7 +110,8 @@ def test_a_compiled_denoiser_is_one_graph_that_makes_no_tensor_of_its_own(proces
 @every_solver
 @every_process
 def test_a_gpu_is_never_waited_for(solver, process):
-    denoise = Guided(network_of(process, "edm", "cuda"), 2.0)
+    scales = torch.tensor([1.0, 2.0], dtype=torch.float64, device="cuda")
+    denoise = Guided(network_of(process, "edm", "cuda"), scales)
 
     def watched(x_t, t, condition):
         torch.cuda.set_sync_debug_mode("error")

@@ -7,10 +7,11 @@ import pytest
 from scipy import stats
 from scipy.special import ndtri
 
-from diffusion.noise import labels, normal_quantile, standard_normal, uniform
+from diffusion.noise import guidance_index, guidance_scales, labels, normal_quantile, standard_normal, uniform
 from diffusion.philox import philox_words
 
 GOLDEN_FIRST = "-0x1.22cd198aad6f0p+1"
+GOLDEN_ANEW = "-0x1.ba5d7666f14ffp+0"
 GOLDEN_DIGEST = "ecc4610c86238e9ba28793a0458339f843ac978a9cd563535cd3a03e9340bd19"
 
 
@@ -20,8 +21,30 @@ def test_golden_normals():
     assert hashlib.sha256(drawn.tobytes()).hexdigest() == GOLDEN_DIGEST
 
 
+def test_noise_drawn_anew_has_a_stream_of_its_own():
+    first, second, third = (standard_normal(0, "train", range(500), (8,), index=index) for index in range(3))
+    assert len(np.unique([first, second, third])) == 3 * 4000
+    assert np.abs(np.corrcoef([first.ravel(), second.ravel(), third.ravel()]) - np.eye(3)).max() < 4 / np.sqrt(4000)
+    assert second[0, 0].hex() == GOLDEN_ANEW
+    np.testing.assert_array_equal(standard_normal(0, "train", [7], (8,), index=2)[0], third[7])
+
+
 def test_golden_labels():
     assert labels(0, "train", range(10), 10).tolist() == [8, 9, 9, 3, 3, 0, 3, 0, 5, 2]
+
+
+def test_golden_guidance_scales():
+    assert guidance_index(0, "train", range(12), 3).tolist() == [1, 2, 2, 0, 0, 0, 0, 1, 1, 2, 1, 2]
+    assert guidance_index(0, "holdout", range(12), 3).tolist() == [2, 0, 2, 1, 0, 0, 1, 2, 1, 0, 0, 1]
+    assert guidance_scales(0, "train", range(4), (1.0, 2.0, 4.0)).tolist() == [2.0, 4.0, 4.0, 1.0]
+    assert guidance_scales(0, "train", range(3), (2.0,)).tolist() == [2.0, 2.0, 2.0]
+
+
+def test_scales_are_uniform_and_independent_of_labels():
+    """Pearson's chi-square of all pairs of label and scale; at this seed one fixed number."""
+    ids = range(20_000)
+    pairs = 4 * labels(3, "train", ids, 10) + guidance_index(3, "train", ids, 4)
+    assert stats.chisquare(np.bincount(pairs, minlength=40)).pvalue > 1e-3
 
 
 def test_a_sample_does_not_depend_on_its_batch():

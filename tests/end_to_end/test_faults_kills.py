@@ -41,6 +41,7 @@ def assert_whole(store, orphans, blows=1):
     assert orphans <= len(assert_exactly_once(store, count=COUNT, holdout=HOLDOUT)) <= orphans + blows
 
 
+@pytest.mark.faults
 def test_workers_killed_at_every_step_of_one_job(struck, tmp_path):
     assert struck(tmp_path / "s", *STEPS_OF_A_WORKER) == 0
     assert_whole(tmp_path / "s", orphans=len(LEAVES_A_SHARD), blows=len(STEPS_OF_A_WORKER))

@@ -220,6 +220,7 @@ def test_without_the_teacher_the_rest_is_checked(generate, pipeline, audit, tmp_
     assert (code, err.count("\n"), "allow it to run by --teacher" in err) == (1, 1, True)
 
 
+@pytest.mark.faults
 def test_the_audit_solves_in_a_process_of_its_own(generate, audit, tmp_path):
     generate(tmp_path, teacher="python:strange_teachers:slow_teacher")
     code, checks, _ = audit(tmp_path, "--teacher", "python:strange_teachers:slow_teacher", samples=10)

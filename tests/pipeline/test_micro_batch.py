@@ -142,6 +142,7 @@ def test_a_recipe_that_the_dataset_refuses_is_refused_before_any_trial(at_home, 
     assert "holds another recipe: noise.seed 0, you ask for 1; use --dataset OTHER" in err
 
 
+@pytest.mark.faults
 def test_a_worker_that_is_killed_has_met_a_size_that_is_too_large(generate, room, tmp_path):
     shown = room(16)
     store, teacher = tmp_path / "store", "python:hungry_teachers:doomed_teacher"

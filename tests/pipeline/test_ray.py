@@ -63,6 +63,7 @@ def test_an_actor_that_can_not_load_its_teacher_ends_the_job_in_one_line(ray_gen
     assert (code, "can't start: RuntimeError: no such accelerator" in line) == (1, True)
 
 
+@pytest.mark.faults
 def test_a_running_cluster_is_joined_by_its_address(cluster, start, ids_of, tmp_path):
     import ray
 
@@ -76,6 +77,7 @@ def test_a_running_cluster_is_joined_by_its_address(cluster, start, ids_of, tmp_
     assert ray.is_initialized()  # and it is left running
 
 
+@pytest.mark.faults
 def test_a_function_runs_once_with_a_workers_resources(cluster):
     import strange_work
 

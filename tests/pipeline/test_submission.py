@@ -63,6 +63,7 @@ def test_the_configuration_file_is_read_here(tmp_path):
     ("words", "told"),
     [
         ([], "can't be submitted"),
+        (["progressive", "--store", "s3://bucket/store"], "run it where both are, with --runner ray"),
         (["verify", "s3://bucket/store"], "'verify' can't be submitted"),
         ([*LINE, "--count", "0"], "count"),
         ([*LINE, "--store", "s3://key:secret@bucket/store"], "give credentials by environment"),

@@ -1,5 +1,7 @@
 """Flags and YAML mean the same, flags win, and a mistake is one line."""
 
+import io
+import sys
 from typing import Annotated, Literal
 
 import pytest
@@ -98,6 +100,14 @@ def test_a_mistake_is_one_line(words, said):
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
     assert "│" not in str(raised.value)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8", "UTF-8"])
+def test_a_mistake_is_told_the_same_whatever_stdout_can_draw(monkeypatch, encoding):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    with pytest.raises(UsageError) as error:
+        read("s", "--states", "20")
+    assert str(error.value) == "state 20 is past the 16 steps; leave it out; python -m job --help lists every option"
 
 
 def test_an_unknown_yaml_field_is_refused(tmp_path):

@@ -24,6 +24,9 @@ from storage_schemas.record import (
 )
 from storage_schemas.store import StoreDocument
 
+DATA = {"kind": "data", "images": "npz:a.npz", "digest": "cd" * 32}
+ODD = {"name": "ddim", "steps": 3, "frame": "sigma", "grid": {"name": "karras"}}
+FOUR = {"times": (3.0, 2.0, 1.0, 0.0), "alphas": (1.0,) * 4, "sigmas": (3.0, 2.0, 1.0, 0.0)}
 RECIPE_ID = "fb081625282b96257bb7fce5003e095f83f9277e3a8adb2999511b94a554fb11"
 Make = Callable[..., Recipe]
 
@@ -83,7 +86,6 @@ def test_recipe_id_is_golden_and_every_line_changes_it(make_recipe: Make) -> Non
         "micro_batch": 4,
         "numerics_version": 2,
         "condition": {"kind": "none"},
-        "start": {"kind": "data", "digest": "cd" * 32},
         "sigmas": (80.0, 17.5, 2.5, 0.12500000000000003, 0.0),
     }
     ids = {make_recipe(**{name: value}).id for name, value in changes.items()} | {RECIPE_ID}
@@ -102,11 +104,29 @@ def test_recipe_id_is_golden_and_every_line_changes_it(make_recipe: Make) -> Non
         ({"micro_batch": 0}, "greater than or equal to 1"),
         ({"notes": "fast"}, "Extra inputs"),
         ({"start": {"kind": "image"}}, "kind"),
+        ({"start": DATA}, "a trajectory starts from the prior"),
+        ({"start": DATA, "chain": "segment"}, "an even number of steps and no states"),
+        ({"chain": "segment", "states": (), "solver": ODD, **FOUR}, "an even number of steps"),
     ],
 )
 def test_recipe_refuses_what_cannot_be_meant(make_recipe: Make, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         make_recipe(**changes)
+
+
+def test_segments_from_data_name_their_images_and_hold_their_labels(make_recipe: Make) -> None:
+    given: dict[str, object] = {
+        "chain": "segment",
+        "states": (),
+        "condition": {"kind": "data_labels", "num_classes": 9},
+    }
+    recipe = make_recipe(**given, start=DATA)
+    assert Recipe.from_bytes(recipe.to_bytes(), "memory") == recipe
+    assert [field.name for field in recipe.fields][2:] == [
+        "start_index", "data_id", "segment_0", "segment_1", "segment_2"
+    ]  # fmt: skip
+    others = [DATA | {"digest": "ef" * 32}, DATA | {"images": "npz:b.npz"}, {"kind": "prior"}]
+    assert len({recipe.id, *(make_recipe(**given, start=other).id for other in others)}) == 4
 
 
 def test_layout_ids_and_micro_batches(make_recipe: Make) -> None:

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import fsspec
@@ -11,17 +12,18 @@ import torch
 
 from diffusion import noise
 from diffusion.grids import karras
-from diffusion.teachers import builtin_checkpoint
+from diffusion.teachers import builtin_checkpoint, load_teacher
 from storage_schemas import paths
 from storage_schemas.commit import Commit, Task, put_commit, utc_now
 from storage_schemas.dataset import put_recipe, seal
 from storage_schemas.formats import encode_shard
 from storage_schemas.layout import Layout
 from storage_schemas.manifest import ManifestDraft, Window
-from storage_schemas.recipe import NoiseRecord, Recipe, SolverRecord, TeacherRecord
+from storage_schemas.recipe import Guidance, NoiseRecord, Recipe, SolverRecord, TeacherRecord, UniformLabels
 from storage_schemas.record import NO_CONDITION, Columns, from_storage, state_column, to_storage
 from storage_schemas.shards import ShardTable
 from storage_schemas.store import Store
+from tests.guided import guided_flow
 from tests.servers import moto
 
 MakeStore = Callable[..., Store]
@@ -63,9 +65,13 @@ def write_store(
     missing: tuple[str, ...] = (),
     window_start: int = 0,
     compression: str = "none",
+    guidance: float | tuple[float, ...] | None = None,
 ) -> Store:
+    """guidance: of the Gaussian classes of tests.guided, in place of a teacher without labels."""
     store = Store.create(str(folder))
     recipe = gaussian_recipe(teacher=teacher, steps=steps, states=states, dtype=dtype)
+    if guidance is not None:
+        recipe = guided_recipe(recipe, guidance)
     layout = Layout(format=format, samples_per_shard=samples_per_shard, compression=compression)
     put_recipe(store, recipe)
     window = Window(train=(window_start, count), holdout=(0, holdout))
@@ -101,14 +107,28 @@ def gaussian_recipe(*, teacher: str, steps: int, states: tuple[int, ...], dtype:
     )
 
 
+def guided_recipe(recipe: Recipe, scale: float | tuple[float, ...]) -> Recipe:
+    teacher = load_teacher("python:tests.guided:GaussianClasses")
+    names = ("uri", "weights_sha256", "model", "source_sha256")
+    record = TeacherRecord(**{name: getattr(teacher, name) for name in names})
+    condition = UniformLabels(num_classes=teacher.num_classes)
+    return recipe.model_copy(update={"teacher": record, "condition": condition, "guidance": Guidance(scale=scale)})
+
+
 def exact_columns(recipe: Recipe, task: Task, ids: np.ndarray) -> Columns:
     """Every stored state of `ids`, by the teacher's own flow map from the rounded noise."""
-    flow = builtin_checkpoint(recipe.teacher.uri.removeprefix("builtin:")).build().flow_map
+    labels = np.full(len(ids), NO_CONDITION)
+    if recipe.condition.kind == "none":
+        flow = builtin_checkpoint(recipe.teacher.uri.removeprefix("builtin:")).build().flow_map
+    else:
+        labels = noise.labels(0, task.split, ids, recipe.condition.num_classes)
+        scales = noise.guidance_scales(0, task.split, ids, recipe.guidance.scales)
+        flow = partial(guided_flow, torch.from_numpy(labels), torch.from_numpy(scales))
     times = torch.tensor(recipe.times, dtype=torch.float64)
     noise_T = recipe.sigmas[0] * noise.standard_normal(0, task.split, ids, recipe.sample_shape)
     stored = to_storage(noise_T, recipe.storage_dtype)
     x_T = torch.from_numpy(from_storage(stored, recipe.storage_dtype).astype(np.float64))
-    columns = {"sample_id": ids, "condition": np.full(len(ids), NO_CONDITION), "noise": stored}
+    columns = {"sample_id": ids, "condition": labels, "noise": stored}
     for index in recipe.states[1:]:
         state = flow(x_T, times[0], times[index]).numpy()
         columns[state_column(index, recipe.num_steps)] = to_storage(state, recipe.storage_dtype)

@@ -16,21 +16,33 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from diffusion.flow_map import FlowMap
 from diffusion.spec import model_from_spec
+from trainer.cast import Cast
 from trainer.config import FitConfig
 from trainer.loop import Stepper, step_seed
 from trainer.objectives import Objective
+from trainer.objectives.consistency import Consistency
+from trainer.objectives.ctm import ConsistencyTrajectory
 from trainer.objectives.denoising import Denoising
+from trainer.objectives.distances import PseudoHuber, l2
+from trainer.objectives.flow_map import FlowMapOracle
 from trainer.objectives.knowledge import Knowledge
 from trainer.objectives.progressive import Progressive
+from trainer.objectives.reflow import Reflow
+from trainer.objectives.weights import Uncertainty, Weighting
 from trainer.parallel import Ranks, alone, ranks
 from trainer.stream import Batch
 
 ROWS, SHAPE = 32, (1, 4, 4)
+TIMES, STATES = (80.0, 5.0, 0.0), ("noise", "state_1", "output")
 # Each asks the student in another way: jump, the map itself, the network's own output.
 OBJECTIVES: dict[str, Objective] = {
     "knowledge": Knowledge((80.0, 0.0)),
-    "progressive": Progressive((80.0, 5.0, 0.0), ("noise", "state_1", "output")),
+    "progressive": Progressive(TIMES, STATES),
     "denoising": Denoising(SHAPE, label_dropout=0.1, p_mean=-1.2, p_std=1.2),
+    "flow_map": FlowMapOracle(TIMES, STATES, l2, Weighting("learned")),
+    "ctm": ConsistencyTrajectory(TIMES, STATES, l2, Weighting("learned"), denoising_weight=1.0, seed=0),
+    "consistency": Consistency(TIMES, STATES, PseudoHuber(0.1), Weighting("truncated_snr")),
+    "reflow": Reflow(80.0, l2, Weighting()),
 }
 NETWORKS: dict[str, dict[str, Any]] = {
     "residual_mlp": {"width": 32, "depth": 2},
@@ -44,14 +56,14 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def student(seed: int, network: str = "residual_mlp") -> FlowMap:
+def student(seed: int, network: str = "residual_mlp", *, second_time: bool = False, process: str = "ve") -> FlowMap:
     model = {
         "kind": "network",
         "sample_shape": list(SHAPE),
         "num_classes": 3 if network == "residual_mlp" else None,
-        "process": {"name": "ve", "sigma_max": 80.0},
-        "prediction": {"name": "edm", "sigma_data": 0.5},
-        "network": {"name": network, **NETWORKS[network]},
+        "process": {"name": process},
+        "prediction": {"name": "edm", "sigma_data": 0.5} if process == "ve" else {"name": "velocity"},
+        "network": {"name": network, **NETWORKS[network], **({"second_time": True} if second_time else {})},
     }
     torch.manual_seed(seed)
     return FlowMap(model_from_spec(model))
@@ -79,6 +91,7 @@ def global_batch(step: int, order: list[int] | None = None, spoilt: int | None =
         condition=condition[rows],
         states={name: state[rows] for name, state in states.items()},
         uniforms=uniforms[rows],
+        guidance=torch.ones(len(rows), dtype=torch.float64),
     )
 
 
@@ -91,14 +104,13 @@ def run_case(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
 
     seed: of the first weights, plus the rank: the first rank's must be taken. save, load: a folder for a checkpoint.
     restart: begin a second stage before this step, with a look at what is served before every one. plain: as one
-    process, though torchrun started it.
+    process, though torchrun started it. network, second_time, process: of the student.
     """
-    stepper = Stepper(
-        student(case.get("seed", 0) + ranks.rank, case.get("network", "residual_mlp")).to(ranks.device),
-        config(**case.get("options", {})),
-        ranks,
-        sharded=case.get("sharded", False),
-    )
+    model = {name: case[name] for name in ("network", "second_time", "process") if name in case}
+    fitted, options = student(case.get("seed", 0) + ranks.rank, **model), config(**case.get("options", {}))
+    learned = Uncertainty(ranks.rank).to(ranks.device) if options.objective.weighting == "learned" else None
+    cast = Cast(fitted.to(ranks.device), weighting=learned)
+    stepper = Stepper(cast, options, ranks, sharded=case.get("sharded", False))
     if case.get("load"):
         load(stepper, Path(case["load"]))
     figures, scales, seen = [], [], []
@@ -108,12 +120,12 @@ def run_case(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         if step == case.get("restart"):
             stepper.restart()
         batch = part(global_batch(step, case.get("order"), case.get("spoilt", {}).get(str(step))), ranks)
-        loss, norm = stepper.step(OBJECTIVES[case.get("objective", "knowledge")], batch, seed=step_seed(0, step))
-        figures.append((loss.item(), norm.item()))
-        scales.append(stepper.scaler.get_scale())
+        found = stepper.step(OBJECTIVES[case.get("objective", "knowledge")], batch, seed=step_seed(0, step))
+        figures.append((found["loss"].item(), found["grad_norm"].item()))
+        scales.append(stepper.student.scaler.get_scale())
         if step + 1 == case.get("save_at"):
             save(stepper, Path(case["save"]))
-    weights = get_model_state_dict(stepper.student.denoiser, options=StateDictOptions(full_state_dict=True))
+    weights = get_model_state_dict(stepper.cast.student.denoiser, options=StateDictOptions(full_state_dict=True))
     weights = {name: value.cpu() for name, value in weights.items()}
     return {
         "losses": [loss for loss, _ in figures],
@@ -123,7 +135,7 @@ def run_case(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         "student": weights,
         "served": stepper.served_state(),
         "alike": len(set(ranks.gather(_digest(weights) + str(figures)))) == 1,
-        "held": sum(p.to_local().numel() for p in stepper.student.parameters()) if stepper.sharded else None,
+        "held": sum(p.to_local().numel() for p in stepper.cast.student.parameters()) if stepper.sharded else None,
     }
 
 

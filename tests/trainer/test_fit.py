@@ -47,6 +47,9 @@ TINY = [
 ]
 
 
+MEASURED = ("samples_per_s", "data_wait", "first_batch_s", "memory_mib")
+
+
 def fit(*arguments: str) -> int:
     return main("trainer", {"fit": Command(FitConfig, run_fit)}, ["fit", *map(str, arguments)])
 
@@ -65,11 +68,8 @@ def metrics(out: Path) -> list[dict]:
 
 
 def steady(out: Path) -> list[dict]:
-    """Metrics without what depends on the clock."""
-    return [
-        {key: value for key, value in line.items() if key not in ("samples_per_s", "data_wait", "first_batch_s")}
-        for line in metrics(out)
-    ]
+    """Metrics without what depends on the machine and its clock."""
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in metrics(out)]
 
 
 def weights(folder: Path) -> bytes:
@@ -158,6 +158,18 @@ def test_impossible_configs_are_refused():
         ({"objective": {"name": "progressive", "schedule": (8, 3)}}, "does not halve"),
         ({"objective": {"name": "denoising"}}, "needs --images"),
         ({"process": "ve"}, "has its teacher's process"),
+        ({"objective": {"name": "vsd", "regression": 1.0}}, "belongs to dmd"),
+        ({"objective": {"name": "flow_map", "distance": "pseudo_huber"}}, "pseudo_huber needs c"),
+        ({"objective": {"name": "knowledge", "lpips": "lpips.pt"}}, "lpips needs lpips, others don't"),
+        ({"objective": {"name": "sid", "t_range": (0.9, 0.1)}}, "two shares in .0, 1. that ascend"),
+        ({"objective": {"name": "sid", "guidance": float("nan")}}, "should be a finite number"),
+        ({"objective": {"name": "dmd", "guidance": float("inf")}}, "should be a finite number"),
+        ({"critic": {"lr": 1e-3}}, "knowledge has none"),
+        (
+            {"objective": {"name": "dmd"}, "critic": {"kind": "lora"}, "teacher": {"offload": True}},
+            "shares the teacher",
+        ),
+        ({"objective": {"name": "dmd"}, "images": "sklearn:digits"}, "leave --images out"),
         ({"nonsense": 1}, "Extra inputs"),
         ({"lanes": 3}, "does not divide batch_size 256"),
         ({"follow_latest": True, "manifest": 2}, "does not stay with manifest 2"),
@@ -173,11 +185,14 @@ def test_defaults_follow_the_objective():
     assert (few.init, few.decay, few.ema, few.objective.schedule) == ("teacher", "linear", 0.0, (8, 4, 2, 1))
     one = FitConfig(out="run", data="pairs")
     assert (one.init, one.decay, one.ema, one.objective.distance) == ("teacher", "cosine", 0.999, "l2")
+    matching = FitConfig(out="run", data="pairs", images="sklearn:digits", objective={"name": "dmd", "gan": 0.1})
+    assert (matching.beta1, matching.objective.regression, matching.objective.critic_steps) == (0.0, 0.25, 1)
+    assert FitConfig(out="run", data="pairs", objective={"name": "reflow"}).init == "scratch"
     real = FitConfig(out="run", **{**IMAGES, "objective": {"name": "denoising"}})
     assert (real.process, real.objective.p_mean, real.objective.p_std) == ("ve", -1.2, 1.2)
     other = FitConfig(out="run", **{**IMAGES, "process": "linear_vp", "objective": {"name": "denoising"}})
     assert other.objective.p_mean is None
-    for config in (few, one, real, other):
+    for config in (few, one, matching, real, other):
         assert FitConfig(**config.model_dump()) == config
 
 
@@ -426,6 +441,7 @@ def killed_after(monkeypatch, saves: int, arguments: list[str]) -> None:
 def test_a_run_that_follows_goes_over_to_the_newest_manifest_at_an_epoch(make_store, tmp_path, monkeypatch, capsys):
     store, whole, cut = make_store(count=250), tmp_path / "whole", tmp_path / "cut"
     options = ["--checkpoint-every", "10", "--log-every", "2", "--batch-size", "24", "--follow-latest"]
+    options += ["--objective.distance", "pseudo_huber", "--objective.c", "0.5"]  # the same of the new samples
     for out in (whole, cut):
         killed_after(monkeypatch, 1, knowledge(store, out, *options))
     go_on_past(store, (64, 314))

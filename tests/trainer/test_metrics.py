@@ -9,7 +9,7 @@ from torch import nn
 
 from trainer.features import shipped_classifier
 from trainer.images import load_images
-from trainer.metrics import Frechet, holdout_error, sliced_wasserstein, variance, wasserstein_squared
+from trainer.metrics import Frechet, Neighbours, holdout_error, sliced_wasserstein, variance, wasserstein_squared
 
 
 class Pixels(nn.Module):
@@ -54,6 +54,57 @@ def test_frechet_of_digits_knows_digits_from_damaged_ones():
     noise = torch.randn(train.shape, generator=torch.Generator().manual_seed(0))
     assert 0 < floor < distance(train + 0.5 * noise) / 4
     assert distance(train.flip(3)) > 4 * floor
+
+
+def line(*points):
+    """Points on a line as images, whose features are (x, 0, 0)."""
+    return torch.tensor([[x, 0.0, 0.0] for x in points]).reshape(-1, 3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("samples", "density", "coverage"),
+    [
+        # Around 0, 1 and 3 the open balls to the nearest other point: (-1, 1), (0, 2) and (1, 5).
+        ((0.5, 2.0, 4.0), 4 / 3, 1.0),
+        ((0.5, 0.5, 0.5), 2.0, 2 / 3),
+        ((10.0, 20.0), 0.0, 0.0),
+        ((4.0,), 1.0, 1 / 3),
+    ],
+)
+def test_density_and_coverage_count_samples_in_the_balls_of_the_reference(samples, density, coverage):
+    found = Neighbours(Pixels(), line(0.0, 1.0, 3.0), k=1)(line(*samples))
+    assert found == (pytest.approx(density), pytest.approx(coverage))
+
+
+def test_a_set_has_a_density_and_coverage_of_one_in_itself():
+    points = normal(2500, [0.0, 0, 0], [1.0, 2, 3])
+    assert Neighbours(Pixels(), points)(points) == (1.0, 1.0)
+
+
+def test_coverage_of_another_sample_of_the_same_distribution_is_what_the_paper_expects():
+    # 1 - (n-1)...(n-k) / ((2n-1)...(2n-k)), whatever the distribution. Naeem et al. 2020, section 3; density is 1.
+    n, k = 1500, 5
+    a, b = normal(n, [0.0, 0, 0], [1.0, 2, 3], 1), normal(n, [0.0, 0, 0], [1.0, 2, 3], 2)
+    expected = 1 - math.prod((n - i) / (2 * n - i) for i in range(1, k + 1))
+    density, coverage = Neighbours(Pixels(), a)(b)
+    assert coverage == pytest.approx(expected, abs=0.015)
+    assert density == pytest.approx(1, abs=0.06)
+
+
+def test_a_mode_that_is_missing_costs_coverage_and_one_between_costs_density():
+    left, right = normal(300, [-20.0, 0, 0], [1.0, 1, 1], 1), normal(300, [20.0, 0, 0], [1.0, 1, 1], 2)
+    both = Neighbours(Pixels(), torch.cat([left, right]))
+    density, coverage = both(normal(600, [-20.0, 0, 0], [1.0, 1, 1], 3))
+    assert 0.4 < coverage < 0.5
+    assert 0.85 < density < 1.15
+    density, coverage = both(torch.cat([left, normal(300, [0.0, 0, 0], [1.0, 1, 1], 4)]))
+    assert density == pytest.approx(0.5)
+    assert coverage == 0.5
+
+
+def test_too_few_reference_images_for_neighbours():
+    with pytest.raises(ValueError, match="5 reference images have no 5 neighbours"):
+        Neighbours(Pixels(), line(0, 1, 2, 3, 4))
 
 
 @pytest.mark.parametrize("shape", [(2,), (1, 8, 8), (3, 5)])

@@ -48,7 +48,7 @@ def test_gathered_rows_are_their_own_memory():
     pick = np.array([5, 0, 5])
     labels = np.array([1, 2, 3])
     addresses = {"output": values.ctypes.data + 4 * pick}
-    rows = Rows(pick, labels, addresses, keep=values, substituted=np.zeros(3, bool))
+    rows = Rows(pick, labels, np.ones(3), addresses, keep=values, substituted=np.zeros(3, bool))
     condition, states = gathered(rows, [Field("output", (2,), "float16")])
     values[:], labels[:] = 0, 0
     assert states["output"].tolist() == [[10.0, 11.0], [0.0, 1.0], [10.0, 11.0]]

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from diffusion import checkpoint, noise
-from diffusion.checkpoint import Checkpoint, pack
+from diffusion.checkpoint import Checkpoint, pack, widened
 from diffusion.flow_map import FlowMap
 from diffusion.spec import model_from_spec
 from diffusion.teachers import builtin_checkpoint
@@ -97,6 +97,45 @@ def test_a_student_fitted_without_labels_is_told_none(run, tmp_path):
     torch.testing.assert_close(tensors["output"], expected, rtol=0, atol=1e-5)
     with pytest.raises(UsageError, match="which has none"):
         drawn(tmp_path / "t.safetensors", run=run, nfe=1, label=1)
+
+
+def test_a_consistency_student_is_sampled_with_noise_anew(run, tmp_path):
+    saved = checkpoint.load(run / "model")
+    checkpoint.save(replace(saved, about={"sampling": "renoise"}), run / "model")
+    told = {"run": run, "nfe": 2, "count": 5, "seed": 5}
+    tensors, jumps = (
+        drawn(tmp_path / "r.safetensors", **told),
+        drawn(tmp_path / "j.safetensors", **told, sampling="jump"),
+    )
+    anew = torch.from_numpy(noise.standard_normal(5, "holdout", range(5), (1, 8, 8), index=1)).float()
+    student, (T, t, zero) = FlowMap(saved.build()), torch.tensor(GRIDS[2], dtype=torch.float64)
+    with torch.no_grad():
+        x_0 = student.jump(tensors["noise"], T, zero, tensors["condition"])
+        expected = student.jump(x_0 + 1.5 * anew, t, zero, tensors["condition"])
+    assert torch.equal(tensors["output"], expected)
+    assert torch.equal(jumps["noise"], tensors["noise"])
+    assert (jumps["output"] - tensors["output"]).abs().max() > 0.1
+    checkpoint.save(saved, run / "model")
+    assert torch.equal(drawn(tmp_path / "a.safetensors", **told, sampling="renoise")["output"], tensors["output"])
+
+
+def test_a_student_is_told_the_guidance_that_is_asked_for(run, tmp_path):
+    saved = checkpoint.load(run / "model")
+    with pytest.raises(UsageError, match=r"guidance 2\.0 means nothing to this student"):
+        drawn(tmp_path / "t.safetensors", run=run, nfe=1, guidance=2.0)
+    torch.manual_seed(1)
+    wide = widened(saved, told_guidance=True)
+    module = wide.build()
+    torch.nn.init.normal_(module.network.guidance[-1].weight)
+    wide = replace(wide, weights=pack(module), about={"guidance_scales": [1.0, 3.0, 5.0]})
+    checkpoint.save(wide, run / "model")
+    start, end = torch.tensor(GRIDS[1], dtype=torch.float64)
+    for told, scale in ((0.0, 0.0), (None, 3.0)):
+        tensors = drawn(tmp_path / "t.safetensors", run=run, nfe=1, count=4, guidance=told)
+        given = tensors["noise"], start, end, tensors["condition"]
+        with torch.no_grad():
+            expected = FlowMap(module).jump(*given, guidance=torch.tensor(scale, dtype=torch.float64))
+        assert torch.equal(tensors["output"], expected)
 
 
 def test_samples_that_are_no_numbers_are_refused(run, tmp_path):

@@ -41,7 +41,7 @@ class Numbered(ArraySource):
         addresses = {
             field.name: self._columns[field.name].data_ptr() + ids * field.nbytes for field in self.fields
         }  # fmt: skip
-        return Rows(rows.ids, rows.condition, addresses, self._columns, rows.substituted)
+        return Rows(rows.ids, rows.condition, 1.0 + ids, addresses, self._columns, rows.substituted)
 
     def exclude(self, ranges) -> None:
         self.excluded = [list(part) for part in ranges]
@@ -67,11 +67,12 @@ def joined(parts: tuple[Batch, ...]) -> Batch:
         condition=torch.cat([part.condition for part in parts]),
         states={name: torch.cat([part.states[name] for part in parts]) for name in parts[0].states},
         uniforms=torch.cat([part.uniforms for part in parts]),
+        guidance=torch.cat([part.guidance for part in parts]),
     )
 
 
 def tensors(batch: Batch) -> list[torch.Tensor]:
-    return [batch.positions, batch.ids, batch.condition, batch.uniforms, *batch.states.values()]
+    return [batch.positions, batch.ids, batch.condition, batch.guidance, batch.uniforms, *batch.states.values()]
 
 
 def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
@@ -119,6 +120,7 @@ def test_rows_are_the_bits_of_their_ids():
     for batch in batches:
         ids = batch.ids
         assert torch.equal(batch.condition, ids % 10)
+        assert torch.equal(batch.guidance, 1.0 + ids)
         assert torch.equal(batch.states["output"], (6 * ids[:, None] + torch.arange(6)).half().reshape(-1, 2, 3))
         assert torch.equal(batch.states["noise"], (-ids[:, None]).float().expand(-1, 5))
 
@@ -227,7 +229,7 @@ def test_memory_is_the_read_ahead_and_two_batches(monkeypatch):
     made, empty = [], BatchShape.empty
     monkeypatch.setattr(BatchShape, "empty", lambda shape, **options: made.append(1) or empty(shape, **options))
     one = BatchShape(16, Numbered(1).fields, 0).nbytes
-    assert one == 16 * (3 * 8 + 12 + 20)
+    assert one == 16 * (4 * 8 + 12 + 20)
     places = set()
     with Stream(Numbered(1000), batch_size=16, seed=0, ahead_bytes=3 * one) as stream:
         for batch in itertools.islice(stream, 40):
@@ -520,10 +522,12 @@ def test_uniforms_belong_to_seed_and_position():
 
 def test_split_and_move_keep_the_rows():
     states = {"output": torch.arange(6, dtype=torch.float16)[:, None]}
-    batch = Batch(10 + torch.arange(6), torch.arange(6), torch.arange(6), states, torch.rand(6, 2))
+    scales = torch.arange(6).double()
+    batch = Batch(10 + torch.arange(6), torch.arange(6), torch.arange(6), states, torch.rand(6, 2), scales)
     parts = list(batch.split(4))
     assert [part.positions.tolist() for part in parts] == [[10, 11, 12, 13], [14, 15]]
     assert [len(part) for part in parts] == [4, 2]
+    assert parts[1].to(CPU).guidance.tolist() == [4.0, 5.0]
     assert parts[1].to(CPU).states["output"].tolist() == [[4.0], [5.0]]
     assert parts[1].to(CPU).states["output"].dtype == torch.float32
 

@@ -19,6 +19,7 @@ from trainer.student import (
     saved_model,
     scratch,
     student_steps,
+    with_dropout,
 )
 from trainer.teacher import recipe_checkpoint
 from trainer.trajectories import start_student
@@ -43,6 +44,23 @@ def test_scratch_follows_from_the_seed_and_the_data():
     assert scratch(config(sigma_data=0.5), shape()).model["prediction"]["sigma_data"] == 0.5
     flow = scratch(config(), shape(process={"name": "rectified_flow"}))
     assert flow.model["prediction"] == {"name": "velocity"}
+
+
+def test_a_unet_from_scratch_is_fitted_to_the_images(make_store):
+    pytest.importorskip("diffusers")
+    told = config(network=NetworkConfig(name="unet", width=8, depth=1, dropout=0.1))
+    images = shape(sample_shape=(1, 8, 8), num_classes=3)
+    saved = scratch(told, images)
+    assert saved == scratch(told, images)
+    network = saved.model["network"]
+    assert (network["config"]["block_out_channels"], network["time_scale"]) == ([8, 16], 250.0)
+    denoiser = model_from_spec(with_dropout(saved.model, 0.1))
+    assert {module.p for module in denoiser.modules() if isinstance(module, torch.nn.Dropout)} >= {0.1}
+    with pytest.raises(ValueError, match=r"needs images \[C, H, W\], the data has \[2\]"):
+        scratch(told, shape())
+    # Times of a table of betas are counted to a thousand already.
+    table = scratch(told, shape(sample_shape=(1, 8, 8), process={"name": "discrete_vp", "betas": [0.1, 0.2]}))
+    assert table.model["network"]["time_scale"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -113,7 +131,7 @@ def test_a_teacher_kept_in_the_store_is_the_start(make_store, monkeypatch):
     folder = paths.weights_folder(dataset.recipe.id)
     store.write(f"{folder}/model.safetensors", saved.weights)
     store.write(f"{folder}/model.json", json.dumps(saved.document()).encode())
-    assert start_student(config(init="teacher"), dataset, shape()).weights == saved.weights
+    assert start_student(config(init="teacher"), dataset, shape(), 80.0).weights == saved.weights
 
 
 def test_a_teacher_with_other_weights_is_refused(make_store, monkeypatch, tmp_path):
@@ -128,7 +146,7 @@ def test_a_teacher_with_other_weights_is_refused(make_store, monkeypatch, tmp_pa
 
 def test_a_closed_form_teacher_has_nothing_to_fit(make_store):
     with pytest.raises(ValueError, match="without weights to fit; use --init scratch"):
-        start_student(config(init="teacher"), open_dataset(make_store()), shape())
+        start_student(config(init="teacher"), open_dataset(make_store()), shape(), 80.0)
 
 
 def test_weights_survive_the_folder(tmp_path):

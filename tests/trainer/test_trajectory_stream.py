@@ -50,9 +50,9 @@ def test_batches_are_those_of_the_trainer_in_new_memory(store, make):
     source = ShardSource(open_dataset(store), "train", ("noise", "output"))
     with Stream(source, batch_size=16, seed=0) as stream:
         for ours, batch in zip(kept, stream, strict=False):
-            assert list(ours) == ["ids", "condition", "noise", "output"]
+            assert list(ours) == ["ids", "condition", "guidance", "noise", "output"]
             assert ours["output"].dtype == torch.float16
-            theirs = {"ids": batch.ids, "condition": batch.condition, **batch.states}
+            theirs = {"ids": batch.ids, "condition": batch.condition, "guidance": batch.guidance, **batch.states}
             assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diffusion.flow_map import FlowMap
 from diffusion.process import VE, Process, scales
+from trainer.cast import Cast
 from trainer.objectives import student_condition
 from trainer.stream import Batch
 
@@ -30,7 +31,8 @@ class Denoising:
     def num_uniforms(self) -> int:
         return 2 + math.prod(self.sample_shape)
 
-    def __call__(self, student: FlowMap, batch: Batch) -> Tensor:
+    def __call__(self, cast: Cast, batch: Batch) -> Tensor:
+        student = cast.student
         x_0, denoiser = batch.states["output"], student.denoiser
         t = self.times(student.process, batch.uniforms[:, 0])
         condition = self.dropped(student, batch.condition, batch.uniforms[:, 1])

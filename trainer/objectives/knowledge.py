@@ -2,36 +2,25 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from diffusion.flow_map import FlowMap
-from trainer.objectives import student_condition
+from trainer.cast import Cast
+from trainer.objectives import times_on, told
+from trainer.objectives.distances import Distance, l2
 from trainer.stream import Batch
 
 
 @dataclass(frozen=True)
 class Knowledge:
-    """E d( G(x_T, T, 0), output ). Luhman & Luhman 2021, eq. 6.
-
-    times: (T, 0). d(u): "l2" mean u^2, "l1" mean |u|, "pseudo_huber" sqrt(|u|^2 + c^2) - c with |u| of a whole sample.
-    """
+    """E d( G(x_T, T, 0), output ). Luhman & Luhman 2021, eq. 6. times: (T, 0)."""
 
     times: tuple[float, ...]
-    distance: str = "l2"
-    c: float = 1.0
+    distance: Distance = l2
     columns: tuple[str, ...] = ("noise", "output")
     num_uniforms: int = 0
 
-    def __call__(self, student: FlowMap, batch: Batch) -> Tensor:
-        T, zero = torch.tensor(self.times, dtype=torch.float64)
-        guess = student.jump(batch.states["noise"], T, zero, student_condition(student, batch.condition))
-        return self.d(guess - batch.states["output"])
-
-    def d(self, u: Tensor) -> Tensor:
-        """Mean over the batch of each sample's distance."""
-        if self.distance == "l2":
-            return u.square().mean()
-        if self.distance == "l1":
-            return u.abs().mean()
-        return (torch.sqrt(u.flatten(1).square().sum(1) + self.c**2) - self.c).mean()
+    def __call__(self, cast: Cast, batch: Batch) -> Tensor:
+        T, zero = times_on(batch.positions.device, self.times)
+        labels, guidance = told(cast.student, batch)
+        guess = cast.student.jump(batch.states["noise"], T, zero, labels, guidance=guidance)
+        return self.distance(guess, batch.states["output"]).mean()

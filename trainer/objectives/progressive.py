@@ -1,19 +1,23 @@
-"""Direct progressive distillation: each stage halves the steps, on the first teacher's stored states.
+"""Progressive distillation: a student takes in one step what its teacher took in two, so that each stage halves them.
 
-The paper's progressive distillation has each stage learn from the student before it; here every stage's targets are the
-first teacher's own states, so that no error piles up and nothing is generated between stages.
+In the paper each stage learns from the student before it: `python -m pipeline progressive` makes the data of each round
+anew. Direct progressive distillation is another algorithm: every stage's targets are the first teacher's own states, so
+that no error piles up and nothing is generated between stages.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from diffusion.flow_map import FlowMap, jump_coefficients
+from diffusion.flow_map import jump_coefficients
 from diffusion.process import Process, expand, scales
-from trainer.objectives import student_condition
+from trainer.cast import Cast
+from trainer.objectives import told
+from trainer.objectives.stored import drawn
 from trainer.stream import Batch
 
 
@@ -29,18 +33,42 @@ class Progressive:
     columns: tuple[str, ...]
     num_uniforms: int = 1
 
-    def __call__(self, student: FlowMap, batch: Batch) -> Tensor:
-        segment = (batch.uniforms[:, 0] * (len(self.times) - 1)).long()
-        states = torch.stack([batch.states[name] for name in self.columns])
-        rows = torch.arange(len(batch), device=segment.device)
-        x_t, x_s = states[segment, rows], states[segment + 1, rows]
-        times = torch.tensor(self.times, dtype=torch.float64, device=segment.device)
-        t, s = times[segment], times[segment + 1]
-        target = progressive_target(student.process, x_t, x_s, t, s)
-        alpha_t, sigma_t = scales(student.process, t, like=x_t)
-        weight = (alpha_t / sigma_t).square().clamp(min=1)
-        guess = student(x_t, t, student_condition(student, batch.condition))
-        return (weight * (guess - target).square()).mean()
+    @cached_property
+    def _segments(self) -> Tensor:
+        """All (k, k + 1)."""
+        return torch.arange(len(self.times)).unfold(0, 2, 1)
+
+    def __call__(self, cast: Cast, batch: Batch) -> Tensor:
+        (x_t, x_s), (t, s) = drawn(batch, self.columns, self.times, self._segments, batch.uniforms[:, 0])
+        return segment_loss(cast, batch, x_t, x_s, t, s)
+
+
+@dataclass(frozen=True)
+class ProgressiveSegments:
+    """The same loss on stored segments t -> t' -> t'', each with a start of its own on the teacher's grid.
+
+    times: that grid [2n + 1], of which the student takes every second point.
+    """
+
+    times: tuple[float, ...]
+    columns: tuple[str, ...] = ("start_index", "segment_0", "segment_2")
+    num_uniforms: int = 0
+
+    def __call__(self, cast: Cast, batch: Batch) -> Tensor:
+        start, x_t, x_s = (batch.states[name] for name in self.columns)
+        times = torch.tensor(self.times, dtype=torch.float64, device=start.device)
+        return segment_loss(cast, batch, x_t, x_s, times[start.long()], times[start.long() + 2])
+
+
+def segment_loss(cast: Cast, batch: Batch, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """Mean of max(alpha_t^2/sigma_t^2, 1) (mu_student(x_t, t) - x~)^2; t, s: [B]."""
+    student = cast.student
+    target = progressive_target(student.process, x_t, x_s, t, s)
+    alpha_t, sigma_t = scales(student.process, t, like=x_t)
+    weight = (alpha_t / sigma_t).square().clamp(min=1)
+    labels, guidance = told(student, batch)
+    guess = student(x_t, t, labels, until=s, guidance=guidance)
+    return (weight * (guess - target).square()).mean()
 
 
 def progressive_target(process: Process, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -58,14 +86,17 @@ _SPACING = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23}
 _RELATIVE_RMS = math.sqrt(3 / (8 * math.log(2)) / 12)
 
 
-def rounding_error(process: Process, times: Sequence[float], *, storage_dtype: str, data_rms: float) -> list[float]:
+def rounding_error(
+    process: Process, times: Sequence[float], *, storage_dtype: str, data_rms: float, exact_starts: bool = False
+) -> list[float]:
     """Rms of what storage rounding puts into x~ on each segment of a grid: [n].
 
-    The noise is exact: it was rounded before it was solved from.
+    The noise is exact: it was rounded before it was solved from. So are all starts of segments that start from data.
     """
     t = torch.tensor(times, dtype=torch.float64)
     size = torch.sqrt((process.alpha(t) * data_rms) ** 2 + process.sigma(t) ** 2)
     error = _SPACING[storage_dtype] * _RELATIVE_RMS * size
     error[0] = 0.0
     keep, pull = jump_coefficients(process, t[:-1], t[1:])
-    return (torch.hypot(error[1:], keep * error[:-1]) / pull.abs()).tolist()
+    first = torch.zeros_like(keep) if exact_starts else keep * error[:-1]
+    return (torch.hypot(error[1:], first) / pull.abs()).tolist()

@@ -25,8 +25,9 @@ class Batch:
 
     positions: int64 [B], each row's place in the whole run: samples consumed before its global batch, plus its place
     in that. ids, condition: int64 [B], condition -1 for none. states: column -> [B, *sample_shape] in the storage
-    dtype, or float32. uniforms: float64 [B, n] in (0, 1), the objective's own random numbers, a function of
-    (seed, position).
+    dtype, or float32; of segments also start_index, int32 [B]. uniforms: float64 [B, n] in (0, 1), the objective's own
+    random numbers, a function of (seed, position). guidance: float64 [B], the scale that each row was solved at; 1 is
+    the conditional model.
     """
 
     positions: Tensor
@@ -34,6 +35,7 @@ class Batch:
     condition: Tensor
     states: dict[str, Tensor]
     uniforms: Tensor
+    guidance: Tensor
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -46,12 +48,14 @@ class Batch:
             condition=change(self.condition),
             states={name: change(state) for name, state in self.states.items()},
             uniforms=change(self.uniforms),
+            guidance=change(self.guidance),
         )
 
     def to(self, device: torch.device) -> "Batch":
-        """On `device`, states in float32 there."""
+        """On `device`, states in float32 there; a segment's place on the grid stays the integer that it is."""
         there = self.each(lambda tensor: tensor.to(device))
-        return replace(there, states={name: state.float() for name, state in there.states.items()})
+        states = {name: x.float() if x.is_floating_point() else x for name, x in there.states.items()}
+        return replace(there, states=states)
 
     def split(self, size: int) -> Iterator["Batch"]:
         """Micro-batches of `size` rows."""
@@ -81,14 +85,14 @@ class BatchShape:
 
     def over(self, memory: Tensor) -> "Packed":
         """The batch that lies in these bytes, uint8 [nbytes]."""
-        positions, ids, condition, uniforms, *states = (section.of(memory) for section in self._sections)
+        positions, ids, condition, guidance, uniforms, *states = (section.of(memory) for section in self._sections)
         named = {field.name: state for field, state in zip(self.fields, states, strict=True)}
-        return Packed(memory, Batch(positions, ids, condition, named, uniforms))
+        return Packed(memory, Batch(positions, ids, condition, named, uniforms, guidance))
 
     @cached_property
     def _sections(self) -> list["_Section"]:
         rows, sections = self.rows, list[_Section]()
-        plain = [(torch.int64, (rows,))] * 3 + [(torch.float64, (rows, self.num_uniforms))]
+        plain = [(torch.int64, (rows,))] * 3 + [(torch.float64, (rows,)), (torch.float64, (rows, self.num_uniforms))]
         for dtype, shape in [*plain, *((_TORCH_DTYPES[field.dtype], (rows, *field.shape)) for field in self.fields)]:
             start = -(-sections[-1].past // _ALIGNED) * _ALIGNED if sections else 0
             sections.append(_Section(start, dtype, shape))
@@ -110,6 +114,7 @@ class Packed:
             positions=batch.positions.numpy(),
             ids=batch.ids.numpy(),
             condition=batch.condition.numpy(),
+            guidance=batch.guidance.numpy(),
             uniforms=batch.uniforms.numpy(),
             states={name: _raw_rows(state) for name, state in batch.states.items()},
         )
@@ -121,6 +126,7 @@ class Host(NamedTuple):
     positions: NDArray[np.int64]
     ids: NDArray[np.int64]
     condition: NDArray[np.int64]
+    guidance: NDArray[np.float64]
     uniforms: NDArray[np.float64]
     states: dict[str, NDArray[np.uint8]]
 

@@ -54,6 +54,7 @@ class ArraySource:
         return Rows(
             ids=ids,
             condition=self._labels[ids],
+            guidance=np.ones(len(ids)),
             addresses={"output": self._images.data_ptr() + ids * self.fields[0].nbytes},
             keep=self._images,
             substituted=np.zeros(len(ids), dtype=bool),

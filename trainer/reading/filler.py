@@ -29,6 +29,7 @@ class LoadedWindow:
     cursor: Cursor
     ids: Ints
     condition: Ints
+    guidance: NDArray[np.float64]
     addresses: dict[str, Ints]
     substituted: NDArray[np.bool_]
     keep: Any
@@ -62,6 +63,7 @@ def _load(cursor: Cursor, ids: Ints) -> LoadedWindow:
         cursor=cursor,
         ids=rows.ids.reshape(ids.shape),
         condition=rows.condition.reshape(ids.shape),
+        guidance=rows.guidance.reshape(ids.shape),
         addresses={name: where.reshape(ids.shape) for name, where in rows.addresses.items()},
         substituted=rows.substituted.reshape(ids.shape),
         keep=rows.keep,
@@ -133,6 +135,7 @@ class Filler:
         host.positions[:] = np.arange(consumed + self._first, consumed + self._first + len(host.positions))
         host.ids[:] = _joined([window.ids[:, place] for window, place in parts])
         host.condition[:] = _joined([window.condition[:, place] for window, place in parts])
+        host.guidance[:] = _joined([window.guidance[:, place] for window, place in parts])
         if host.uniforms.size:
             host.uniforms[:] = objective_uniforms(seed, host.positions, host.uniforms.shape[1]).numpy()
         for name, state in host.states.items():

@@ -24,12 +24,14 @@ _ITEM = 512
 class Rows:
     """Rows that were opened and checked, ready to be copied: one entry for each id that was asked for.
 
-    ids, condition: int64 [n]; an id that could not be read has given way to a substitute. addresses: column -> int64
-    [n], where each row's bytes begin. keep: what owns that memory. substituted: bool [n], where ids gave way.
+    ids, condition: int64 [n]; an id that could not be read has given way to a substitute. guidance: float64 [n], the
+    scale that each of these ids was solved at. addresses: column -> int64 [n], where each row's bytes begin. keep: what
+    owns that memory. substituted: bool [n], where ids gave way.
     """
 
     ids: Ints
     condition: Ints
+    guidance: NDArray[np.float64]
     addresses: dict[str, Ints]
     keep: Any
     substituted: NDArray[np.bool_]

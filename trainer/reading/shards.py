@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusion import noise
 from storage_schemas.dataset import Dataset, Pruned
 from storage_schemas.errors import CorruptShard, ManifestMismatch
 from storage_schemas.record import Split
@@ -39,6 +40,7 @@ class ShardSource:
         self.fields = tuple(field for field in dataset.recipe.fields if field.name in columns)
         self.place: dict[str, Any] = {"dataset": dataset.manifest.dataset, "manifest": dataset.manifest.number}
         self._dataset, self._table, self._on_corrupt = dataset, dataset.shards(split), reading.on_corrupt
+        self._split_name = split
         self._needed = tuple(field for field in dataset.recipe.fields if field.name in {"condition", *columns})
         self._viewer = Viewer(Chunks(dataset.store, reading), self._needed)
         self._substitutes = Substitutes(self.ids, seed)
@@ -94,7 +96,9 @@ class ShardSource:
         }
         condition = np.empty(len(ids), np.int64)
         copy_rows(addresses["condition"], condition.view(np.uint8).reshape(len(ids), 8))
-        return Rows(ids, condition, addresses, views, substituted)
+        recipe = self._dataset.recipe
+        guidance = noise.guidance_scales(recipe.noise.seed, self._split_name, ids, recipe.guidance.scales)
+        return Rows(ids, condition, guidance, addresses, views, substituted)
 
     def _read(self, shards: Sequence[int]) -> dict[int, list[Part] | CorruptShard]:
         """The parts of each shard, or why they aren't known."""

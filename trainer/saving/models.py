@@ -29,15 +29,19 @@ class Models:
         saved = Checkpoint(
             model=self._model,
             weights=pack(module, dtype=getattr(torch, self._config.save_dtype)),
-            grids={stage.num_steps: stage.times} if stage.times else {},
+            grids=stage.served,
             about={
                 "objective": self._config.objective.model_dump(mode="json", exclude_none=True),
                 "stage": stage.name,
+                "columns": list(stage.objective.columns),
+                "sampling": stage.sampling,
                 "steps": steps,
                 "batch_size": self._config.batch_size,
                 "seed": self._config.seed,
                 "reads": plan.reads,
                 "labels": plan.labels,
+                "guidance_scales": list(plan.guidance),
+                **({"from_noise": "scaled"} if self._config.objective.name == "reflow" else {}),
             },
         )
         for folder in folders:

@@ -1,0 +1,119 @@
+"""OUT/progressive.json: what was asked for, and how far it has come, for the run that goes on."""
+
+import fcntl
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.rounds.config import ProgressiveConfig
+from storage_schemas.backends import write_local
+from storage_schemas.errors import UsageError, without_credentials
+
+RECORD, LOCK = "progressive.json", ".progressive.lock"
+
+FREE = {
+    *("runner", "workers", "threads", "device", "ray", "max_attempts", "straggler_seconds", "drain_seconds"),
+    *("single_writer", "recheck", "max_missing", "as_json", "out", "launch", "dashboard", "compare_direct", "dataset"),
+}
+"""Fields that may differ when the same work goes on: where and how, not what."""
+
+FREE_TO_FIT = {
+    *("device", "threads", "micro-batch", "parallel", "checkpoint-every", "checkpoints", "keep-last", "log-every"),
+    *("cache-folder", "cache-gib", "in-flight-mib", "ahead-mib", "verify"),
+}
+
+PATIENCE = 60.0
+"""Seconds that a run waits for a trainer whose driver died: it saves, and ends."""
+LOOKS = 0.2
+
+
+@contextmanager
+def only_one(folder: Path, *, patience: float = PATIENCE) -> Iterator[int]:
+    """A lock's descriptor, which a trainer inherits: the folder is free when both have ended. UsageError if it is not.
+
+    A killed process leaves no lock behind.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "w") as lock:
+        deadline = time.monotonic() + patience
+        if not _locked(lock.fileno()):
+            print(f"{folder}: another run, or the trainer of one that died, is at work: waiting", file=sys.stderr)
+        while not _locked(lock.fileno()):
+            if time.monotonic() > deadline:
+                raise UsageError(f"{folder}: another run is still at work there; wait for it, or choose another --out")
+            time.sleep(LOOKS)
+        yield lock.fileno()
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+class Record:
+    """The document, written whole at every change.
+
+    rounds: by the steps of their students. A round has `student` once its fit is done, and `error` once it is measured.
+    out: the folder as it was told, which recipes of later rounds name.
+    """
+
+    def __init__(self, config: ProgressiveConfig) -> None:
+        self._path = config.out / RECORD
+        now = {"out": str(config.out), "settings": settings(config)}
+        self.plain: dict[str, Any] = {**now, "reference": {}, "rounds": {}, "direct": {}}
+        there = json.loads(self._path.read_text()) if self._path.is_file() else None
+        if there and there["rounds"]:  # before that nothing hangs on what was asked
+            _check_goes_on(there, now, config)
+            self.plain = there | now
+
+    def round(self, steps: int) -> dict[str, Any]:
+        """What is known of a round."""
+        found: dict[str, Any] = self.plain["rounds"].get(str(steps), {})
+        return found
+
+    def note(self, part: str, **facts: Any) -> None:
+        """Add to `reference` or `direct`."""
+        self.plain[part] |= facts
+        self._save()
+
+    def note_round(self, steps: int, **facts: Any) -> None:
+        """Add to a round."""
+        self.plain["rounds"][str(steps)] = self.round(steps) | facts
+        self._save()
+
+    def _save(self) -> None:
+        write_local(self._path, (json.dumps(self.plain, indent=1) + "\n").encode())
+
+
+def settings(config: ProgressiveConfig) -> dict[str, Any]:
+    """What identifies the work, as JSON."""
+    told = {name: " ".join(values) for name, values in config.told.items() if name not in FREE_TO_FIT}
+    plain = config.model_dump(mode="json", exclude=FREE | {"fit"}) | {"fit": told}
+    return plain | {"store": without_credentials(config.store)}
+
+
+def _check_goes_on(there: dict[str, Any], now: dict[str, Any], config: ProgressiveConfig) -> None:
+    before, promoted = there["settings"], [part for part in there["rounds"].values() if "student" in part]
+    if not promoted:  # the trainer itself knows which of its options a fit under way allows to change
+        before = before | {"fit": now["settings"]["fit"]}
+    _check_same(before, now["settings"], config.out)
+    if there["out"] != now["out"] and len(promoted) < len(config.schedule):
+        told = f"{now['out']} was {there['out']} when its rounds began, and their recipes name it so"
+        raise UsageError(f"{told}: run it in the same folder with --out {there['out']}")
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any], out: Path, prefix: str = "") -> None:
+    for name in sorted(before.keys() | now.keys()):
+        there, here = before.get(name), now.get(name)
+        if isinstance(there, dict) and isinstance(here, dict):
+            _check_same(there, here, out, f"{prefix}{name}.")
+        elif there != here:
+            was, asked = ("unset" if value is None else value for value in (there, here))
+            raise UsageError(f"{out} holds rounds with {prefix}{name} {was}, not {asked}: choose another --out")

@@ -1,0 +1,30 @@
+"""A recipe's teacher as the store keeps it: whoever solves or trains needs no other place to have it from."""
+
+import json
+
+from diffusion import checkpoint
+from diffusion.checkpoint import Checkpoint
+from storage_schemas import paths
+from storage_schemas.errors import StoreError
+from storage_schemas.store import Store
+
+
+def keep_weights(store: Store, recipe_id: str, weights: Checkpoint) -> None:
+    """Put the teacher beside its recipe, its description last; what is there already is the same by its digest."""
+    folder = paths.weights_folder(recipe_id)
+    if not store.exists(f"{folder}/{checkpoint.MODEL_FILE}"):
+        store.write(f"{folder}/{checkpoint.WEIGHTS_FILE}", weights.weights)
+        store.write(f"{folder}/{checkpoint.MODEL_FILE}", json.dumps(weights.document(), sort_keys=True).encode())
+
+
+def kept_weights(store: Store, recipe_id: str) -> Checkpoint | None:
+    """What `keep_weights` put there, None where nobody did. StoreError in one line where it is damaged."""
+    folder = paths.weights_folder(recipe_id)
+    document = store.read(f"{folder}/{checkpoint.MODEL_FILE}")
+    weights = store.read(f"{folder}/{checkpoint.WEIGHTS_FILE}") if document is not None else None
+    if document is None or weights is None:
+        return None
+    try:
+        return checkpoint.unpack(json.loads(document), weights)
+    except ValueError as error:
+        raise StoreError(f"{store.uri}/{folder}: {error}") from None

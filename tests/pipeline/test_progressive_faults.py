@@ -1,0 +1,82 @@
+"""Progressive distillation with the real trainer: killed in every phase, and on Ray under torchrun."""
+
+import json
+import os
+import shlex
+import signal
+import sys
+
+import pytest
+
+from diffusion import checkpoint
+from storage_schemas.dataset import open_dataset
+from storage_schemas.store import Store
+from tests.pipeline.test_drain import wait_until
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
+
+FIT = ["--fit.steps", 60, "--fit.warmup", 5, "--fit.batch-size", 32, "--fit.threads", 1, "--fit.checkpoint-every", 10]
+SMALL = ["--count", 128, "--holdout", 32, "--samples-per-shard", 32, "--micro-batch", 32, *FIT, "--json"]
+
+
+@pytest.fixture
+def progressive(start, tmp_path, monkeypatch):
+    """Start the command in a folder of its own, from which the students' paths and so the recipes are the same."""
+
+    def run(name, *words):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        monkeypatch.chdir(folder)
+        given = ["--teacher", "builtin:digits", "--store", folder / "store", "--out", "out", *SMALL]
+        return start("progressive", *given, *words)
+
+    return run
+
+
+def ended(process):
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    return json.loads(said.splitlines()[-1])
+
+
+def test_killed_while_it_solves_fits_and_measures_it_ends_with_the_same_students(progressive, commits, tmp_path):
+    words = ["--runner", "local", "--steps", 4, "--schedule", 2]
+    whole = ended(progressive("whole", *words))
+    out = tmp_path / "killed/out"
+
+    def has_promoted():
+        path = out / "progressive.json"
+        return path.is_file() and "student" in json.loads(path.read_text())["rounds"].get("2", {})
+
+    for happened in (
+        lambda: len(commits(tmp_path / "killed/store")) > 1,
+        lambda: any((out / "2-step/checkpoints").glob("*.json")),
+        has_promoted,
+    ):
+        driver = progressive("killed", *words)
+        wait_until(happened)
+        driver.send_signal(signal.SIGKILL)
+        driver.communicate()
+    found = ended(progressive("killed", *words))
+    for steps, facts in whole["rounds"].items():
+        assert {name: found["rounds"][steps][name] for name in SAME} == {name: facts[name] for name in SAME}
+
+
+SAME = ("recipe", "manifest", "student", "teacher", "calls", "error", "teacher_error")
+
+
+def test_on_ray_under_torchrun_a_round_is_solved_by_actors_and_fitted_by_two_processes(
+    progressive, generate, tmp_path, commits
+):
+    generate(tmp_path / "ray/store", teacher="builtin:digits")  # the reference, for which Ray need not start
+    torchrun = shlex.join([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])
+    launch = ["--launch", f"{torchrun} -m trainer", "--fit.device", "cpu"]
+    words = ["--runner", "ray", "--workers", 2, "--start", "data:sklearn:digits", "--steps", 4, "--schedule", 2]
+    found = ended(progressive("ray", *words, *launch))["rounds"]["2"]
+    store = Store.open(str(tmp_path / "ray/store"))
+    dataset = open_dataset(store, "progressive-2")
+    assert dataset.recipe.chain == "segment"
+    assert {commit["machine"]["host"] for commit in commits(tmp_path / "ray/store").values()} == {os.uname().nodename}
+    student = checkpoint.load(tmp_path / "ray/out/2-step/model")
+    assert student.weights_sha256 == found["student"]
+    assert found["error"] < found["teacher_error"]

@@ -1,0 +1,73 @@
+"""Consistency trajectory models: the student's jump against the teacher's stored step and a jump from there."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from diffusion.process import scales
+from trainer.cast import Cast
+from trainer.objectives import times_on, told
+from trainer.objectives.distances import Distance, l2
+from trainer.objectives.randomness import normal
+from trainer.objectives.stored import drawn
+from trainer.objectives.weights import Weighting
+from trainer.stream import Batch
+
+
+@dataclass(frozen=True)
+class ConsistencyTrajectory:
+    """E w(s, t) d( G_(G(x_s, s, t), t, 0), sg G_(G_(x_u, u, t), t, 0) ) + denoising_weight * denoising, t <= u < s.
+
+    G_ is the cast's target, an average of the student whose weights take no gradients: the student's own comes through
+    the outer map's input. Of each sample one triple (s, u, t) of stored states, all equally likely; at t = 0 the outer
+    map is the identity, at u = t the inner one. times, columns: of all stored states. Kim et al. 2024, section 3.
+    """
+
+    times: tuple[float, ...]
+    columns: tuple[str, ...]
+    distance: Distance
+    weighting: Weighting
+    denoising_weight: float
+    seed: int
+    num_uniforms: int = 2
+
+    @cached_property
+    def _triples(self) -> Tensor:
+        """All (i, k, j), i < k <= j."""
+        return torch.combinations(torch.arange(len(self.times) + 1), 3) - torch.tensor([0, 0, 1])
+
+    def __call__(self, cast: Cast, batch: Batch) -> Tensor:
+        trajectory = self.trajectory(cast, batch)
+        if not self.denoising_weight:
+            return trajectory
+        return trajectory + self.denoising_weight * self.denoising(cast, batch)
+
+    def trajectory(self, cast: Cast, batch: Batch) -> Tensor:
+        """Soft consistency, compared at time 0."""
+        target = cast.target
+        assert target is not None
+        (x_s, x_u, _), (s, u, t) = drawn(batch, self.columns, self.times, self._triples, batch.uniforms[:, 0])
+        labels, guidance = told(cast.student, batch)
+        zero = torch.zeros_like(t)
+        guess = cast.student.jump(x_s, s, t, labels, guidance=guidance)
+        guess = target.jump(guess, t, zero, labels, guidance=guidance)
+        with torch.no_grad():
+            goal = target.jump(x_u, u, t, labels, guidance=guidance)
+            goal = target.jump(goal, t, zero, labels, guidance=guidance)
+        return self.weighting(cast, self.distance(guess, goal), s, t).mean()
+
+    def denoising(self, cast: Cast, batch: Batch) -> Tensor:
+        """E w(t, t) || mu(alpha x_0 + sigma eps, t, t) - x_0 ||^2, x_0 the stored output, eps fresh, t stored and > 0.
+
+        All those t are equally likely. It teaches mu what short jumps need, which the other term hardly weighs.
+        """
+        times = times_on(batch.positions.device, self.times[:-1])
+        t = times[(batch.uniforms[:, 1] * len(times)).long()]
+        x_0 = batch.states[self.columns[-1]]
+        alpha_t, sigma_t = scales(cast.student.process, t, like=x_0)
+        eps = normal(self.seed, "ctm", batch.positions, x_0.shape[1:]).to(x_0)
+        labels, guidance = told(cast.student, batch)
+        guess = cast.student(alpha_t * x_0 + sigma_t * eps, t, labels, guidance=guidance)
+        return self.weighting(cast, l2(guess, x_0), t).mean()

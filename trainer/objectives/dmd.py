@@ -1,0 +1,102 @@
+"""Distribution matching distillation: the student's samples are moved from their own score towards the data's."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from trainer.cast import Cast
+from trainer.objectives import times_on, told
+from trainer.objectives.distances import Distance, l2
+from trainer.objectives.matching import Diffused, Matching, answers, denoising_error, pulled, size
+from trainer.objectives.randomness import uniform
+from trainer.stream import Batch
+
+
+class RealImages:
+    """Images for the discriminator, of each sample's label, or of any where that has none.
+
+    They are kept on the device that first asked for them.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self._images, self._counts = images[torch.argsort(labels, stable=True)], torch.bincount(labels)
+
+    def pick(self, stored: Tensor, u: Tensor) -> Tensor:
+        """Float32 [B, ...] for stored labels [B] and u in (0, 1), float64 [B]."""
+        self._images, self._counts = self._images.to(u.device), self._counts.to(u.device)
+        label = stored.clamp(0, len(self._counts) - 1)
+        count, first = self._counts.take(label), (self._counts.cumsum(0) - self._counts).take(label)
+        known = (label == stored) & (count > 0)
+        chosen = torch.where(known, first, 0) + (u * torch.where(known, count, len(self._images))).long()
+        return self._images[chosen]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributionMatching(Matching):
+    """1/2 || x - sg(x - alpha_t (mu_fake - mu_real)/mean|mu_real - x|) ||^2 + regression d(G(noise, T, 0), output).
+
+    The first term's gradient in x is that of KL(student || data) at t, times sigma_t^2/alpha_t over the size of the
+    teacher's own error; a mean over numbers. Yin et al. 2024, eq. 7-9.
+
+    DMD2 (Yin et al. 2024b): no regression, several critic steps, and gan > 0: the critic's head tells diffused samples
+    from diffused real ones, those of `real`, or the stored outputs, at the critic's noise levels and by softplus
+    losses; the student is to be taken for real at its own. Both terms are weighed by gan.
+    """
+
+    distance: Distance = l2
+    regression: float = 0.0
+    gan: float = 0.0
+    real: RealImages | None = field(default=None, compare=False)  # told by the user, the same on all data
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        asks_outputs = self.regression or (self.gan and self.real is None)
+        return ("noise", "output") if asks_outputs else ("noise",)
+
+    def __call__(self, cast: Cast, batch: Batch) -> Tensor:
+        x = self.sample(cast, batch)
+        asked = self.asked(cast, batch, x)
+        loss = pulled(x, matching_direction(cast, batch, x, asked))
+        if self.gan:
+            loss = loss + self.gan * softplus(-_logit(cast, batch, asked)).mean()
+        if self.regression:
+            jumped = self._first_jump(cast, batch, x)
+            loss = loss + self.regression * self.distance(jumped, batch.states["output"]).mean()
+        return loss
+
+    def critic_loss(self, cast: Cast, batch: Batch) -> Tensor:
+        """The denoising loss of the samples, and the discriminator's."""
+        x, fake = self.shown_to_critic(cast, batch)
+        loss = denoising_error(cast, batch, x, fake)
+        if not self.gan:
+            return loss
+        real = self.diffused(cast, batch, self._real(batch), noise="of real samples", u=batch.uniforms[:, 0])
+        told_apart = softplus(_logit(cast, batch, fake)) + softplus(-_logit(cast, batch, real))
+        return loss + self.gan * told_apart.mean()
+
+    def _first_jump(self, cast: Cast, batch: Batch, x: Tensor) -> Tensor:
+        """G(noise, T, 0), which x is already where the student has one step."""
+        if len(self.times) == 2:
+            return x
+        first, *_, last = times_on(batch.positions.device, self.times)
+        labels, guidance = told(cast.student, batch)
+        return cast.student.jump(batch.states["noise"], first, last, labels, guidance=guidance)
+
+    def _real(self, batch: Batch) -> Tensor:
+        if self.real is None:
+            return batch.states["output"]
+        return self.real.pick(batch.condition, uniform(self.seed, "real image", batch.positions))
+
+
+@torch.no_grad()
+def matching_direction(cast: Cast, batch: Batch, x: Tensor, asked: Diffused) -> Tensor:
+    """alpha_t (mu_fake - mu_real)/mean|mu_real - x|, [B, ...]. Yin et al. 2024, eq. 7-8 in terms of x_0."""
+    real, fake = answers(cast, batch, asked)
+    return asked.alpha_t * (fake - real) / size(real - x)
+
+
+def _logit(cast: Cast, batch: Batch, asked: Diffused) -> Tensor:
+    assert cast.critic is not None
+    return cast.critic.logit(asked.x_t, asked.t, batch.condition, batch.guidance)

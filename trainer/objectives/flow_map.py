@@ -1,0 +1,40 @@
+"""A flow map from stored states alone: both ends of every jump are known."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from trainer.cast import Cast
+from trainer.objectives import told
+from trainer.objectives.distances import Distance
+from trainer.objectives.stored import drawn
+from trainer.objectives.weights import Weighting
+from trainer.stream import Batch
+
+
+@dataclass(frozen=True)
+class FlowMapOracle:
+    """E w(s, t) d( G(x_s, s, t), x_t ), s > t: the student's jump against the teacher's own, both ends stored.
+
+    Of each sample one pair, all K(K+1)/2 pairs of its K+1 states equally likely: long jumps as often as short ones.
+    times, columns: of all stored states. The oracle loss of Kim et al. 2024 (CTM), section 3, and of Boffi et al. 2024.
+    """
+
+    times: tuple[float, ...]
+    columns: tuple[str, ...]
+    distance: Distance
+    weighting: Weighting
+    num_uniforms: int = 1
+
+    @cached_property
+    def _pairs(self) -> Tensor:
+        """All (i, j), i < j."""
+        return torch.combinations(torch.arange(len(self.times)), 2)
+
+    def __call__(self, cast: Cast, batch: Batch) -> Tensor:
+        (x_s, x_t), (s, t) = drawn(batch, self.columns, self.times, self._pairs, batch.uniforms[:, 0])
+        labels, guidance = told(cast.student, batch)
+        guess = cast.student.jump(x_s, s, t, labels, guidance=guidance)
+        return self.weighting(cast, self.distance(guess, x_t), s, t).mean()

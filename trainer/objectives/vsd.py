@@ -1,0 +1,33 @@
+"""Variational score distillation of a student of one step, also known as SwiftBrush and Diff-Instruct."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainer.cast import Cast
+from trainer.objectives.matching import Diffused, Matching, answers, pulled
+from trainer.stream import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariationalScore(Matching):
+    """1/2 || x - sg(x - w (eps_real - eps_fake)) ||^2, w = sigma_t^2/(alpha_t^2 + sigma_t^2).
+
+    Its gradient in x is w (eps_real - eps_fake) over how many numbers there are: that of (sigma_t/alpha_t) w
+    KL(student || data) at t. For a variance-preserving process w is sigma_t^2, as in the papers; for others it is that
+    of x_t scaled to preserve variance, so that it stays bounded. Wang et al. 2023; Nguyen & Tran 2024; Luo et
+    al. 2023.
+    """
+
+    def __call__(self, cast: Cast, batch: Batch) -> Tensor:
+        x = self.sample(cast, batch)
+        return pulled(x, variational_direction(cast, batch, self.asked(cast, batch, x)))
+
+
+@torch.no_grad()
+def variational_direction(cast: Cast, batch: Batch, asked: Diffused) -> Tensor:
+    """w (eps_real - eps_fake) = w alpha_t/sigma_t (mu_fake - mu_real), [B, ...]."""
+    real, fake = answers(cast, batch, asked)
+    weight = asked.alpha_t * asked.sigma_t / (asked.alpha_t**2 + asked.sigma_t**2)
+    return weight * (fake - real)

@@ -1,0 +1,64 @@
+"""How much each time counts: fixed weights of a loss, and one that is learned with the student."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.embeddings import JointCoefficients
+from diffusion.process import Process
+from trainer.cast import Cast
+
+WeightingName = Literal["uniform", "snr", "truncated_snr", "learned"]
+
+_BANDWIDTH, _FARTHEST = 1.0, 1e3
+
+
+def time_weight(name: str, process: Process, t: Tensor) -> Tensor:
+    """float64 of t's shape: uniform 1, snr alpha^2/sigma^2, truncated_snr its maximum with 1; t > 0.
+
+    Weights of an error of x_0: snr makes it one of eps. Salimans & Ho 2022, section 4.
+    """
+    if name == "uniform":
+        return torch.ones_like(t, dtype=torch.float64)
+    snr = (process.alpha(t) / process.sigma(t)).square()
+    return snr.clamp(min=1) if name == "truncated_snr" else snr
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """A loss of each sample [B], weighed by the time t > 0 that its student started from, float64 [B].
+
+    learned: loss/exp(u) + u with u(t), or u(t, until), of the cast's network: at its optimum exp(u) is the expected
+    loss there, so that every time counts alike. Karras et al. 2024 (EDM2), eq. 21; Kendall et al. 2018.
+    """
+
+    name: str = "uniform"
+
+    def __call__(self, cast: Cast, loss: Tensor, t: Tensor, until: Tensor | None = None) -> Tensor:
+        if self.name != "learned":
+            return loss * time_weight(self.name, cast.student.process, t).to(loss)
+        assert cast.weighting is not None
+        u = cast.weighting(cast.student.process, t, t if until is None else until).to(loss)
+        return loss / u.exp() + u
+
+
+class Uncertainty(nn.Module):
+    """u(t, until): a line over joint Fourier features of log(r)/4 at both times; it starts at 0 everywhere."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.line = JointCoefficients(2, 1, bandwidth=_BANDWIDTH)
+
+    def forward(self, process: Process, t: Tensor, until: Tensor) -> Tensor:
+        """float32 [B], of float64 times [B]."""
+        told = torch.stack([_told(process, time).float() for time in (t, until)], dim=1)
+        return self.line(told).squeeze(1)
+
+
+def _told(process: Process, t: Tensor) -> Tensor:
+    ratio = process.sigma(t) / process.alpha(t)
+    return torch.log(ratio.clamp(1 / _FARTHEST, _FARTHEST)) / 4
