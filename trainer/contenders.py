@@ -50,19 +50,18 @@ class Contender:
 def students(
     runs: Sequence[Path], nfes: Sequence[int], recipe: Recipe, *, device: torch.device, way: Way | None = None
 ) -> tuple[list[Contender], list[str]]:
-    """Every run's student at each NFE that it was fitted for, and a note of each that it was not.
+    """Every run's student at each NFE that it was fitted for, and a note of those that it was not.
 
     Raises ValueError where none remains.
     """
     found, notes = [], []
     for run in runs:
         serves = student_steps(run)
-        for nfe in nfes or serves:
-            if nfe in serves:
-                found.append(student(run, nfe, recipe, device=device, way=way))
-            else:
-                told = ", ".join(map(str, serves)) or "no number of steps"
-                notes.append(f"{run} was not fitted for {nfe} steps; it serves {told}")
+        wanted = nfes or serves
+        found += [student(run, nfe, recipe, device=device, way=way) for nfe in wanted if nfe in serves]
+        if missing := [nfe for nfe in wanted if nfe not in serves]:
+            have = ", ".join(map(str, serves)) or "no number of steps"
+            notes.append(f"{run} was not fitted for {', '.join(map(str, missing))} steps; it serves {have}")
     if not found:
         raise ValueError("; ".join(notes) or f"{runs[0]} serves no number of steps; name a distilled student")
     return found, notes
