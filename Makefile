@@ -8,10 +8,12 @@ export RAY_USAGE_STATS_ENABLED := 0
 
 venv: .venv/installed
 
-# torch first and pinned: an open range would take gigabytes of CUDA wheels on a machine without a GPU.
+# A new pip, whose resolver is done in seconds where that of Python 3.11's own first releases tries for minutes. Then
+# torch, pinned: an open range would take gigabytes of CUDA wheels on a machine without a GPU.
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "limbeck needs Python 3.11 or later; name one with make PYTHON=...")'
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[dev]"
 	touch $@
