@@ -1,23 +1,20 @@
 """What a run is (run.json), and whether a new call goes on with it."""
 
-import fcntl
 import json
 import secrets
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from storage_schemas.errors import UsageError, without_credentials
+from storage_schemas.locks import only_one
 from storage_schemas.store import Store
 from trainer.config import FitConfig
 from trainer.order import default_lanes
 from trainer.saving.place import RECORD, Place, write_whole
 
 _LOCK = ".lock"
-_LOOKS = 0.5  # seconds between two tries to take it
 # Where, how and how often, not what: these may differ when a run goes on. That `data` is still the same samples, maybe
 # in another place or format, is known by their digest.
 _FREE = {
@@ -28,28 +25,13 @@ _FREE = {
 }  # fmt: skip
 
 
-@contextmanager
-def only_fit(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
-    """Refuse a second fit in the same folder. The lock is the process's: a killed one leaves nothing behind.
+def only_fit(folder: Path, *, patience: float = 0.0) -> AbstractContextManager[int]:
+    """Refuse a second fit in the same folder.
 
     patience: seconds to wait for another to end; of a restarted run, whose processes elsewhere may be ending yet.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / _LOCK, "w") as lock:
-        deadline = time.monotonic() + patience
-        while not _locked(lock.fileno()):
-            if time.monotonic() > deadline:
-                raise UsageError(f"another fit is at work in {folder}; wait for it, or choose another --out")
-            time.sleep(_LOOKS)
-        yield
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    refused = f"another fit is at work in {folder}; wait for it, or choose another --out"
+    return only_one(folder / _LOCK, refused=refused, patience=patience)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from trainer.config import FitConfig
 from trainer.images import load_images
 from trainer.objectives.consistency import Consistency
 from trainer.objectives.ctm import ConsistencyTrajectory
-from trainer.objectives.distances import distance
+from trainer.objectives.distances import Distance, distance
 from trainer.objectives.dmd import DistributionMatching, RealImages
 from trainer.objectives.flow_map import FlowMapOracle
 from trainer.objectives.knowledge import Knowledge
@@ -67,42 +67,30 @@ def _segment_stage(config: FitConfig, dataset: Dataset) -> Stage:
 
 
 def _flow_map(config: FitConfig, dataset: Dataset) -> tuple[Stage, ...]:
-    _check_inner(config, dataset)
     _check_distance(config.objective, "states at every noise level")
-    recipe, options = dataset.recipe, config.objective
-    objective = FlowMapOracle(
-        times=_times(recipe, recipe.states),
-        columns=_columns(recipe),
-        distance=distance(options, recipe.sample_shape),
-        weighting=Weighting(options.weighting or "uniform"),
-    )
-    return (Stage("flow_map", objective, _ends(recipe), _served(config, dataset)),)
+    times, columns, d, weighting = _of_all_states(config, dataset)
+    objective = FlowMapOracle(times, columns, d, weighting)
+    return (Stage("flow_map", objective, _ends(dataset.recipe), _served(config, dataset)),)
 
 
 def _ctm(config: FitConfig, dataset: Dataset) -> tuple[Stage, ...]:
-    _check_inner(config, dataset)
-    recipe, options = dataset.recipe, config.objective
-    objective = ConsistencyTrajectory(
-        times=_times(recipe, recipe.states),
-        columns=_columns(recipe),
-        distance=distance(options, recipe.sample_shape),
-        weighting=Weighting(options.weighting or "uniform"),
-        denoising_weight=options.denoising_weight or 0.0,
-        seed=config.seed,
-    )
-    return (Stage("ctm", objective, _ends(recipe), _served(config, dataset)),)
+    times, columns, d, weighting = _of_all_states(config, dataset)
+    denoising_weight = config.objective.denoising_weight or 0.0
+    objective = ConsistencyTrajectory(times, columns, d, weighting, denoising_weight, config.seed)
+    return (Stage("ctm", objective, _ends(dataset.recipe), _served(config, dataset)),)
 
 
 def _consistency(config: FitConfig, dataset: Dataset) -> tuple[Stage, ...]:
+    objective = Consistency(*_of_all_states(config, dataset))
+    return (Stage("consistency", objective, _ends(dataset.recipe), _served(config, dataset), sampling="renoise"),)
+
+
+def _of_all_states(config: FitConfig, dataset: Dataset) -> tuple[Times, tuple[str, ...], Distance, Weighting]:
+    """(times, columns, distance, weighting) of an objective on every stored state."""
     _check_inner(config, dataset)
     recipe, options = dataset.recipe, config.objective
-    objective = Consistency(
-        times=_times(recipe, recipe.states),
-        columns=_columns(recipe),
-        distance=distance(options, recipe.sample_shape),
-        weighting=Weighting(options.weighting or "uniform"),
-    )
-    return (Stage("consistency", objective, _ends(recipe), _served(config, dataset), sampling="renoise"),)
+    weighting = Weighting(options.weighting or "uniform")
+    return _times(recipe, recipe.states), _columns(recipe), distance(options, recipe.sample_shape), weighting
 
 
 def _reflow(config: FitConfig, dataset: Dataset) -> tuple[Stage, ...]:

@@ -22,7 +22,7 @@ from pipeline.recipe import build_layout, build_recipe
 from pipeline.rounds import launch
 from pipeline.rounds.config import ProgressiveConfig
 from pipeline.rounds.plan import Round, calls_a_step, direct_of, reference_of, rounds_of
-from pipeline.rounds.record import Record, only_one
+from pipeline.rounds.record import Record, only_run
 from pipeline.rounds.report import show
 from pipeline.workers.drain import stoppable
 from storage_schemas.dataset import Dataset, latest_manifest, open_dataset
@@ -33,7 +33,7 @@ from storage_schemas.store import Store
 
 def run_progressive(config: ProgressiveConfig) -> int:
     """The exit code: 0, or 3 where some samples were not finite."""
-    with only_one(config.out) as lock, stoppable():
+    with only_run(config.out) as lock, stoppable():
         record = Record(config)
         work = Progressive(config, record, lock)
         work.run()

@@ -1,17 +1,15 @@
 """OUT/progressive.json: what was asked for, and how far it has come, for the run that goes on."""
 
-import fcntl
 import json
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from pipeline.rounds.config import ProgressiveConfig
 from storage_schemas.backends import write_local
 from storage_schemas.errors import UsageError, without_credentials
+from storage_schemas.locks import only_one
 
 RECORD, LOCK = "progressive.json", ".progressive.lock"
 
@@ -23,38 +21,23 @@ FREE = {
 
 FREE_TO_FIT = {
     *("device", "threads", "micro-batch", "parallel", "checkpoint-every", "checkpoints", "keep-last", "log-every"),
-    *("cache-folder", "cache-gib", "in-flight-mib", "ahead-mib", "verify"),
+    *("cache-folder", "cache-gib", "in-flight-mib", "ahead-mib", "verify", "gradient-checkpointing"),
 }
 
 PATIENCE = 60.0
 """Seconds that a run waits for a trainer whose driver died: it saves, and ends."""
-LOOKS = 0.2
 
 
-@contextmanager
-def only_one(folder: Path, *, patience: float = PATIENCE) -> Iterator[int]:
-    """A lock's descriptor, which a trainer inherits: the folder is free when both have ended. UsageError if it is not.
-
-    A killed process leaves no lock behind.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "w") as lock:
-        deadline = time.monotonic() + patience
-        if not _locked(lock.fileno()):
-            print(f"{folder}: another run, or the trainer of one that died, is at work: waiting", file=sys.stderr)
-        while not _locked(lock.fileno()):
-            if time.monotonic() > deadline:
-                raise UsageError(f"{folder}: another run is still at work there; wait for it, or choose another --out")
-            time.sleep(LOOKS)
-        yield lock.fileno()
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def only_run(folder: Path, *, patience: float = PATIENCE) -> AbstractContextManager[int]:
+    """A lock's descriptor, which a trainer inherits: the folder is free when both have ended, else UsageError."""
+    return only_one(
+        folder / LOCK,
+        refused=f"{folder}: another run is still at work there; wait for it, or choose another --out",
+        patience=patience,
+        wait=lambda: print(
+            f"{folder}: another run, or the trainer of one that died, is at work: waiting", file=sys.stderr
+        ),
+    )
 
 
 class Record:

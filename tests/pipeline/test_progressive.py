@@ -19,7 +19,7 @@ from pipeline.rounds import launch
 from pipeline.rounds.config import ProgressiveConfig
 from pipeline.rounds.launch import TrainerFailed
 from pipeline.rounds.plan import direct_of, rounds_of
-from pipeline.rounds.record import only_one
+from pipeline.rounds.record import only_run
 from storage_schemas.command_line import main, parse
 from storage_schemas.dataset import latest_number, open_dataset
 from storage_schemas.errors import UsageError, UserError
@@ -367,15 +367,15 @@ def test_a_trainer_is_told_to_end_and_waited_for_when_its_driver_dies(start, tmp
         assert (out / "4-step/saved").exists()
         assert driver.returncode == 143
         assert "stopped by SIGTERM: what is done is kept" in said
-    with only_one(out):  # free once the trainer has ended
+    with only_run(out):  # free once the trainer has ended
         assert (out / "4-step/saved").exists()
 
 
 def test_a_folder_is_one_run_s_at_a_time(tmp_path):
     with (
-        only_one(tmp_path),
+        only_run(tmp_path),
         pytest.raises(UsageError, match="another run is still at work"),
-        only_one(tmp_path, patience=0),
+        only_run(tmp_path, patience=0),
     ):
         pass
 
