@@ -1,4 +1,8 @@
-"""`inspect --lineage`: from a dataset, or a student, back to the first teacher, as recipes and kept models tell it."""
+"""`inspect --lineage`: from a dataset, or a student, back to the first teacher, as recipes and kept models tell it.
+
+Newest first: after a model comes the one that its weights began as, if it began as a saved one, and what is behind
+that; then the data that it was fitted to, and the model that made those. No data are told twice.
+"""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -15,28 +19,12 @@ Link = dict[str, Any]
 
 
 def lineage_of(store: Store, recipe_id: str, dataset: str) -> Iterator[Link]:
-    """Data and models in turn, newest first; a link that isn't there says so, and is the last.
+    """Data, the model that made them, and so on; a link that isn't there says so, and nothing is known behind it.
 
-    A recipe names its teacher by the hash of its weights; `about.reads` of a kept student names what it was fitted to.
+    A recipe names its teacher by the hash of its weights; `about` of a kept student names what it was fitted to
+    (`reads`), and holds what was known of the model that it began as (`init`).
     """
-    met = set[str]()
-    following: str | None = recipe_id
-    while following and following not in met:
-        met.add(following)
-        recipe = _recipe(store, following)
-        if recipe is None:
-            yield {
-                "kind": "data",
-                "recipe": following,
-                "dataset": dataset,
-                "missing": "the recipe is not in this store",
-            }
-            return
-        yield {"kind": "data", "recipe": recipe.id, "dataset": dataset, **_made(recipe)}
-        found = store.read(f"{paths.weights_folder(recipe.id)}/{checkpoint.MODEL_FILE}")
-        model = _model(json.loads(found) if found else None, recipe.teacher.uri, recipe.teacher.weights_sha256)
-        yield model
-        following, dataset = model.get("recipe"), model.get("dataset", "")
+    return _behind_data(store, recipe_id, dataset, set())
 
 
 def lineage_of_student(store: Store, folder: str) -> Iterator[Link]:
@@ -45,15 +33,41 @@ def lineage_of_student(store: Store, folder: str) -> Iterator[Link]:
     if not file.is_file():
         raise UsageError(f"{folder} holds no {checkpoint.MODEL_FILE}: name the folder of a saved student")
     document = json.loads(file.read_text())
-    model = _model(document, folder, document["weights_sha256"])
-    yield model
-    if "recipe" in model:
-        yield from lineage_of(store, model["recipe"], model["dataset"])
+    return _behind_model(store, document, folder, document["weights_sha256"], set())
 
 
 def told(links: Iterator[Link]) -> str:
     """A line a link."""
     return "\n".join(_told_data(link) if link["kind"] == "data" else _told_model(link) for link in links)
+
+
+def _behind_data(store: Store, recipe_id: str, dataset: str, met: set[str]) -> Iterator[Link]:
+    """Data, the model that made them, and what is behind that; nothing for a recipe that was met before."""
+    if recipe_id in met:
+        return
+    met.add(recipe_id)
+    link: Link = {"kind": "data", "recipe": recipe_id, "dataset": dataset}
+    recipe = _recipe(store, recipe_id)
+    if recipe is None:
+        yield link | {"missing": "the recipe is not in this store"}
+        return
+    yield link | _made(recipe)
+    found = store.read(f"{paths.weights_folder(recipe.id)}/{checkpoint.MODEL_FILE}")
+    teacher = recipe.teacher
+    yield from _behind_model(store, json.loads(found) if found else None, teacher.uri, teacher.weights_sha256, met)
+
+
+def _behind_model(
+    store: Store, document: Mapping[str, Any] | None, uri: str, sha256: str, met: set[str]
+) -> Iterator[Link]:
+    """A model, that which it began as, and the data that it was fitted to, each with what is behind it."""
+    link = _model(document, uri, sha256)
+    yield link
+    if document and "init" in link:
+        init = document["about"]["init"]
+        yield from _behind_model(store, init, init["uri"], init["weights_sha256"], met)
+    if "recipe" in link:
+        yield from _behind_data(store, link["recipe"], link["dataset"], met)
 
 
 def _recipe(store: Store, recipe_id: str) -> Recipe | None:
@@ -69,7 +83,10 @@ def _made(recipe: Recipe) -> Link:
 
 
 def _model(document: Mapping[str, Any] | None, uri: str, sha256: str) -> Link:
-    """A student or a teacher. recipe: what it was fitted to, if that was data of another model."""
+    """A student or a teacher. recipe: what it was fitted to, if that was data of another model; init: what it began as.
+
+    document: its model.json, or what is known of that.
+    """
     link: Link = {"kind": "model", "uri": uri, "weights_sha256": sha256}
     if document is None:
         code = uri.startswith("python:")
@@ -81,6 +98,8 @@ def _model(document: Mapping[str, Any] | None, uri: str, sha256: str) -> Link:
     link["serves"] = sorted(map(int, document["grids"]))
     link |= {name: about[name] for name in ("objective", "stage", "steps", "batch_size") if name in about}
     link |= {name: reads[name] for name in ("recipe", "dataset", "manifest", "images") if name in reads}
+    if "init" in about:
+        link["init"] = about["init"]["weights_sha256"]
     return link
 
 
@@ -98,11 +117,14 @@ def _told_model(link: Link) -> str:
     lead = f"{link['weights_sha256'][:12]} {link['uri']}"
     if "missing" in link:
         return f"{lead}: {link['missing']}"
+    begun = f", from {link['init'][:12]}" if "init" in link else ""
     if "recipe" not in link:
-        return f"{lead}: the first teacher" + (f", fitted to {link['images']}" if "images" in link else "")
+        first = "a teacher" if begun else "the first teacher"
+        return f"{lead}: {first}" + (f", fitted to {link['images']}" if "images" in link else "") + begun
     objective = link.get("objective", {}).get("name", "a student")
     serves = ", ".join(map(str, link["serves"])) + (" step" if link["serves"] == [1] else " steps")
-    return f"{lead}: {objective}, serves {serves}, {_fitted(link)}"
+    fitted_to = f" to recipe {link['recipe'][:12]}" if begun else ""
+    return f"{lead}: {objective}, serves {serves}, {_fitted(link)}{fitted_to}{begun}"
 
 
 def _fitted(link: Link) -> str:

@@ -1,10 +1,14 @@
 """Guidance in closed form: Gaussian classes of one variance, whose guided flow is a Gaussian's again."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
+from diffusion.checkpoint import Checkpoint, pack, widened
 from diffusion.gaussian import GaussianTeacher
 from diffusion.process import VE
+from diffusion.teachers import builtin_checkpoint
 
 MEANS = (-1.0, 0.5, 2.0)
 """Of the classes; of the null label 0."""
@@ -37,6 +41,17 @@ def guided_flow(labels: Tensor, scales: Tensor, x_s: Tensor, s: Tensor, t: Tenso
 def exact_output(x_T: Tensor, labels: Tensor, scales: Tensor) -> Tensor:
     """x_0 of the guided flow from noise [B, 2]."""
     return guided_flow(labels, scales, x_T.double(), torch.tensor(80.0, dtype=torch.float64), ZERO)
+
+
+def told_digits() -> Checkpoint:
+    """The digits teacher told its guidance scale, in a way that changes what it answers."""
+    torch.manual_seed(0)
+    saved = widened(builtin_checkpoint("digits"), told_guidance=True)
+    module = saved.build()
+    for name, parameter in module.named_parameters():
+        if "guidance" in name:
+            nn.init.normal_(parameter, std=0.5)
+    return replace(saved, weights=pack(module))
 
 
 class Runaway(GaussianClasses):

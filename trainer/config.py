@@ -127,7 +127,11 @@ class FitConfig(Config):
         None, description="Folder or s3://... URI for checkpoints, with copies of the run's record, metrics and models."
     )
     keep_last: int = Field(2, ge=1, description="Checkpoints kept.")
-    keep_best: bool = Field(True, description="Keep that of the least holdout error too, and its model in OUT/best.")
+    keep_best: bool = Field(
+        True,
+        description="Of the checkpoints on a validated step keep that of the least holdout error too, and its model "
+        "in OUT/best. Of dmd, vsd, sid none: that error does not judge their samples.",
+    )
     resume: bool = Field(True, description="Go on from the run's last checkpoint; --no-resume starts it anew.")
     log_every: int = Field(50, ge=1, description="Steps between lines of metrics.")
     validate_every: int = Field(500, ge=0, description="Steps between errors on the holdout split; 0 for none.")
@@ -150,8 +154,13 @@ class FitConfig(Config):
     )
     cache_folder: Path | None = Field(None, description="Disk cache of remote stores; ~/.cache/limbeck unless told.")
     cache_gib: float = Field(32, gt=0, description="Most that the disk cache holds, GiB.")
-    in_flight_mib: int = Field(256, ge=1, description="Stored bytes being read at a time, MiB.")
+    in_flight_mib: int = Field(256, ge=1, description="Stored bytes being fetched from a remote store at a time, MiB.")
     ahead_mib: int = Field(64, ge=1, description="Batches made ahead of the step, MiB.")
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether a least holdout error makes a model the best."""
+        return self.keep_best and self.objective.name not in DISTRIBUTION_LEVEL
 
     @model_validator(mode="before")
     @classmethod
@@ -234,7 +243,7 @@ class FitConfig(Config):
     def _check_network(self) -> None:
         given = {name for name in ("width", "depth", "dropout") if getattr(self.network, name)}
         if self.network.name == "affine" and given:
-            raise ValueError(f"network.{given.pop()} means nothing to affine; it belongs to residual_mlp")
+            raise ValueError(f"network.{given.pop()} means nothing to affine; it belongs to residual_mlp, unet")
         if self.init == "scratch":
             return
         for name, value in (

@@ -142,7 +142,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     with usage_errors():
         contenders, notes = students(config.runs, config.nfe, dataset.recipe, device=device, way=config.sampling)
     teacher = _teacher(config, dataset, device, notes)
-    reference = _reference(config, dataset, len(pairs), notes)
+    reference = _reference(config, dataset, len(pairs), device, notes)
     if teacher is not None:
         nfes = config.nfe or tuple({contender.nfe for contender in contenders})
         contenders += teacher_solvers(teacher, dataset.recipe, nfes)
@@ -172,7 +172,9 @@ def _teacher(config: EvaluateConfig, dataset: Dataset, device: torch.device, not
         return None
 
 
-def _reference(config: EvaluateConfig, dataset: Dataset, count: int, notes: list[str]) -> Reference:
+def _reference(
+    config: EvaluateConfig, dataset: Dataset, count: int, device: torch.device, notes: list[str]
+) -> Reference:
     """Real images where there are some of this shape, else the teacher's outputs for noises of the train split."""
     shape = dataset.recipe.sample_shape
     source = config.images or shipped_image_source(shape)
@@ -189,7 +191,7 @@ def _reference(config: EvaluateConfig, dataset: Dataset, count: int, notes: list
     if found is None:
         notes.append(f"no Frechet distance: no classifier of {source} is shipped; fit one and name it by --classifier")
         return Reference(source, target, other)
-    classifier, saved = found
+    classifier, saved = found[0].to(device), found[1]
     notes.append(
         "Frechet distance, density and coverage are of a classifier's features, "
         f"accuracy {saved.about['figures']['accuracy']:.4f}"

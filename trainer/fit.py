@@ -49,7 +49,7 @@ def run_fit(config: FitConfig) -> int:
 
 def _fit(config: FitConfig, crew: Ranks, held: ExitStack) -> int:
     place = Place(config.out, config.checkpoints)
-    checkpoints = Checkpoints(place.store, crew, keep_last=config.keep_last, keep_best=config.keep_best)
+    checkpoints = Checkpoints(place.store, crew, keep_last=config.keep_last, keep_best=config.keeps_best)
     claim = Claim(config, place, held if crew.is_first else None)
     earlier = crew.broadcast(claim.earlier(checkpoints))
     with checkpoints.newest() if earlier else nullcontext() as found:
@@ -79,7 +79,7 @@ class Fit:
     ) -> None:
         self.config, self.plan, self.ranks, self.stop = config, plan, crew, stop
         self.place, self.checkpoints = place, checkpoints
-        self.models = Models(config, record.model, place)
+        self.models = Models(config, record, place)
         self.total = config.steps * len(plan.stages)
         self.pins = None
         if plan.store is not None and crew.is_first:
@@ -219,7 +219,7 @@ class Fit:
     def _checkpoint(self, stream: Stream, error: float | None) -> None:
         """The metrics up to here and the best model first, since the checkpoint says that they are there."""
         error = error if error is None or math.isfinite(error) else None
-        if error is not None and self.config.keep_best and self.checkpoints.would_be_best(self.stage, error):
+        if error is not None and self.config.keeps_best and self.checkpoints.would_be_best(self.stage, error):
             self._save_model(BEST)
         if self.ranks.is_first:
             self.place.put(METRICS)

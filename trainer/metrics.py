@@ -1,4 +1,7 @@
-"""How far samples are from real data, and a student's outputs from its teacher's. Everything is summed in float64."""
+"""How far samples are from real data, and a student's outputs from its teacher's. Everything is summed in float64.
+
+Images are on the CPU. A classifier's features, and distances between them, are computed on the device it is on.
+"""
 
 import math
 
@@ -55,7 +58,12 @@ class _Features(nn.Module):
         self.num_features = classifier.num_features
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.classifier.features(images.float()).double()
+        return self.on_device(images).to(images.device)
+
+    def on_device(self, images: Tensor) -> Tensor:
+        """The features, left where the classifier is."""
+        device = next((weights.device for weights in self.classifier.parameters()), images.device)
+        return self.classifier.features(images.to(device, torch.float32)).double()
 
 
 class Neighbours:
@@ -75,14 +83,14 @@ class Neighbours:
 
     def __call__(self, images: Tensor) -> tuple[float, float]:
         """(density, coverage) of images [m, C, H, W]."""
-        samples, inside = self._of(images), torch.zeros(len(self._reference), dtype=torch.int64)
+        samples, inside = self._of(images), torch.zeros_like(self._radii, dtype=torch.int64)
         for part in samples.split(1024):
             inside += (_distances(part, self._reference) < self._radii).sum(dim=0)
         return inside.sum().item() / (self._k * len(samples)), (inside > 0).double().mean().item()
 
     @torch.no_grad()
     def _of(self, images: Tensor) -> Tensor:
-        return torch.cat([self._features(batch) for batch in images.split(1024)])
+        return torch.cat([self._features.on_device(batch) for batch in images.split(1024)])
 
 
 def _nearest(some: Tensor, points: Tensor, k: int) -> Tensor:

@@ -1,12 +1,12 @@
-"""The order in which samples are seen: a pure function of (content digest, seed, epoch, lanes, block).
+"""The order in which samples are seen: a pure function of (content digest, seed, epoch, lanes, block, window).
 
     E_e   an epoch's n ids: blocks of `block` consecutive ids, permuted and laid end to end
     S     E_f ++ E_{f+1} ++ ...                          f: the first epoch
     P_e   floor((e - f) n / C)                           C: lanes; rows that do not divide go into the next epoch
     run   S[C P_e + c q_e : C P_e + (c + 1) q_e)         of lane c in epoch e, q_e = P_{e+1} - P_e rows
-    row   P_e + i of lane c: the i-th of its run, cut evenly into windows of up to WINDOW blocks, each shuffled
+    row   P_e + i of lane c: the i-th of its run, cut evenly into windows of up to `window` blocks, each shuffled
 
-The first epoch's runs begin with windows of START blocks each, so that a run can begin before much is read.
+The first epoch's runs begin with smaller windows, of START blocks each, so that a run can begin before much is read.
 
 Lanes have equal runs and equal windows, so "row r" is the r-th row of every lane. A global batch of C b samples is rows
 [k b, (k + 1) b) of every lane, lane after lane; a rank's part of it is the part of its consecutive lanes.
@@ -29,6 +29,7 @@ from trainer.blocks import Blocks, LaidOut
 
 BLOCK = 512
 WINDOW = 16
+WINDOW_BYTES = 512 << 20
 START = (1, 2, 4, 8)
 _VERSION = "limbeck order 2"
 
@@ -43,6 +44,11 @@ def default_lanes(batch_size: int) -> int:
 def default_block(count: int, lanes: int) -> int:
     """The largest power of two up to BLOCK with which `count` samples fill a window of every lane, at least 1."""
     return min(BLOCK, 1 << (max(1, count // (lanes * WINDOW)).bit_length() - 1))
+
+
+def default_window(lanes: int, block: int, row_bytes: int) -> int:
+    """Blocks of each lane in a window: as many of WINDOW as keep all lanes' rows within WINDOW_BYTES, at least 1."""
+    return max(1, min(WINDOW, WINDOW_BYTES // (lanes * block * row_bytes)))
 
 
 @dataclass(frozen=True)
@@ -68,10 +74,12 @@ class Lanes:
     lanes: int
     block: int
     first_epoch: int = 0
+    window: int = WINDOW
 
     def __post_init__(self) -> None:
-        if min(self.ids.count, self.lanes, self.block) < 1:
-            raise ValueError(f"no order of {self.ids.count} samples in {self.lanes} lanes and blocks of {self.block}")
+        if min(self.ids.count, self.lanes, self.block, self.window) < 1:
+            cut = f"{self.lanes} lanes, blocks of {self.block} and windows of {self.window}"
+            raise ValueError(f"no order of {self.ids.count} samples in {cut}")
 
     def epoch_start(self, epoch: int) -> int:
         """P_e: rows of each lane before this epoch."""
@@ -90,12 +98,12 @@ class Lanes:
         epoch = self.epoch_at(row)
         first, past = self.epoch_start(epoch), self.epoch_start(epoch + 1)
         index = 0
-        for blocks in START if epoch == self.first_epoch else ():
+        for blocks in self._start if epoch == self.first_epoch else ():
             if row < first + blocks * self.block:
                 return Window(epoch, index, first, min(first + blocks * self.block, past))
             first, index = first + blocks * self.block, index + 1
         length = past - first
-        windows = -(-length // (WINDOW * self.block))
+        windows = -(-length // (self.window * self.block))
         place = ((row - first + 1) * windows - 1) // length
         return Window(
             epoch, index + place, first + place * length // windows, first + (place + 1) * length // windows
@@ -132,6 +140,10 @@ class Lanes:
 
     def _key(self, epoch: int) -> bytes:
         return hashlib.sha256(f"{_VERSION}|{self.digest}|{self.seed}|{epoch}".encode()).digest()
+
+    @property
+    def _start(self) -> tuple[int, ...]:
+        return tuple(blocks for blocks in START if blocks < self.window)
 
     @cached_property
     def _blocks(self) -> Blocks:

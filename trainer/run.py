@@ -16,13 +16,13 @@ from trainer.saving.place import RECORD, Place, write_whole
 
 _LOCK = ".lock"
 # Where, how and how often, not what: these may differ when a run goes on. That `data` is still the same samples, maybe
-# in another place or format, is known by their digest.
-_FREE = {
+# in another place or format, is known by their digest, as the teacher's weights are.
+_FREE: dict[str, Any] = dict.fromkeys((
     "out", "data", "dataset", "manifest", "follow_latest",
     "threads", "device", "parallel", "micro_batch", "gradient_checkpointing",
     "checkpoint_every", "checkpoints", "keep_last", "keep_best", "resume", "log_every", "validate_every", "save_dtype",
     "verify", "on_corrupt", "cache_folder", "cache_gib", "in_flight_mib", "ahead_mib",
-}  # fmt: skip
+), True) | {"teacher": {"uri": True, "offload": True}}  # fmt: skip
 
 
 def only_fit(folder: Path, *, patience: float = 0.0) -> AbstractContextManager[int]:
@@ -38,15 +38,15 @@ def only_fit(folder: Path, *, patience: float = 0.0) -> AbstractContextManager[i
 class RunRecord:
     """run.json: a name of its own, the config, what it reads first, and what its student is.
 
-    block: of the order that it begins with. place: where its checkpoints are, None for the folder itself.
+    place: where its checkpoints are, None for the folder itself. init: the saved model that it starts from, if it does.
     """
 
     name: str
     config: dict[str, Any]
     reads: dict[str, Any]
     model: dict[str, Any]
-    block: int
     place: str | None
+    init: dict[str, Any] | None = None
 
     def save(self, folder: Path) -> None:
         write_whole(folder / RECORD, (json.dumps(self.__dict__, indent=1, sort_keys=True) + "\n").encode())
@@ -57,8 +57,10 @@ class RunRecord:
         if data is None:
             return None
         try:
-            return cls(**json.loads(data))
-        except (TypeError, ValueError):
+            told = json.loads(data)
+            told.pop("block", None)  # of runs that an earlier release began
+            return cls(**told)
+        except (TypeError, ValueError, AttributeError):
             told = f"{source} is not a record of this release's"
             raise UsageError(f"{told}; go on with the one that wrote it, or start anew by --no-resume") from None
 
@@ -75,7 +77,7 @@ def earlier_run(config: FitConfig, place: Place) -> RunRecord | None:
     record = there or here
     if record is None:
         return None
-    _check_same(record.config, plain(config), config.out)
+    _check_same(_what(record.config), plain(config), config.out)
     return record
 
 
@@ -89,19 +91,25 @@ def check_place(record: RunRecord, place: Place, out: Path) -> None:
 
 
 def new_record(
-    config: FitConfig, place: Place, *, reads: dict[str, Any], model: dict[str, Any], block: int
+    config: FitConfig, place: Place, *, reads: dict[str, Any], model: dict[str, Any], init: dict[str, Any] | None
 ) -> RunRecord:
     """The record of a run that starts now; in the place of one before, by its name, so that it takes over the pins."""
     name = f"{config.out.name}-{secrets.token_hex(4)}"
     for data in (place.store.read(RECORD), Store(str(config.out)).read(RECORD)):
         name = json.loads(data)["name"] if data else name
-    return RunRecord(name, plain(config), reads, model, block, place.store.uri if place.elsewhere else None)
+    return RunRecord(name, plain(config), reads, model, place.store.uri if place.elsewhere else None, init)
 
 
 def plain(config: FitConfig) -> dict[str, Any]:
     """What identifies a run, as JSON."""
-    settings = config.model_dump(mode="json", exclude=_FREE)
-    return settings | {"lanes": config.lanes or default_lanes(config.batch_size)}
+    settings = config.model_dump(mode="json")
+    return _what(settings) | {"lanes": config.lanes or default_lanes(config.batch_size)}
+
+
+def _what(settings: dict[str, Any], free: dict[str, Any] = _FREE) -> dict[str, Any]:
+    """Settings without those that are free now, which a record of an earlier release may hold."""
+    kept = {name: value for name, value in settings.items() if free.get(name) is not True}
+    return {name: _what(value, free[name]) if name in free else value for name, value in kept.items()}
 
 
 def where(config: FitConfig) -> dict[str, Any]:

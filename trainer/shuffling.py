@@ -17,7 +17,7 @@ from storage_schemas.errors import UsageError, usage_errors
 from storage_schemas.ids import IdSet, id_set
 from storage_schemas.store import Store
 from trainer.blocks import Blocks
-from trainer.order import Ints, Lanes, default_block, default_lanes
+from trainer.order import Ints, Lanes, default_block, default_lanes, default_window
 
 
 class ShuffleConfig(Config):
@@ -79,10 +79,11 @@ def run_shuffle(config: ShuffleConfig) -> int:
 
 def measure(config: ShuffleConfig) -> dict[str, Any]:
     """Everything that the command tells."""
-    ids, digest, shards = _stored(config) if config.data else _imagined(config)
+    ids, digest, shards, row_bytes = _stored(config) if config.data else _imagined(config)
     lanes = config.lanes or default_lanes(config.batch_size)
+    block = config.block or default_block(ids.count, lanes)
     with usage_errors():
-        order = Lanes(ids, digest, config.seed, lanes, config.block or default_block(ids.count, lanes))
+        order = Lanes(ids, digest, config.seed, lanes, block, window=default_window(lanes, block, row_bytes))
     if ids.count < config.batch_size:
         raise UsageError(f"{ids.count} samples fill no batch of {config.batch_size}: give a smaller --batch-size")
     stretches = list(_stretches(order, config.batch_size, config.count))
@@ -99,20 +100,21 @@ def measure(config: ShuffleConfig) -> dict[str, Any]:
     }
 
 
-def _imagined(config: ShuffleConfig) -> tuple[IdSet, str, Shards]:
+def _imagined(config: ShuffleConfig) -> tuple[IdSet, str, Shards, int]:
     count = config.rows or 0
     starts = np.arange(0, count, config.samples_per_shard)
     samples = np.minimum(count - starts, config.samples_per_shard)
-    return id_set(0, count, []), f"{count} rows", Shards(starts, samples)
+    return id_set(0, count, []), f"{count} rows", Shards(starts, samples), 1
 
 
-def _stored(config: ShuffleConfig) -> tuple[IdSet, str, Shards]:
+def _stored(config: ShuffleConfig) -> tuple[IdSet, str, Shards, int]:
     dataset = open_dataset(Store.open(config.data or ""), config.dataset, config.manifest)
     ids, shards = dataset.ids("train"), dataset.shards("train")
     # A block of one id: a shard has fewer samples than rows where the manifest's window ends.
     below = Blocks(ids, 1).samples_before
     samples, nbytes = below(shards.stops) - below(shards.starts), shards.table["bytes"].to_numpy()
-    return ids, dataset.manifest.content_digest, Shards(shards.starts, samples, nbytes)
+    row_bytes = sum(field.nbytes for field in dataset.recipe.fields)
+    return ids, dataset.manifest.content_digest, Shards(shards.starts, samples, nbytes), row_bytes
 
 
 def _batches(order: Lanes, size: int, first: int, past: int, *, epoch: int = 1) -> Ints:

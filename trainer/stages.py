@@ -124,8 +124,7 @@ def _vsd(config: FitConfig, dataset: Dataset) -> tuple[Stage, ...]:
 
 
 def _sid(config: FitConfig, dataset: Dataset) -> tuple[Stage, ...]:
-    a = 1.2 if config.objective.a is None else config.objective.a
-    return (_matching_stage("sid", ScoreIdentity(**_matching(config, dataset), a=a)),)
+    return (_matching_stage("sid", ScoreIdentity(**_matching(config, dataset) | {"a": config.objective.a})),)
 
 
 def _matching(config: FitConfig, dataset: Dataset) -> dict[str, Any]:
@@ -139,8 +138,8 @@ def _matching(config: FitConfig, dataset: Dataset) -> dict[str, Any]:
         raise ValueError(f"objective.guidance {options.guidance}: its teacher is told scales of 0 and more; give one")
     return {
         "times": _steps_of(config, dataset),
-        "critic_steps": options.critic_steps or 1,
-        "t_range": options.t_range or (0.0, 1.0),
+        "critic_steps": options.critic_steps,
+        "t_range": options.t_range,
         "seed": config.seed,
     }
 

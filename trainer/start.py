@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch import nn
 
 from diffusion.activations import checkpoint_activations
 from diffusion.checkpoint import Checkpoint, widened
@@ -12,14 +13,13 @@ from diffusion.denoiser import Denoiser
 from diffusion.flow_map import FlowMap
 from diffusion.spec import model_from_spec
 from storage_schemas.dataset import latest_manifest
-from storage_schemas.errors import ManifestMismatch, UsageError
+from storage_schemas.errors import ManifestMismatch, UsageError, without_credentials
 from storage_schemas.store import Store
 from trainer.cast import Cast
 from trainer.config import FitConfig
 from trainer.critic import frozen_teacher, make_critic
 from trainer.objectives.options import DISTRIBUTION_LEVEL, TWO_TIMES
 from trainer.objectives.weights import Uncertainty
-from trainer.order import default_block, default_lanes
 from trainer.parallel import Ranks
 from trainer.plan import Plan, plan_images
 from trainer.run import RunRecord, check_place, earlier_run, new_record, only_fit, where
@@ -98,7 +98,16 @@ def make_plan(config: FitConfig, crew: Ranks, earlier: RunRecord | None, found: 
     if reads and reads["content_digest"] != plan.reads["content_digest"]:
         told = f"{config.out} was reading samples {reads['content_digest'][:12]}"
         raise ManifestMismatch(f"{told}, now {plan.reads}: name those it read, or choose another --out")
+    _check_beside(config, earlier.reads if earlier else {}, plan.reads)
     return plan
+
+
+def _check_beside(config: FitConfig, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse files beside the store that hold something else than at the run's start."""
+    for name, told in (("images_digest", f"images {config.images}"), ("lpips_sha256", f"{config.objective.lpips}")):
+        if name in before and before[name] != now.get(name):
+            changed = f"{told} has sha256 {str(now.get(name))[:12]}..., {config.out} began with {before[name][:12]}..."
+            raise UsageError(f"{changed}; bring back what it held, or choose another --out")
 
 
 def _manifest(config: FitConfig, reads: dict[str, Any]) -> int | None:
@@ -125,15 +134,20 @@ def start_or_go_on(
 def start(config: FitConfig, plan: Plan, place: Place) -> tuple[RunRecord, Denoiser]:
     """The record of a new run, and its student as --init says."""
     start = plan.start()
+    init = None if config.init in ("teacher", "scratch") else _known_of(start, uri=str(config.init))
     torch.manual_seed(config.seed)  # of what it is told beside its teacher
     start = widened(start, second_time=config.objective.name in TWO_TIMES, told_guidance=config.told_guidance)
     _check_scales(start, plan.guidance)
     model = with_dropout(start.model, config.network.dropout)
     denoiser = built(model)
     denoiser.load_state_dict(start.build().state_dict())
-    count = plan.source(plan.stages[0].objective.columns).ids.count
-    block = default_block(count, config.lanes or default_lanes(config.batch_size))
-    return new_record(config, place, reads=_reads(config, plan), model=model, block=block), denoiser
+    return new_record(config, place, reads={**where(config), **plan.reads}, model=model, init=init), denoiser
+
+
+def _known_of(saved: Checkpoint, *, uri: str) -> dict[str, Any]:
+    """Where a saved model was and all that its description says but the spec: its folder may be gone one day."""
+    document = saved.document()
+    return {"uri": without_credentials(uri), **{name: document[name] for name in ("weights_sha256", "grids", "about")}}
 
 
 def _check_scales(start: Checkpoint, scales: tuple[float, ...]) -> None:
@@ -141,10 +155,6 @@ def _check_scales(start: Checkpoint, scales: tuple[float, ...]) -> None:
     if start.model["network"].get("told_guidance") and min(scales) < 0:
         told = f"guidance scale {min(scales):g} can't be told to a student, only 0 and more"
         raise ValueError(f"{told}; generate at others, or fit a student that isn't told")
-
-
-def _reads(config: FitConfig, plan: Plan) -> dict[str, Any]:
-    return {**where(config), **plan.reads}
 
 
 def built(model: dict[str, Any]) -> Denoiser:
@@ -158,12 +168,17 @@ def gather(config: FitConfig, plan: Plan, student: FlowMap) -> Cast:
     device = next(student.parameters()).device
     weighting = Uncertainty(config.seed).to(device) if config.objective.weighting == "learned" else None
     cast = Cast(student, weighting=weighting)
+    with_gradients: list[nn.Module] = [student]
     if config.objective.name in DISTRIBUTION_LEVEL:
         assert plan.teacher is not None
         teacher = plan.teacher(torch.device("cpu") if config.teacher.offload else device)
         cast.critic = make_critic(config, teacher, student.denoiser)  # first: it starts in float32
         cast.teacher = frozen_teacher(config, teacher, guidance=plan.guidance, device=device)
+        with_gradients.append(cast.critic)
+        # sid's lead through the teacher too; one that is offloaded answers again for them anyhow.
+        if config.objective.name == "sid" and not config.teacher.offload:
+            with_gradients.append(teacher.denoiser)
     if config.gradient_checkpointing:
-        for module in filter(None, (student, cast.critic)):
+        for module in with_gradients:
             checkpoint_activations(module)
     return cast

@@ -184,8 +184,9 @@ class TrajectoryStream(IterableDataset[dict[str, Tensor]]):
     def state_dict(self, batches: int | None = None) -> dict[str, Any]:
         """What gives the batches after the last one given, on any number of ranks and workers.
 
-        batches: after that many of this size since the run's very first, instead: a pure function, for who knows how
-        many were used where others were fetched ahead, as a DataLoader's workers do.
+        Of samples that could not be read it tells this rank's own. batches: after that many of this size since the
+        run's very first, instead: a pure function, for who knows how many were used where others were fetched ahead,
+        as a DataLoader's workers do.
         """
         if batches is None:
             return self._state

@@ -72,15 +72,15 @@ def _network(config: FitConfig, shape: Shape, *, prediction: str) -> dict[str, A
     return {"name": "residual_mlp", "width": options.width or 256, "depth": options.depth or 4}
 
 
-def check_fits(saved: Checkpoint, shape: Shape, *, name: str) -> None:
-    """Refuse a model that is no network, or one for other data."""
+def check_fits(saved: Checkpoint, shape: Shape, *, name: str, whose: str = "the data") -> None:
+    """Refuse a model that is no network, or one of another shape or process, which is told to be `whose`."""
     if saved.model["kind"] != "network":
         raise ValueError(f"{name} is a {saved.model['kind']} model without weights to fit; use --init scratch")
     theirs = (tuple(saved.model["sample_shape"]), saved.model["num_classes"], process_from_spec(saved.model["process"]))
     ours = (shape.sample_shape, shape.num_classes, process_from_spec(shape.process))
     for what, there, here in zip(("sample shape", "number of classes", "process"), theirs, ours, strict=True):
         if there != here:
-            raise ValueError(f"{name} has {what} {there}, the data has {here}; use --init scratch or another model")
+            raise ValueError(f"{name} has {what} {there}, {whose} has {here}; use --init scratch or another model")
 
 
 def check_few_steps(saved: Checkpoint, first_time: float) -> None:

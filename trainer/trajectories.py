@@ -18,7 +18,9 @@ from storage_schemas.store import Store
 from trainer.advice import ADVISED
 from trainer.cast import Cast
 from trainer.config import FitConfig
-from trainer.objectives import student_condition
+from trainer.objectives import Objective, student_condition
+from trainer.objectives.distances import Lpips
+from trainer.objectives.dmd import DistributionMatching
 from trainer.objectives.progressive import Progressive, ProgressiveSegments, progressive_target, rounding_error
 from trainer.plan import Plan, Stage
 from trainer.reading.chunks import Reading
@@ -50,7 +52,7 @@ def plan_trajectories(config: FitConfig, *, number: int | None) -> Plan:
         start=lambda: start_student(config, dataset, shape, planned[0].times[0]),
         stages=planned,
         source=lambda columns: _source(config, dataset, "train", columns),
-        reads=_named(dataset),
+        reads=_named(dataset) | _beside(planned[0].objective),
         shape=shape,
         holdout_error=_error_on(config, dataset, "holdout") if has_holdout else None,
         train_error=_error_on(config, dataset, "train") if has_holdout and advised else None,
@@ -74,6 +76,16 @@ def _named(dataset: Dataset) -> dict[str, Any]:
     }
 
 
+def _beside(objective: Objective) -> dict[str, str]:
+    """Digests of what an objective reads beside the store: real images, and a network for LPIPS."""
+    found = {}
+    if isinstance(objective, DistributionMatching) and objective.real:
+        found["images_digest"] = objective.real.digest
+    if isinstance(distance := getattr(objective, "distance", None), Lpips):
+        found["lpips_sha256"] = distance.sha256
+    return found
+
+
 def start_student(config: FitConfig, dataset: Dataset, shape: Shape, first_time: float) -> Checkpoint:
     """What --init says: the recipe's teacher, a fresh network, or a saved model; refused if it can't fit the data."""
     if config.init == "scratch":
@@ -83,7 +95,8 @@ def start_student(config: FitConfig, dataset: Dataset, shape: Shape, first_time:
     else:
         start = saved_model(config.init or "")
     name = dataset.recipe.teacher.uri if config.init == "teacher" else str(config.init)
-    check_fits(start, shape, name=name)
+    whose = "a reflow student of this data" if config.objective.name == "reflow" else "the data"
+    check_fits(start, shape, name=name, whose=whose)
     check_few_steps(start, first_time)
     return start
 

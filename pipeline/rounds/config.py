@@ -65,7 +65,7 @@ class ProgressiveConfig(JobConfig, TeacherConfig):
     def _guidance_is_one(self) -> Self:
         if len(self.guidance) > 1:
             told = " ".join(map(str, self.guidance))
-            raise ValueError(f"guidance {told}: a round's student has one in it and is told none; give one scale")
+            raise ValueError(f"guidance {told}: all rounds are solved and measured at one scale; give one scale")
         return self
 
     @model_validator(mode="after")

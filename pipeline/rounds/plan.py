@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusion.denoiser import Guided
 from pipeline.config import GenerateConfig, JobConfig, TeacherConfig
 from pipeline.rounds.config import ProgressiveConfig
 
@@ -31,19 +30,14 @@ class Round:
         """The model that it promotes."""
         return self.out / "model"
 
-    @property
-    def calls(self) -> int:
-        """Network calls that its train samples take."""
-        return self.data.count * calls_each(self.data)
 
-
-def rounds_of(config: ProgressiveConfig) -> list[Round]:
-    """All rounds, the first teacher's first."""
+def rounds_of(config: ProgressiveConfig, *, told: bool = False) -> list[Round]:
+    """All rounds, the first teacher's first. told: whether its students are told their guidance scale."""
     rounds = []
     teacher = config.teacher
     for number, steps in enumerate(config.schedule, start=1):
         out = config.out / f"{steps}-step"
-        data = _data(config, teacher, 2 * steps, number=number)
+        data = _data(config, teacher, 2 * steps, number=number, told=told)
         fit = _fit(config, data, out, schedule=(steps,), first=number == 1)
         rounds.append(Round(steps, data, out, fit))
         teacher = str(out / "model")
@@ -55,29 +49,16 @@ def reference_of(config: ProgressiveConfig) -> GenerateConfig:
     return _trajectories(config, dataset=config.reference, count=config.holdout)
 
 
-def direct_of(config: ProgressiveConfig) -> Round:
-    """One fit of all stages on the first teacher's own states, for as many network calls as all rounds take."""
-    paid = sum(part.calls for part in rounds_of(config))
-    each = calls_each(reference_of(config))
-    data = _trajectories(config, dataset=f"{config.dataset}-direct", count=max(1, round(paid / each)))
+def direct_of(config: ProgressiveConfig, *, count: int) -> Round:
+    """One fit of all stages on the first teacher's own states, of `count` trajectories."""
+    data = _trajectories(config, dataset=f"{config.dataset}-direct", count=count)
     out = config.out / "direct"
     return Round(config.schedule[-1], data, out, _fit(config, data, out, schedule=config.schedule, first=True))
 
 
-def calls_each(data: GenerateConfig) -> int:
-    """Network calls of one ddim chain."""
-    steps = data.solver.steps if data.start == "prior" else 2
-    return steps * calls_a_step(data.guidance)
-
-
-def calls_a_step(guidance: tuple[float, ...]) -> int:
-    """Network calls of one step of ddim."""
-    return 1 if guidance == (1.0,) else Guided.nfe_per_call
-
-
-def _data(config: ProgressiveConfig, teacher: str, steps: int, *, number: int) -> GenerateConfig:
-    """A student is told no guidance: that of the first teacher is in what it was fitted to."""
-    later: dict[str, Any] = {"guidance": 1.0} if number > 1 else {}
+def _data(config: ProgressiveConfig, teacher: str, steps: int, *, number: int, told: bool) -> GenerateConfig:
+    """A student that isn't told its guidance scale has the first teacher's in what it was fitted to."""
+    later: dict[str, Any] = {"guidance": 1.0} if number > 1 and not told else {}
     grid = {"grid": "own"} if number > 1 else config.solver.model_dump()
     return _generate(
         config,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion import checkpoint
+from diffusion.denoiser import Guided
 from pipeline.config import GenerateConfig
 from pipeline.generate import bring_about
 from pipeline.outcome import FAILED, QUARANTINED
@@ -21,7 +22,7 @@ from pipeline.prepare import load
 from pipeline.recipe import build_layout, build_recipe
 from pipeline.rounds import launch
 from pipeline.rounds.config import ProgressiveConfig
-from pipeline.rounds.plan import Round, calls_a_step, direct_of, reference_of, rounds_of
+from pipeline.rounds.plan import Round, direct_of, reference_of, rounds_of
 from pipeline.rounds.record import Record, only_run
 from pipeline.rounds.report import show
 from pipeline.workers.drain import stoppable
@@ -50,17 +51,22 @@ class Progressive:
 
     def run(self) -> None:
         """To the end."""
-        rounds = rounds_of(self.config)
+        rounds = self._rounds()
         if not self.record.plain["rounds"]:
             self._check_first(rounds[0])
             self._check_free(rounds[1:])
         if any("error" not in self.record.round(part.steps) for part in rounds):
             self._make_reference()
-        for part in rounds:
-            self._round(part)
+        for number in range(len(rounds)):
+            self._round(self._rounds()[number])
         if self.config.compare_direct and "errors" not in self.record.plain["direct"]:
             self._make_reference()
-            self._fit_direct(direct_of(self.config))
+            self._fit_direct(self.direct())
+
+    def _rounds(self) -> list[Round]:
+        """As they are known now: only the first student says whether students are told their guidance scale."""
+        first, *_ = rounds_of(self.config)
+        return rounds_of(self.config, told=_is_told(first.student))
 
     def _round(self, part: Round) -> None:
         done = self.record.round(part.steps)
@@ -72,7 +78,7 @@ class Progressive:
                 manifest=dataset.manifest.number,
                 recipe=dataset.recipe.id,
                 teacher=dataset.recipe.teacher.weights_sha256,
-                calls=part.calls,
+                calls=_calls(part, dataset),
                 solve_seconds=_solve_seconds(dataset),
             )
             with _timed(done, lambda **facts: self.record.note_round(part.steps, **facts)):
@@ -110,10 +116,21 @@ class Progressive:
         facts = {"manifest": dataset.manifest.number, "teacher": asked.teacher.weights_sha256}
         self.record.note("reference", dataset=data.dataset, **facts)
 
+    def direct(self) -> Round:
+        """As many network calls of the first teacher as all rounds took."""
+        paid = sum(self.record.round(steps)["calls"] for steps in self.config.schedule)
+        return direct_of(self.config, count=max(1, round(paid / (self.config.steps * self._calls_a_step()))))
+
+    def _calls_a_step(self) -> int:
+        """Of the first teacher's ddim."""
+        if self.config.guidance == (1.0,):
+            return 1
+        return Guided(load(self.config.teacher).denoiser, *self.config.guidance).nfe_per_call
+
     def _fit_direct(self, part: Round) -> None:
         """Direct progressive distillation, on as many network calls, with as many steps a stage."""
         dataset = self._bring_about(part.data)
-        self.record.note("direct", calls=part.calls, solve_seconds=_solve_seconds(dataset))
+        self.record.note("direct", calls=_calls(part, dataset), solve_seconds=_solve_seconds(dataset))
         if "student" not in self.record.plain["direct"]:
             with _timed(self.record.plain["direct"], lambda **facts: self.record.note("direct", **facts)):
                 launch.fit(self.config, part, lock=self._lock)
@@ -137,8 +154,9 @@ class Progressive:
         reference = self.record.plain["reference"]
         where = ["--data", self.config.store, "--dataset", reference["dataset"]]
         where += ["--manifest", str(reference["manifest"])]
-        # A guided teacher is asked twice a step.
-        asked = {steps * calls for steps in schedule for calls in (1, calls_a_step(self.config.guidance))}
+        # A guided teacher is asked twice a step, unless it is told its guidance.
+        most = 1 if self.config.guidance == (1.0,) else Guided.nfe_per_call
+        asked = {steps * calls for steps in schedule for calls in (1, most)}
         nfe = ["--nfe", *map(str, sorted(asked)), *launch.device_of(self.config)]
         found = launch.evaluate([str(run), *where, *nfe, "--out", str(run)])
         by_kind = {(row["kind"], row["name"], row["steps"]): row["holdout_error"] for row in found["rows"]}
@@ -195,9 +213,26 @@ def _solve_seconds(dataset: Dataset) -> float:
     return round(sum(dataset.commit(shard).seconds for shard in dataset.table), 3)
 
 
+def _calls(part: Round, dataset: Dataset) -> int:
+    """Network calls that its train samples took."""
+    return part.data.count * dataset.commit(dataset.table[0]).nfe
+
+
 def _hash(model: Path) -> str | None:
+    found = _document(model)
+    return found["weights_sha256"] if found else None
+
+
+def _is_told(model: Path) -> bool:
+    """Whether a student, once it is there, is told its guidance scale."""
+    found = _document(model)
+    return bool(found and found["model"]["network"].get("told_guidance"))
+
+
+def _document(model: Path) -> dict[str, Any] | None:
+    """model.json of a saved model."""
     file = model / checkpoint.MODEL_FILE
-    return json.loads(file.read_text())["weights_sha256"] if file.is_file() else None
+    return dict(json.loads(file.read_text())) if file.is_file() else None
 
 
 def _say(line: str) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Lock
 
 Launch = Callable[[Sequence[str]], int]
 """(program and its words) -> exit code."""
@@ -20,7 +21,7 @@ def as_process(words: Sequence[str]) -> int:
 class Commands:
     """Programs to run in one folder of results, where commands.json holds what is done.
 
-    A command that changed is run again. One that fails ends nothing: `failed` lists it.
+    A command that changed is run again. One that fails ends nothing: `failed` lists it. Threads may share it.
     """
 
     def __init__(self, folder: Path, launch: Launch = as_process) -> None:
@@ -29,6 +30,7 @@ class Commands:
         folder.mkdir(parents=True, exist_ok=True)
         self._done: dict[str, float] = json.loads(self._file.read_text()) if self._file.is_file() else {}
         self.failed: list[str] = []
+        self._noting = Lock()
 
     def run(self, *words: str, again: bool = False) -> bool:
         """Run `python -m WORDS`, unless it is done; whether it has run. again: whatever was done before."""
@@ -45,8 +47,9 @@ class Commands:
 
     def note(self, line: str, seconds: float) -> None:
         """A command is done."""
-        self._done[line] = seconds
-        self._file.write_text(json.dumps(self._done, indent=1) + "\n")
+        with self._noting:
+            self._done[line] = seconds
+            self._file.write_text(json.dumps(self._done, indent=1) + "\n")
 
     def is_done(self, line: str) -> bool:
         return line in self._done

@@ -163,11 +163,16 @@ def plot(found: Sequence[Point], path: Path) -> None:
     figure = Figure(figsize=(5 * len(figures), 4), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, name in zip(figure.subplots(1, len(figures), squeeze=False)[0], figures, strict=True):
-        for kind, style in zip(KINDS, ("o-", "s-"), strict=True):
+        for kind, style in zip(KINDS, ("C0o-", "C1s-"), strict=True):
             _draw(axes, [point for point in found if point.kind == kind], name, style, kind)
             if name == "holdout_error":
-                _draw(axes, [p for p in found if p.kind == kind], "training_error", style[0] + ":", f"{kind}, training")
-        axes.set(xscale="log", yscale="log", xlabel="pairs in the window", ylabel=name.replace("_", " "))
+                training = style.replace("-", ":")
+                _draw(axes, [p for p in found if p.kind == kind], "training_error", training, f"{kind}, training")
+        axes.set(xscale="log", xlabel="pairs in the window", ylabel=name.replace("_", " "))
+        axes.set_yscale("log" if name == "holdout_error" else "linear")
+        sizes = sorted({point.pairs for point in found})
+        axes.set_xticks(sizes, labels=[f"{size:,}" for size in sizes])
+        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120)

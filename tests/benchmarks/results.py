@@ -11,12 +11,14 @@ digits is for a CPU: its teacher is in the package. The others fit a UNet first 
     apt-get install dataset-fashion-mnist                 # /usr/share/datasets/fashion-mnist
     npm install emoji-datasource-google@16.0.0            # node_modules/emoji-datasource-google
 
---size tiny goes through all of it at sizes at which the figures mean nothing.
+--size tiny goes through all of it at sizes at which the figures mean nothing. --jobs N fits N students at once, for a
+GPU that one small network leaves idle; samples/s and seconds of training are then those of a shared machine.
 """
 
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,8 +32,8 @@ NFE = ("1", "2", "4", "8")
 class Profile:
     """One data set. images: its uri, with {} for its folder. teacher: how it is fitted, None for the built-in one.
 
-    steps: of a student; count: train trajectories; network: of a student that starts from scratch. solve, fit, regress
-    and match: options of generate, of every fit, and of those without and with a critic.
+    steps: of a student; count: train trajectories; network: of the teacher, and of a student that starts from scratch.
+    solve, fit, regress and match: options of generate, of every fit, and of those without and with a critic.
     """
 
     images: str
@@ -44,17 +46,18 @@ class Profile:
     fit: str = ""
     regress: str = ""
     match: str = ""
+    teacher_steps: int = 0
 
 
-_UNET = "--network.name unet --network.width 64 --network.depth 2"
 _GPU = Profile(
     images="",
-    teacher=f"{_UNET} --batch-size 256 --autocast bfloat16 --ema 0.9995 --steps 30000 --lr 0.0003 --warmup 500",
-    network=_UNET,
+    teacher="--batch-size 256 --autocast bfloat16 --ema 0.9995 --lr 0.0003 --warmup 500",
+    teacher_steps=30000,
+    network="--network.name unet --network.width 64 --network.depth 2",
     steps=10000,
     count=200_000,
     holdout=8192,
-    solve="--micro-batch 512 --autocast bfloat16",
+    solve="--micro-batch 512 --autocast bfloat16 --workers 4",
     fit="--autocast bfloat16",
     regress="--lr 0.0003",
     match="--lr 0.00005",
@@ -156,9 +159,10 @@ class Study:
         """The teacher and the classifier, where none are in the package."""
         if self.profile.teacher is None:
             return
-        words = f"{_TINY_UNET} --batch-size 8 --steps 2 --warmup 0" if self.tiny else self.profile.teacher
+        words = f"--steps {self.profile.teacher_steps} {self.profile.teacher}"
+        words = "--batch-size 8 --steps 2 --warmup 0" if self.tiny else words
         fit = f"--objective.name denoising --images {self.images} --out {self.out / 'teacher'} --device {self.device}"
-        yield ["trainer", "fit", *fit.split(), *words.split()]
+        yield ["trainer", "fit", *fit.split(), *self.network.split(), *words.split()]
         own = "--steps 4 --width 4 --num-features 8" if self.tiny else "--steps 3000"
         words = f"--images {self.images} --out {self.out / 'classifier'} --device {self.device} {own}"
         yield ["trainer", "classifier", *words.split()]
@@ -209,16 +213,48 @@ class Study:
         return pairs.Study(out, self.store, self.solve(), self.holdout, sizes, steps, fit, self.judge())
 
 
+def selected(names: Sequence[str] | None) -> list[Method]:
+    """The methods of these names, with those whose students they start from, in the order of METHODS; all for None."""
+    if names is None:
+        return [*METHODS]
+    wanted = {*names, *(method.init for method in METHODS if method.name in names)}
+    return [method for method in METHODS if method.name in wanted]
+
+
+def fit_all(study: Study, methods: Sequence[Method], seed: int, commands: Commands, jobs: int) -> bool:
+    """All students of a seed, `jobs` at once, each after the one that it starts from; whether any was fitted."""
+    if jobs == 1:
+        fitted = [commands.run(*study.fit(method, seed)) for method in methods]
+        return any(fitted)
+    begun: dict[str, Future[bool]] = {}
+
+    def fit(method: Method) -> bool:
+        if method.init in begun:
+            begun[method.init].result()
+        return commands.run(*study.fit(method, seed))
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for method in methods:  # a start comes before those who start from it, so that it is never waited for in vain
+            begun[method.name] = pool.submit(fit, method)
+    return any(future.result() for future in begun.values())
+
+
 def results(
-    study: Study, seeds: Sequence[int], methods: Sequence[Method], *, with_pairs: bool, launch: Launch = as_process
+    study: Study,
+    seeds: Sequence[int],
+    methods: Sequence[Method],
+    *,
+    with_pairs: bool,
+    jobs: int = 1,
+    launch: Launch = as_process,
 ) -> Commands:
     """Everything that isn't done yet."""
     commands = Commands(study.out, launch)
     for words in (*study.teacher(), study.generate()):
         commands.run(*words)
     for seed in seeds:
-        fitted = [commands.run(*study.fit(method, seed)) for method in methods]
-        commands.run(*study.evaluate(methods, seed), again=any(fitted))
+        fitted = fit_all(study, methods, seed, commands, jobs)
+        commands.run(*study.evaluate(methods, seed), again=fitted)
     folders = [str(study.out / f"seed-{seed}") for seed in seeds]
     commands.run("trainer", "report", *folders, "--out", str(study.out), again=True)
     if with_pairs:
@@ -233,9 +269,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--images", default="", help="folder of the images of fashion and emoji")
     made.add_argument("--size", choices=("full", "tiny"), default="full")
     made.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
-    made.add_argument("--only", nargs="+", choices=[method.name for method in METHODS], help="some of the methods")
+    made.add_argument(
+        "--only", nargs="+", choices=[method.name for method in METHODS], help="these, and those they start from"
+    )
     made.add_argument("--steps", type=int, help="of a student of knowledge distillation; the others' follow")
+    made.add_argument("--teacher-steps", type=int, help="of the teacher, where it is fitted")
+    made.add_argument("--network", help="options of the teacher's network, as fit has them")
     made.add_argument("--count", type=int, help="trajectories")
+    made.add_argument("--jobs", type=int, default=1, help="students that are fitted at once")
     made.add_argument("--device", default="auto")
     made.add_argument("--no-pairs", action="store_true", help="leave the study of pairs against error out")
     return made
@@ -245,13 +286,15 @@ def main(words: Sequence[str] | None = None, launch: Launch = as_process) -> int
     """All that is asked for; 1 if something failed, which then is told."""
     given = parser().parse_args(words)
     profile = PROFILES[given.profile]
-    profile = replace(profile, steps=given.steps or profile.steps, count=given.count or profile.count)
+    asked = {name: getattr(given, name) for name in ("steps", "teacher_steps", "network", "count")}
+    profile = replace(profile, **{name: value for name, value in asked.items() if value})
     if "{}" in profile.images and not given.images:
         parser().error(f"--profile {given.profile} needs --images FOLDER; see above where it is from")
-    methods = [method for method in METHODS if not given.only or method.name in given.only]
     images = profile.images.format(given.images)
     study = Study(profile, images, given.out, given.device, tiny=given.size == "tiny")
-    done = results(study, given.seeds, methods, with_pairs=not given.no_pairs, launch=launch)
+    done = results(
+        study, given.seeds, selected(given.only), with_pairs=not given.no_pairs, jobs=given.jobs, launch=launch
+    )
     for line in done.failed:
         print(f"failed: {line}", file=sys.stderr)
     return 1 if done.failed else 0

@@ -2,7 +2,10 @@
 
 import gzip
 import json
+import threading
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from PIL import Image
 from pipeline.__main__ import COMMANDS
 from storage_schemas.command_line import main, parse
 from tests.benchmarks import pairs, results
-from tests.benchmarks.commands import Commands
+from tests.benchmarks.commands import Commands, told
 from tests.benchmarks.pairs import Point
 from tests.benchmarks.results import METHODS, PROFILES, Study
 from trainer.__main__ import commands
@@ -49,6 +52,54 @@ def test_a_command_runs_once_and_again_where_it_changed(tmp_path):
     assert ran == ["a", "b c", "bad", "bad"]
     assert Commands(tmp_path, launch).run("trainer", "a", again=True)
     assert [*json.loads((tmp_path / "commands.json").read_text())] == ["python -m trainer a", "python -m trainer 'b c'"]
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["dmd-warm"], ["knowledge", "dmd-warm"]),
+        (["sid", "dmd2-warm", "dmd-warm"], ["knowledge", "dmd-warm", "dmd2-warm", "sid"]),
+        (["dmd", "knowledge"], ["knowledge", "dmd"]),
+        (None, [method.name for method in METHODS]),
+    ],
+)
+def test_a_method_brings_the_one_it_starts_from(names, found):
+    assert [method.name for method in results.selected(names)] == found
+
+
+class Trainers:
+    """Stands in for processes. `knowledge` ends some time after `dmd`, which runs beside it.
+
+    events: (begun or ended, method), in order.
+    """
+
+    def __init__(self):
+        self.events, self.dmd_ended = [], threading.Event()
+
+    def __call__(self, words):
+        name = Path(words[words.index("--out") + 1]).name
+        self.events.append(("begun", name))
+        if name == "knowledge":
+            assert self.dmd_ended.wait(timeout=10)
+            time.sleep(0.2)
+        self.events.append(("ended", name))
+        if name == "dmd":
+            self.dmd_ended.set()
+        return 0
+
+
+def test_students_that_are_fitted_at_once_begin_after_their_starts_and_are_noted_once(tmp_path):
+    study, trainers = Study(PROFILES["digits"], "sklearn:digits", tmp_path, "cpu"), Trainers()
+    assert results.fit_all(study, METHODS, 0, Commands(tmp_path, trainers), jobs=3)
+    names = [method.name for method in METHODS]
+    assert sorted(trainers.events) == sorted((what, name) for what in ("begun", "ended") for name in names)
+    for method in METHODS:
+        if method.init:
+            assert trainers.events.index(("ended", method.init)) < trainers.events.index(("begun", method.name))
+    noted = json.loads((tmp_path / "commands.json").read_text())
+    assert sorted(noted) == sorted(told(study.fit(method, 0)) for method in METHODS)
+    assert not results.fit_all(study, METHODS, 0, Commands(tmp_path, trainers), jobs=3)
+    assert len(trainers.events) == 2 * len(METHODS)
 
 
 def test_points_are_read_from_the_evaluation_and_the_runs(tmp_path):

@@ -108,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--count", type=int, default=16384, help="trajectories of the digits run")
-    parser.add_argument("--sizes", type=int, nargs=2, default=(2048, 16384), help="samples of the two memory runs")
+    parser.add_argument("--sizes", type=int, nargs=2, default=(2048, 98304), help="samples of the two memory runs")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="limbeck-waiting-") as made:
         folder = Path(made)

@@ -1,7 +1,6 @@
 """Several guidance scales in one recipe: each sample is solved at its own, which its id alone decides."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from pipeline.solve import denoise_of, solve_task
 from storage_schemas.commit import Task
 from storage_schemas.errors import StoreError
 from storage_schemas.recipe import Guidance, Recipe
-from tests.guided import exact_output
+from tests.guided import exact_output, told_digits
 
 CPU = torch.device("cpu")
 CLASSES = "python:tests.guided:GaussianClasses"
@@ -107,13 +106,7 @@ def test_a_student_of_two_times_is_no_teacher(tmp_path):
 
 def test_a_student_that_is_told_its_guidance_is_told_the_scales_as_a_teacher(tmp_path):
     """In one call each, not guided once more by its own null label."""
-    saved = widened(builtin_checkpoint("digits"), told_guidance=True)
-    weights = saved.build()
-    torch.manual_seed(0)
-    for name, parameter in weights.named_parameters():
-        if "guidance" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
-    checkpoint.save(replace(saved, weights=checkpoint.pack(weights)), tmp_path / "told")
+    checkpoint.save(told_digits(), tmp_path / "told")
     told, task = load_teacher(str(tmp_path / "told")), Task("train", 0, 32)
     fields = {"samples_per_shard": 32, "solver": {"steps": 3}}
     several = solved(told, recipe_of(told, guidance=(1.0, 3.0), **fields), task)

@@ -3,14 +3,17 @@
 import json
 import signal
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from diffusion import checkpoint
 from diffusion.checkpoint import pack
+from diffusion.flow_map import FlowMap
 from diffusion.spec import model_from_spec
 from diffusion.teachers import builtin_checkpoint
 from pipeline.__main__ import COMMANDS
@@ -19,11 +22,13 @@ from pipeline.rounds import launch
 from pipeline.rounds.config import ProgressiveConfig
 from pipeline.rounds.launch import TrainerFailed
 from pipeline.rounds.plan import direct_of, rounds_of
-from pipeline.rounds.record import only_run
+from pipeline.rounds.progressive import Progressive
+from pipeline.rounds.record import Record, only_run
 from storage_schemas.command_line import main, parse
 from storage_schemas.dataset import latest_number, open_dataset
 from storage_schemas.errors import UsageError, UserError
 from storage_schemas.store import Store
+from tests.guided import told_digits
 from tests.pipeline.exact_trainer import SPEC, ExactTrainer, sampled
 from tests.pipeline.test_drain import wait_until
 
@@ -70,6 +75,7 @@ def test_errors_pile_up_from_student_to_student_as_the_recursion_says(progressiv
     code, out, err = progressive()
     assert code == 0, err
     times = open_dataset(Store.open(str(tmp_path / "store")), "progressive-4").recipe.times
+    assert [record_of(tmp_path / "out")["rounds"][n]["calls"] for n in ("4", "2", "1")] == [64 * 8, 64 * 4, 64 * 2]
     steps, teacher = ddim_line(times), (1.0, 0.0)
     for step in steps:
         teacher = after(teacher, step)
@@ -258,25 +264,77 @@ def test_direct_progressive_learns_of_the_first_teacher_alone_and_goes_on_after_
     assert trainer.log[-2:] == ["fitted direct", "evaluate direct"]
 
 
-def test_rounds_pay_for_what_direct_progressive_is_given(tmp_path):
+def test_the_plan_of_rounds_follows_from_the_options():
     config = told("--steps", 16, "--guidance", 2, "--fit.steps", 10, "--fit.init", "scratch", "--fit.ema", 0.9)
     rounds = rounds_of(config)
     assert [part.steps for part in rounds] == [8, 4, 2, 1]
-    # A guided teacher is asked twice a step; its students are guided already.
-    assert [part.calls for part in rounds] == [100 * 32, 100 * 8, 100 * 4, 100 * 2]
+    # The students of a guided teacher are guided already, but for those that are told at which scale.
     assert [part.data.guidance for part in rounds] == [(2.0,), (1.0,), (1.0,), (1.0,)]
-    direct = direct_of(config)
-    assert direct.data.count == round(4600 / 32)
+    assert [part.data.guidance for part in rounds_of(config, told=True)] == [(2.0,)] * 4
+    direct = direct_of(config, count=7)
+    assert (direct.data.count, direct.data.guidance) == (7, (2.0,))
     assert direct.fit[-8:] == ("--init", "scratch", "--out", "o/direct", "--steps", "10", "--ema", "0.9")
     assert ["--init" in part.fit and part.fit[part.fit.index("--init") + 1] for part in rounds] == [
         "scratch", "teacher", "teacher", "teacher"
     ]  # fmt: skip
-    data = rounds_of(told("--steps", 16, "--start", "data:sklearn:digits"))
-    assert [part.calls for part in data] == [200] * 4
     same = rounds_of(told("--steps", 4, "--no-fresh-noise", "--seed", 5))
     assert [part.data.seed for part in same] == [5, 5]
     places = rounds_of(told("--steps", 4, "--fit.checkpoints", "s3://b/c/"))
     assert [part.fit[part.fit.index("--checkpoints") + 1] for part in places] == ["s3://b/c/2-step", "s3://b/c/1-step"]
+
+
+class ToldTrainer:
+    """Whatever is fitted becomes `student`, at half the steps."""
+
+    def __init__(self, monkeypatch, student):
+        self.student = student
+        monkeypatch.setattr("pipeline.rounds.launch.fit", self.fit)
+        monkeypatch.setattr("pipeline.rounds.launch.evaluate", self.evaluate)
+
+    def fit(self, config, part, *, lock):
+        times = open_dataset(Store.open(part.data.store), part.data.dataset).recipe.times
+        checkpoint.save(replace(self.student, grids={part.steps: times[::2]}), part.student)
+
+    def evaluate(self, words):
+        (steps,) = checkpoint.load(f"{words[0]}/model").grids
+        return {
+            "rows": [{"kind": "student", "name": words[0], "steps": steps, "holdout_error": 0.0}],
+            "output_variance": 1.0,
+        }
+
+
+@pytest.mark.parametrize("teacher_is_told", [False, True])
+def test_students_that_are_told_their_guidance_are_solved_at_it_in_one_call_a_step(
+    progressive, tmp_path, monkeypatch, teacher_is_told
+):
+    ToldTrainer(monkeypatch, told_digits())
+    checkpoint.save(told_digits(), tmp_path / "teacher")
+    teacher = str(tmp_path / "teacher") if teacher_is_told else "builtin:digits"
+    code, _, err = progressive("--schedule", 4, 2, "--guidance", 3, teacher=teacher)
+    assert code == 0, err
+    found = record_of(tmp_path / "out")["rounds"]
+    assert [found[steps]["calls"] for steps in ("4", "2")] == [64 * (8 if teacher_is_told else 16), 64 * 4]
+    dataset = open_dataset(Store.open(str(tmp_path / "store")), "progressive-2")
+    columns, student = dataset.read(dataset.shards("train")[0]), FlowMap(told_digits().build())
+    x_T, labels = torch.from_numpy(columns["noise"]), torch.from_numpy(columns["condition"])
+    times = torch.tensor(dataset.recipe.times, dtype=torch.float64)
+    with torch.no_grad():
+        own, plain = (student.sample(x_T, times, labels, guidance=torch.tensor(w).double()).numpy() for w in (3, 1))
+    assert columns["output"] == pytest.approx(own, abs=1e-3)
+    assert np.abs(columns["output"] - plain).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("words", "is_told", "each"), [([], False, 16), (["--guidance", 2], False, 32), (["--guidance", 2], True, 16)]
+)
+def test_direct_progressive_is_given_as_many_calls_as_the_rounds_took(tmp_path, words, is_told, each):
+    checkpoint.save(told_digits(), tmp_path / "teacher")
+    teacher = str(tmp_path / "teacher") if is_told else "builtin:digits"
+    config = told("--steps", 16, "--out", tmp_path, *words).model_copy(update={"teacher": teacher})
+    record = Record(config)
+    for steps, calls in zip(config.schedule, (3200, 800, 400, 200), strict=True):
+        record.note_round(steps, calls=calls)
+    assert Progressive(config, record, 0).direct().data.count == round(4600 / each)
 
 
 def test_options_of_the_trainer_come_from_flags_and_yaml_alike(tmp_path):

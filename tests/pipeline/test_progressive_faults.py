@@ -65,6 +65,37 @@ def test_killed_while_it_solves_fits_and_measures_it_ends_with_the_same_students
 SAME = ("recipe", "manifest", "student", "teacher", "calls", "error", "teacher_error")
 
 
+def test_killed_in_its_second_round_from_data_it_ends_with_the_same_students(progressive, tmp_path):
+    words = ["--runner", "local", "--start", "data:sklearn:digits", "--steps", 4, "--schedule", 2, 1]
+    whole = progressive("whole", *words)  # at the same time
+    folder = tmp_path / "killed"
+
+    def commits():
+        return list((folder / "store").glob("recipes/*/*/commits/*.json"))
+
+    def has_promoted():
+        path = folder / "out/progressive.json"
+        return path.is_file() and "student" in json.loads(path.read_text())["rounds"].get("1", {})
+
+    for happened in (
+        lambda: len(commits()) > 2 + 5,  # those of the reference, and of the first round
+        lambda: any((folder / "out/1-step/checkpoints").glob("*.json")),
+        has_promoted,
+    ):
+        driver = progressive("killed", *words)
+        wait_until(happened, seconds=120)
+        driver.send_signal(signal.SIGKILL)
+        driver.communicate()
+    found, expected = ended(progressive("killed", *words))["rounds"], ended(whole)["rounds"]
+    for steps, facts in expected.items():
+        assert {name: found[steps][name] for name in SAME} == {name: facts[name] for name in SAME}
+    second = open_dataset(Store.open(str(folder / "store")), "progressive-1")
+    assert (second.manifest.number, second.recipe.chain, second.recipe.solver.grid) == (1, "segment", {"name": "own"})
+    assert second.recipe.teacher.weights_sha256 == found["2"]["student"] != found["1"]["student"]
+    assert [found[steps]["calls"] for steps in ("2", "1")] == [2 * 128, 2 * 128]
+    assert second.recipe.times == open_dataset(Store.open(str(folder / "store")), "progressive-2").recipe.times[::2]
+
+
 def test_on_ray_under_torchrun_a_round_is_solved_by_actors_and_fitted_by_two_processes(
     progressive, generate, tmp_path, commits
 ):

@@ -30,7 +30,7 @@ def make_run(folder, store, lines, *, init="teacher", manifest=1, **about):
     model = checkpoint.load(folder / "model")
     checkpoint.save(replace(model, about={"steps": lines[-1]["step"], **about}), folder / "model")
     reads = {"data": store.uri, "dataset": "main", "manifest": manifest}
-    RunRecord("run", {"batch_size": BATCH, "init": str(init)}, reads, {}, 1, None).save(folder)
+    RunRecord("run", {"batch_size": BATCH, "init": str(init)}, reads, {}, None).save(folder)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 

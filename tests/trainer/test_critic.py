@@ -6,13 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from diffusion.activations import checkpoint_activations
 from diffusion.checkpoint import Checkpoint, pack
 from diffusion.denoiser import Guided
 from diffusion.flow_map import FlowMap
@@ -29,6 +29,7 @@ from trainer.objectives.sid import ScoreIdentity
 from trainer.objectives.vsd import VariationalScore
 from trainer.parallel import alone
 from trainer.saving.trees import read_tree, write_tree
+from trainer.start import gather
 from trainer.stream import Batch, objective_uniforms
 from trainer.student import Shape, scratch
 
@@ -172,12 +173,15 @@ def test_a_teacher_is_guided_as_it_is_told():
     assert torch.equal(answer(config(objective={"guidance": 1.0}), (2.0,)), denoiser(x_t, t, labels))
 
 
-def gradients(fit: FitConfig, *, checkpointed: bool = False, guidance: tuple[float, ...] = (1.0, 2.0)) -> torch.Tensor:
+def gathered(fit: FitConfig, teacher: Teacher) -> Cast:
+    """As a fit gathers it, on samples of two guidance scales."""
+    plan: Any = SimpleNamespace(teacher=lambda device: teacher, guidance=(1.0, 2.0))
+    return gather(fit, plan, student())
+
+
+def gradients(fit: FitConfig) -> torch.Tensor:
     """Of sid's student and critic, whose way back leads through the teacher's input."""
-    cast = cast_of(fit, guidance=guidance)
-    if checkpointed:
-        checkpoint_activations(cast.student)
-        checkpoint_activations(cast.critic)
+    cast = gathered(fit, network_teacher())
     objective = ScoreIdentity(**OPTIONS)
     found = torch.autograd.grad(objective(cast, batch()), list(cast.student.parameters()))
     critic = torch.autograd.grad(objective.critic_loss(cast, batch()), list(cast.critic.parameters()))
@@ -187,9 +191,28 @@ def gradients(fit: FitConfig, *, checkpointed: bool = False, guidance: tuple[flo
 def test_memory_knobs_change_nothing_but_a_teacher_in_half_precision():
     plain = gradients(config("sid"))
     assert torch.equal(gradients(config("sid", teacher={"offload": True})), plain)
-    assert torch.equal(gradients(config("sid"), checkpointed=True), plain)
+    assert torch.equal(gradients(config("sid", gradient_checkpointing=True)), plain)
+    assert torch.equal(gradients(config("sid", gradient_checkpointing=True, teacher={"offload": True})), plain)
     low = gradients(config("sid", teacher={"dtype": "bfloat16"}))
     assert 0 < (low - plain).norm() < 0.1 * plain.norm()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "times"),
+    [
+        ("sid", {}, 1),
+        ("sid", {"gradient_checkpointing": True}, 2),
+        ("sid", {"gradient_checkpointing": True, "teacher": {"offload": True}}, 2),
+        ("vsd", {"gradient_checkpointing": True}, 1),  # whose gradient does not lead through it
+    ],
+)
+def test_checkpointed_blocks_of_a_teacher_run_again_where_a_gradient_leads_through_them(name, options, times):
+    teacher, calls = network_teacher(), []
+    fit = config(name, **options)
+    cast = gathered(fit, teacher)
+    teacher.denoiser.network.blocks[0].enter.register_forward_pre_hook(lambda *_: calls.append(1))
+    ALTERNATING[name](cast, batch()).backward()
+    assert len(calls) == times
 
 
 def test_an_offloaded_teacher_answers_again_for_a_gradient():

@@ -1,5 +1,7 @@
 """Distances by their closed forms, and LPIPS from a TorchScript file."""
 
+from collections import namedtuple
+
 import pytest
 import torch
 from torch import nn
@@ -78,6 +80,30 @@ def test_lpips_is_shown_images_of_64_or_more(tmp_path, channels, size, shown):
     assert Lpips(tmp_path / "asked.pt", (channels, size, size))(a, a).tolist() == [30_000 + 101 * shown] * 2
 
 
+class Published(nn.Module):
+    """As the package lpips writes its own: torch.jit.script has no words for it, and takes traces of it alone."""
+
+    def forward(self, a, b, per_layer=False):
+        Outputs, found = namedtuple("Outputs", ["first", "second"]), {}
+        one, two = (Outputs(image, image[:, :, ::2, ::2]) for image in (a, b))
+        for layer in range(2):
+            found[layer] = (one[layer] - two[layer]).square().mean([1, 2, 3], keepdim=True)
+        total = found[0] + found[1]
+        return (total, found) if per_layer else total
+
+
+def test_a_traced_lpips_is_asked_of_any_images(tmp_path):
+    with pytest.raises((RuntimeError, torch.jit.frontend.FrontendError)):
+        torch.jit.script(Published())
+    x = torch.zeros(1, 3, 64, 64)
+    torch.jit.trace(Published(), (x, x)).save(tmp_path / "traced.pt")
+    a = torch.full((5, 1, 40, 40), 0.5, requires_grad=True)
+    found = Lpips(tmp_path / "traced.pt", (1, 40, 40))(a, torch.zeros(5, 1, 40, 40))
+    assert found.tolist() == pytest.approx([2 * 0.25] * 5)
+    (gradient,) = torch.autograd.grad(found.sum(), a)
+    assert gradient[0].sum().item() == pytest.approx(2 * 2 * 0.5)
+
+
 def test_what_is_enlarged_is_the_same_picture(lpips):
     """A smooth one keeps its squares, channel by channel, and one channel is all three."""
     ramp = torch.linspace(-1, 1, 28).expand(28, 28)
@@ -92,6 +118,10 @@ def test_lpips_takes_no_gradients_of_its_own(lpips):
     asked = Lpips(lpips, (1, 8, 8))
     assert not any(parameter.requires_grad for parameter in asked._network.parameters())
     assert asked == Lpips(lpips, (1, 8, 8))  # so that a run that follows its dataset finds it unchanged
+    other = Perceptual()
+    nn.init.ones_(other.weight)
+    torch.jit.script(other).save(lpips)
+    assert asked != Lpips(lpips, (1, 8, 8))
 
 
 def test_what_lpips_cannot_compare_and_files_that_are_none_are_told(lpips, tmp_path):
@@ -100,9 +130,9 @@ def test_what_lpips_cannot_compare_and_files_that_are_none_are_told(lpips, tmp_p
     with pytest.raises(ValueError, match=r"lpips compares images \[1 or 3, H, W\], these samples are \[4, 8, 8\]"):
         Lpips(lpips, (4, 8, 8))
     (tmp_path / "other.pt").write_bytes(b"nothing of the kind")
-    with pytest.raises(ValueError, match=r"other.pt is no TorchScript file .*torch.jit.script"):
+    with pytest.raises(ValueError, match=r"other.pt is no TorchScript file .*; save one by torch.jit.trace\("):
         Lpips(tmp_path / "other.pt", (1, 8, 8))
-    with pytest.raises(ValueError, match=r"absent.pt is no TorchScript file"):
+    with pytest.raises(FileNotFoundError, match=r"absent.pt is not there; name a TorchScript file of LPIPS, or use l2"):
         Lpips(tmp_path / "absent.pt", (1, 8, 8))
 
 
@@ -111,6 +141,11 @@ def test_the_options_name_the_distance(lpips):
     assert distance(ObjectiveConfig(), (1, 2)) is l2
     assert distance(ObjectiveConfig(distance="l1"), (1, 2)) is l1
     assert wide(A, B)[0].item() == pytest.approx(1)
-    for wrong in ({"distance": "pseudo_huber"}, {"c": 0.1}, {"distance": "lpips"}, {"distance": "l1", "lpips": lpips}):
-        with pytest.raises(ValueError, match=r"needs (c|lpips), others don't"):
+    for wrong, told in [
+        ({"distance": "pseudo_huber"}, "distance pseudo_huber needs its width: --objective.c 0.1, or choose l2"),
+        ({"distance": "lpips"}, r"distance lpips needs its TorchScript file: --objective.lpips FILE .*, or choose l2"),
+        ({"c": 0.1}, "c 0.1 belongs to distance pseudo_huber; add --objective.distance pseudo_huber, or leave it out"),
+        ({"distance": "l1", "lpips": lpips}, "lpips.pt belongs to distance lpips; add --objective.distance lpips, or"),
+    ]:
+        with pytest.raises(ValueError, match=told):
             ObjectiveConfig(**wrong)

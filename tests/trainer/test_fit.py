@@ -159,8 +159,10 @@ def test_impossible_configs_are_refused():
         ({"objective": {"name": "denoising"}}, "needs --images"),
         ({"process": "ve"}, "has its teacher's process"),
         ({"objective": {"name": "vsd", "regression": 1.0}}, "belongs to dmd"),
-        ({"objective": {"name": "flow_map", "distance": "pseudo_huber"}}, "pseudo_huber needs c"),
-        ({"objective": {"name": "knowledge", "lpips": "lpips.pt"}}, "lpips needs lpips, others don't"),
+        ({"objective": {"name": "flow_map", "distance": "pseudo_huber"}}, "pseudo_huber needs its width"),
+        ({"objective": {"name": "knowledge", "lpips": "lpips.pt"}}, "lpips lpips.pt belongs to distance lpips"),
+        ({"objective": {"name": "reflow", "weighting": "snr"}}, "use uniform or learned"),
+        ({"init": "scratch", "network": {"name": "affine", "dropout": 0.1}}, "belongs to residual_mlp, unet"),
         ({"objective": {"name": "sid", "t_range": (0.9, 0.1)}}, "two shares in .0, 1. that ascend"),
         ({"objective": {"name": "sid", "guidance": float("nan")}}, "should be a finite number"),
         ({"objective": {"name": "dmd", "guidance": float("inf")}}, "should be a finite number"),
@@ -513,6 +515,28 @@ def test_the_best_model_is_the_one_of_the_least_error(make_store, tmp_path):
     assert checkpoint.load(out / "best").about["steps"] == best
     kept = sorted(int(path.stem[5:]) for path in (out / "checkpoints").glob("*.json"))
     assert kept == [best, 55, 60]
+
+
+def test_a_run_of_an_earlier_release_goes_on(make_store, tmp_path, monkeypatch, capsys):
+    """Its record holds what is free or gone by now."""
+    store, out = make_store(), tmp_path / "kd"
+    assert fit(*knowledge(store, tmp_path / "whole")) == 0
+    killed_after(monkeypatch, 1, knowledge(store, out, "--checkpoint-every", "10"))
+    record = json.loads((out / "run.json").read_text())
+    assert "block" not in record
+    assert record["config"]["teacher"] == {"dtype": "float32"}
+    teacher = {"uri": "gone", "dtype": "float32", "offload": True}
+    record["config"] |= {"gradient_checkpointing": True, "teacher": teacher}
+    (out / "run.json").write_text(json.dumps(record | {"block": 8}))
+    assert fit(*knowledge(store, out)) == 0
+    assert "going on from step 10 of 30" in capsys.readouterr().err
+    assert weights(out / "model") == weights(tmp_path / "whole" / "model")
+    record["config"]["teacher"]["dtype"] = "bfloat16"
+    (out / "run.json").write_text(json.dumps(record))
+    line = refused(capsys, *knowledge(store, out))
+    assert "holds a run with teacher.dtype bfloat16, not float32; choose another --out" in line
+    (out / "run.json").write_text("[]")
+    assert "is not a record of this release's" in refused(capsys, *knowledge(store, out))
 
 
 def test_checkpoints_that_are_elsewhere_are_asked_for(make_store, tmp_path, monkeypatch, capsys):

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from diffusion import checkpoint
+from diffusion.teachers import builtin_checkpoint
 from storage_schemas.dataset import latest_manifest, open_dataset, read_recipe
+from tests.trainer import conftest
 from tests.trainer.test_fit import TINY, fit, go_on_past, killed_after
 from trainer.config import FitConfig
 from trainer.stages import stages
@@ -39,6 +43,8 @@ def test_a_killed_fit_ends_as_one_that_was_not(make_store, tmp_path, monkeypatch
     steps = 4 if name == "vsd" else 1
     assert (list(ours.grids), ours.about["sampling"]) == ([steps], "renoise")
     lines = [json.loads(line) for line in (cut / "metrics.jsonl").read_text().splitlines()]
+    assert "holdout_error" in lines[1]
+    assert not (cut / "best").exists()  # an error that does not judge them makes none of them the best
     asked = {"loss", "grad_norm", "critic_loss", "critic_grad_norm"}
     # The student of dmd is updated in steps 3 and 6 alone.
     assert [asked <= line.keys() for line in lines] == ([False, True, True, False] if name == "dmd" else [True] * 4)
@@ -55,6 +61,52 @@ def test_what_a_teacher_or_images_cannot_be_is_refused_before_anything_begins(ma
         assert fit(*words(store, tmp_path / "run", *more)) == 2
         assert told in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+class Apart(nn.Module):
+    """In place of LPIPS: how far means are apart."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return self.weight * (a - b).mean([1, 2, 3]).square()
+
+
+def test_a_fit_goes_on_with_the_images_and_the_lpips_that_it_began_with(tmp_path, monkeypatch, capsys):
+    gaussian = builtin_checkpoint("gaussian")
+    teacher = replace(gaussian, model={**gaussian.model, "sample_shape": [1, 8, 8]})
+    monkeypatch.setattr(conftest, "builtin_checkpoint", lambda name: teacher)
+    store = conftest.write_store(tmp_path / "pairs", count=64)
+    real, lpips = tmp_path / "real.npz", tmp_path / "lpips.pt"
+
+    def save(grey: int, weight: float) -> tuple[bytes, bytes]:
+        np.savez(real, images=np.full((4, 1, 8, 8), grey, np.uint8), labels=np.zeros(4, np.int64))
+        torch.jit.script(Apart(weight)).save(lpips)
+        return real.read_bytes(), lpips.read_bytes()
+
+    def dmd(out: str, place: str) -> list[str]:
+        checkpoint.save(teacher, tmp_path / place)
+        more = ["--objective.gan", "0.1", "--images", f"npz:{real}", "--teacher.uri", tmp_path / place]
+        return words(store, tmp_path / out, "dmd", *more, "--objective.distance", "lpips", "--objective.lpips", lpips)
+
+    others, ours = save(100, 2.0), save(200, 1.0)
+
+    assert fit(*dmd("whole", "teacher")) == 0
+    killed_after(monkeypatch, 2, dmd("cut", "teacher"))
+    capsys.readouterr()
+    for path, other, own in zip((real, lpips), others, ours, strict=True):
+        path.write_bytes(other)
+        assert fit(*dmd("cut", "teacher")) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert f"{path} has sha256" in line
+        assert line.endswith("; bring back what it held, or choose another --out")
+        path.write_bytes(own)
+    assert fit(*dmd("cut", "the same teacher elsewhere")) == 0
+    cut, whole = (checkpoint.load(tmp_path / out / "model") for out in ("cut", "whole"))
+    assert cut.weights == whole.weights
+    assert cut.about["reads"].keys() > {"images_digest", "lpips_sha256"}
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """No objective waits for the device: after the first step nothing is read from it, and nothing is copied to it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from tests.diffusion.test_no_sync import Crossings
 from tests.trainer import on_ranks
@@ -9,6 +12,7 @@ from tests.trainer.test_critic import ALTERNATING, FITS, batch, cast_of, config,
 from trainer.cast import Cast
 from trainer.objectives import Objective
 from trainer.objectives.dmd import RealImages
+from trainer.objectives.progressive import ProgressiveSegments
 from trainer.objectives.weights import Uncertainty
 from trainer.stream import Batch
 
@@ -16,12 +20,26 @@ META = torch.device("meta")
 """Its tensors have no values: reading one raises, and what it would be copied from is seen."""
 
 
+class Made(TorchFunctionMode):
+    """Counts tensors that are made on the device of Python's numbers: no dispatcher is shown their copies."""
+
+    def __init__(self, found):
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.tensor and kwargs.get("device") == META:
+            self.found["torch.tensor"] += 1
+        return function(*args, **kwargs)
+
+
 def crossings(objective: Objective, cast: Cast, batch: Batch) -> dict[str, int]:
     """Of the second step; the first leaves on the device what is the same at every step."""
     there = batch.to(META)
     losses = [objective, *([objective.critic_loss] if cast.critic else [])]
     for _ in range(2):
-        with Crossings("meta") as watch:
+        with Crossings("meta") as watch, Made(watch.found):
             for loss in losses:
                 loss(cast, there).backward()
     return watch.found
@@ -33,6 +51,14 @@ def test_objectives_on_stored_states(name):
     fitted, target = (on_ranks.student(seed, **model).to(META) for seed in range(2))
     cast = Cast(fitted, target=target.requires_grad_(False), weighting=Uncertainty(0).to(META))
     assert crossings(on_ranks.OBJECTIVES[name], cast, on_ranks.global_batch(0)) == {}
+
+
+def test_progressive_on_stored_segments():
+    stored = on_ranks.global_batch(0)
+    noise, _, later = stored.states.values()
+    segments = {"start_index": torch.zeros(len(stored), dtype=torch.int32), "segment_0": noise, "segment_2": later}
+    cast = Cast(on_ranks.student(0).to(META))
+    assert crossings(ProgressiveSegments(on_ranks.TIMES), cast, replace(stored, states=segments)) == {}
 
 
 @pytest.mark.parametrize("name", ALTERNATING)

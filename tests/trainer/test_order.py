@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from storage_schemas.ids import IdSet, id_set
-from trainer.order import BLOCK, START, WINDOW, Lanes, Window, default_block, default_lanes
+from trainer.order import (
+    BLOCK,
+    START,
+    WINDOW,
+    WINDOW_BYTES,
+    Lanes,
+    Window,
+    default_block,
+    default_lanes,
+    default_window,
+)
 from trainer.permutation import Permutation
 
 HUGE = id_set(0, 10**10, [(5, 7), (10**9, 10**9 + 10**6)])
@@ -36,6 +46,7 @@ def orders(draw, longest: int = 4000) -> Lanes:
         lanes=draw(st.integers(1, 12)),
         block=draw(st.sampled_from([1, 3, 8, 64, 512])),
         first_epoch=draw(st.integers(0, 10**12)),
+        window=draw(st.sampled_from([1, 3, WINDOW])),
     )
 
 
@@ -87,10 +98,11 @@ def test_lanes_are_the_runs_of_each_epochs_stretch_cut_into_windows(order, epoch
     for epoch in every:
         start, stop = epoch * n // order.lanes, (epoch + 1) * n // order.lanes
         runs = laid[start * order.lanes : stop * order.lanes].reshape(order.lanes, -1)
-        begun = [order.block * sum(START[:i]) for i in range(len(START) + 1)] if epoch == 0 else [0]
+        small = [blocks for blocks in START if blocks < order.window] if epoch == 0 else []
+        begun = [order.block * sum(small[:i]) for i in range(len(small) + 1)]
         cuts = [cut for cut in begun if cut < stop - start]
         rest = stop - start - begun[-1]
-        windows = -(-rest // (WINDOW * order.block))
+        windows = -(-rest // (order.window * order.block))
         cuts += [begun[-1] + i * rest // windows for i in range(1, windows + 1)] if rest > 0 else [stop - start]
         for low, high in itertools.pairwise(cuts):
             found = rows[:, start + low : start + high]
@@ -249,6 +261,14 @@ def test_lanes_divide_the_batch(batch_size, lanes):
 )
 def test_a_lane_has_a_window_of_blocks(count, lanes, block):
     assert default_block(count, lanes) == block
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "blocks"), [(1, WINDOW), (1 << 13, 16), (1 << 14, 8), (100_000, 1), (1 << 30, 1)]
+)
+def test_a_window_of_heavy_rows_has_fewer_blocks(row_bytes, blocks):
+    assert default_window(8, 512, row_bytes) == blocks
+    assert blocks == 1 or 8 * 512 * row_bytes * blocks <= WINDOW_BYTES
 
 
 @pytest.mark.parametrize(

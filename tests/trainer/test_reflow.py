@@ -11,8 +11,9 @@ from diffusion.process import RectifiedFlow
 from tests.trainer.flows import MEAN, VARIANCE, batch_of, minimise, perfect_student, shuffled, table_student
 from trainer.cast import Cast
 from trainer.objectives.distances import l1, l2
+from trainer.objectives.options import ObjectiveConfig
 from trainer.objectives.reflow import Reflow
-from trainer.objectives.weights import Weighting
+from trainer.objectives.weights import Uncertainty, Weighting
 
 SCALE, C = 80.0, 0.4
 TAUS = (1.0, 0.5, 0.25)
@@ -75,19 +76,31 @@ def test_an_affine_student_reaches_the_known_velocity():
 def test_what_an_independent_coupling_leaves_is_its_posterior_variance():
     """Var(z - output | x_tau) = v/((1 - tau)^2 v + tau^2), and the gradient there is 0."""
     rows = 20_000
-    tau = torch.linspace(0.2, 1, rows, dtype=torch.float64)
-    batch = coupled(rows, tau, independent=True)
-    student = perfect_student(RectifiedFlow())
-    left = VARIANCE / ((1 - tau) ** 2 * VARIANCE + tau**2)
-    loss = reflow()(Cast(student), batch)
-    assert loss.item() == pytest.approx(
-        left.mean().item(), abs=4 * (2 * left.square().mean().item() / (3 * rows)) ** 0.5
-    )
-    (gradient,) = torch.autograd.grad(loss, student.denoiser.off)
+    for nearest in (1e-6, 0.2):
+        tau = torch.linspace(nearest, 1, rows, dtype=torch.float64)
+        batch = coupled(rows, tau, independent=True)
+        student = perfect_student(RectifiedFlow())
+        left = VARIANCE / ((1 - tau) ** 2 * VARIANCE + tau**2)
+        loss = reflow()(Cast(student), batch)
+        assert loss.item() == pytest.approx(
+            left.mean().item(), abs=4 * (2 * left.square().mean().item() / (3 * rows)) ** 0.5
+        )
+    (gradient,) = torch.autograd.grad(loss, student.denoiser.off)  # which is 1/tau there, so from tau = 0.2 on
     assert abs(gradient.item()) < 4 * 2 * (left / tau**2).mean().sqrt() / (3 * rows) ** 0.5
-    snr = ((1 - tau) / tau).square()
-    weighed = reflow(weighting="snr")(Cast(student), batch)
-    assert weighed.item() == pytest.approx((snr * left).mean().item(), rel=0.05)
+
+
+@pytest.mark.parametrize("tau", [1e-2, 1e-4, 1e-6])
+def test_weights_that_would_outgrow_all_others_at_small_times_are_refused(tau):
+    """Var(z - output | x_tau) goes to 1 with tau, and so does the learned weight's loss where u = 0; snr to 1/tau^2."""
+    cast = Cast(perfect_student(RectifiedFlow()), weighting=Uncertainty(0))
+    batch = coupled(4000, torch.full((4000,), tau, dtype=torch.float64), independent=True)
+    for weighting in ("uniform", "learned"):
+        assert ObjectiveConfig(name="reflow", weighting=weighting)
+        assert reflow(weighting=weighting)(cast, batch).item() == pytest.approx(1, rel=0.1)
+    for weighting in ("snr", "truncated_snr"):
+        assert reflow(weighting=weighting)(cast, batch) > 0.8 / tau**2
+        with pytest.raises(ValueError, match=f"{weighting} is one of errors of x_0, .*; use uniform or learned"):
+            ObjectiveConfig(name="reflow", weighting=weighting)
 
 
 def test_gradient_at_a_point_is_its_closed_form():

@@ -125,6 +125,18 @@ def test_rows_are_the_bits_of_their_ids():
         assert torch.equal(batch.states["noise"], (-ids[:, None]).float().expand(-1, 5))
 
 
+def test_a_run_of_before_windows_were_bounded_goes_on_in_its_order():
+    source = Numbered(3000)
+    whole, _ = take(source, 40)
+    _, state = take(source, 10)
+    del state["window"]
+    source.row_bytes = 1 << 30  # a new run's windows would have one block
+    assert_same(take(source, 30, state=state)[0], whole[10:])
+    anew, after = take(source, 40)
+    assert after["window"] == 1
+    assert not np.array_equal(ids_of(anew), ids_of(whole))
+
+
 def test_every_sample_comes_once_an_epoch_and_the_remainder_is_carried_over():
     batches, state = take(Numbered(250), 100, batch_size=24)
     by_lane = np.concatenate([batch.ids.numpy().reshape(8, 3) for batch in batches], axis=1)
@@ -210,7 +222,7 @@ def test_the_state_is_that_of_the_last_batch_given_not_of_those_made_ahead():
         next(stream)
         wait_until(lambda: len(source.loads) > 3)
         assert stream.state_dict() == {
-            "content_digest": "numbered", "seed": 3, "lanes": 8, "block": 1, "first_epoch": 0, "epoch": 0,
+            "content_digest": "numbered", "seed": 3, "lanes": 8, "block": 1, "window": 16, "first_epoch": 0, "epoch": 0,
             "position": 32, "consumed": 32, "left_out": 0, "place": {"dataset": "main", "manifest": 100},
             "substituted": 0, "unreadable": [],
         }  # fmt: skip

@@ -132,6 +132,9 @@ def test_a_teacher_kept_in_the_store_is_the_start(make_store, monkeypatch):
     store.write(f"{folder}/model.safetensors", saved.weights)
     store.write(f"{folder}/model.json", json.dumps(saved.document()).encode())
     assert start_student(config(init="teacher"), dataset, shape(), 80.0).weights == saved.weights
+    reflow, straight = config(init="teacher", objective={"name": "reflow"}), shape(process={"name": "rectified_flow"})
+    with pytest.raises(ValueError, match=r"has process VE\(.*\), a reflow student of this data has RectifiedFlow\(\);"):
+        start_student(reflow, dataset, straight, 1.0)
 
 
 def test_a_teacher_with_other_weights_is_refused(make_store, monkeypatch, tmp_path):

@@ -1,5 +1,7 @@
 """How far a student is from its target: one number a sample."""
 
+import hashlib
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,19 +42,22 @@ class Lpips:
     """Zhang et al. 2018 by a network of the user's: TorchScript, (a, b) in [-1, 1], [B, 3, H, W] -> B numbers.
 
     One channel is shown as three, and images of fewer than 64 pixels a side are enlarged by a whole number to 64 or
-    more: its networks halve an image four times and more. Two are equal if their files are. Raises ValueError for
-    samples that are no images, or for a file that is no TorchScript.
+    more: its networks halve an image four times and more. Two are equal if their files hold the same, which `sha256`
+    says. Raises ValueError for samples that are no images, or for a file that is no TorchScript.
     """
 
     def __init__(self, path: Path, sample_shape: tuple[int, ...]) -> None:
         if len(sample_shape) != 3 or sample_shape[0] not in (1, 3):
             raise ValueError(f"lpips compares images [1 or 3, H, W], these samples are {list(sample_shape)}; use l2")
-        self._path = path
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not there; name a TorchScript file of LPIPS, or use l2")
+        data = path.read_bytes()
+        self.sha256 = hashlib.sha256(data).hexdigest()
         try:
-            self._network = torch.jit.load(path, map_location="cpu").eval()
+            self._network = torch.jit.load(io.BytesIO(data), map_location="cpu").eval()
         except (RuntimeError, ValueError) as error:
             told = f"{path} is no TorchScript file ({str(error).strip().splitlines()[0]})"
-            raise ValueError(f"{told}; save one by torch.jit.script(LPIPS()).save, or use l2") from error
+            raise ValueError(f"{told}; save one by torch.jit.trace(LPIPS(), (x, x)).save, or use l2") from error
         for parameter in self._network.parameters():
             parameter.requires_grad_(False)
 
@@ -60,10 +65,10 @@ class Lpips:
         return self._network.to(a.device)(_shown(a), _shown(b)).reshape(len(a))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Lpips) and self._path == other._path
+        return isinstance(other, Lpips) and self.sha256 == other.sha256
 
     def __hash__(self) -> int:
-        return hash(self._path)
+        return hash(self.sha256)
 
 
 def _shown(images: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from storage_schemas.images import images_digest
 from trainer.cast import Cast
 from trainer.objectives import times_on, told
 from trainer.objectives.distances import Distance, l2
@@ -17,10 +18,11 @@ from trainer.stream import Batch
 class RealImages:
     """Images for the discriminator, of each sample's label, or of any where that has none.
 
-    They are kept on the device that first asked for them.
+    They are kept on the device that first asked for them. digest: of them as they are given, on the CPU.
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.digest = images_digest(images.numpy(), labels.numpy())
         self._images, self._counts = images[torch.argsort(labels, stable=True)], torch.bincount(labels)
 
     def pick(self, stored: Tensor, u: Tensor) -> Tensor:

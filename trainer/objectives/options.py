@@ -41,18 +41,22 @@ class ObjectiveConfig(Config):
 
     name: ObjectiveName = Field(
         "knowledge",
-        description="One step: knowledge, reflow, dmd, vsd, sid. Few: progressive, flow_map, ctm, consistency. "
-        "denoising: a teacher.",
+        description="A student of one step: knowledge. Of each number of steps in its schedule: progressive, flow_map, "
+        "ctm, consistency, reflow. Of student_steps: dmd, vsd, sid. A teacher: denoising.",
     )
     distance: Literal["l2", "l1", "pseudo_huber", "lpips"] | None = Field(
         None, description="Distance to the target, where the objective has one; l2 unless told."
     )
     c: float | None = Field(None, gt=0, description="The width c of pseudo_huber, sqrt(|u|^2 + c^2) - c.")
     lpips: Path | None = Field(
-        None, description="TorchScript file of LPIPS, (a, b) in [-1, 1], [B, 3, H, W] -> one number a sample."
+        None,
+        description="TorchScript file of LPIPS, (a, b) in [-1, 1], [B, 3, H, W] -> one number a sample, such as "
+        "torch.jit.trace(lpips.LPIPS(), (a, b)).save(FILE) writes.",
     )
     weighting: Literal["uniform", "snr", "truncated_snr", "learned"] | None = Field(
-        None, description="flow_map, ctm, consistency, reflow: weight of each time; uniform unless told."
+        None,
+        description="flow_map, ctm, consistency, reflow: weight of each time; uniform unless told. reflow: uniform or "
+        "learned, as the others are of errors of x_0.",
     )
     schedule: tuple[int, ...] | None = Field(
         None,
@@ -98,12 +102,22 @@ class ObjectiveConfig(Config):
             if getattr(self, option) is not None:
                 owners = ", ".join(name for name, options in _OBJECTIVE_DEFAULTS.items() if option in options)
                 raise ValueError(f"objective.{option} means nothing to {self.name}; it belongs to {owners}")
-        for distance, option in (("pseudo_huber", "c"), ("lpips", "lpips")):
-            if (self.distance == distance) != (getattr(self, option) is not None):
-                told = f"objective.distance {self.distance} with {option} {getattr(self, option)}"
-                raise ValueError(f"{told}; {distance} needs {option}, others don't")
+        self._check_distance("pseudo_huber", "c", needed="its width: --objective.c 0.1")
+        self._check_distance("lpips", "lpips", needed="its TorchScript file: --objective.lpips FILE (see --help)")
+        if self.name == "reflow" and self.weighting in ("snr", "truncated_snr"):
+            told = f"objective.weighting {self.weighting} is one of errors of x_0"
+            raise ValueError(f"{told}, reflow's are of velocities; use uniform or learned")
         self._check_numbers()
         return self
+
+    def _check_distance(self, distance: str, option: str, *, needed: str) -> None:
+        """Refuse a distance without the option that belongs to it, and the option without the distance."""
+        value = getattr(self, option)
+        if self.distance == distance and value is None:
+            raise ValueError(f"objective.distance {distance} needs {needed}, or choose l2")
+        if self.distance != distance and value is not None:
+            way = f"add --objective.distance {distance}, or leave it out"
+            raise ValueError(f"objective.{option} {value} belongs to distance {distance}; {way}")
 
     def _check_numbers(self) -> None:
         if self.schedule is not None:

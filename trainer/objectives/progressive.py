@@ -16,7 +16,7 @@ from torch import Tensor
 from diffusion.flow_map import jump_coefficients
 from diffusion.process import Process, expand, scales
 from trainer.cast import Cast
-from trainer.objectives import told
+from trainer.objectives import times_on, told
 from trainer.objectives.stored import drawn
 from trainer.stream import Batch
 
@@ -56,7 +56,7 @@ class ProgressiveSegments:
 
     def __call__(self, cast: Cast, batch: Batch) -> Tensor:
         start, x_t, x_s = (batch.states[name] for name in self.columns)
-        times = torch.tensor(self.times, dtype=torch.float64, device=start.device)
+        times = times_on(start.device, self.times)
         return segment_loss(cast, batch, x_t, x_s, times[start.long()], times[start.long() + 2])
 
 

@@ -18,7 +18,8 @@ _BANDWIDTH, _FARTHEST = 1.0, 1e3
 def time_weight(name: str, process: Process, t: Tensor) -> Tensor:
     """float64 of t's shape: uniform 1, snr alpha^2/sigma^2, truncated_snr its maximum with 1; t > 0.
 
-    Weights of an error of x_0: snr makes it one of eps. Salimans & Ho 2022, section 4.
+    Weights of a squared error of x_0: snr makes it one of eps. Salimans & Ho 2022, section 4. Of one of a velocity,
+    which is of order 1 at small t, their mean over t would not be finite: reflow is refused snr and truncated_snr.
     """
     if name == "uniform":
         return torch.ones_like(t, dtype=torch.float64)

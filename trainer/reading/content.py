@@ -10,21 +10,22 @@ from torch import Tensor
 from storage_schemas.errors import ManifestMismatch
 from storage_schemas.ids import IdSet, id_set
 from storage_schemas.record import Field
-from trainer.order import Ints, Lanes, default_block, default_lanes
+from trainer.order import WINDOW, Ints, Lanes, default_block, default_lanes, default_window
 from trainer.reading.rows import Rows
 
 
 class Source(Protocol):
     """Samples by id.
 
-    digest: of the content; another layout of the same samples has the same. fields: the state columns. place: what
-    opens it again, written into the state. unreadable: sorted [first, past) ranges of ids that are known to be
-    unreadable, found by now or excluded.
+    digest: of the content; another layout of the same samples has the same. fields: the state columns. row_bytes: of a
+    sample with all that is stored of it. place: what opens it again, written into the state. unreadable: sorted
+    [first, past) ranges of ids that are known to be unreadable, found by now or excluded.
     """
 
     ids: IdSet
     digest: str
     fields: tuple[Field, ...]
+    row_bytes: int
     place: dict[str, Any]
 
     @property
@@ -45,6 +46,7 @@ class ArraySource:
         dtype = str(images.dtype).removeprefix("torch.")
         self.ids, self.digest, self.place = id_set(0, len(images), []), digest, dict[str, Any]()
         self.fields: tuple[Field, ...] = (Field("output", tuple(images.shape[1:]), dtype),)
+        self.row_bytes = self.fields[0].nbytes
 
     @property
     def unreadable(self) -> list[list[int]]:
@@ -109,6 +111,7 @@ class Cursor:
             "seed": lanes.seed,
             "lanes": lanes.lanes,
             "block": lanes.block,
+            "window": lanes.window,
             "first_epoch": lanes.first_epoch,
             "epoch": epoch,
             "position": (self.row - lanes.epoch_start(epoch)) * lanes.lanes,
@@ -118,10 +121,13 @@ class Cursor:
         }
 
 
-def lanes_of(source: Source, *, seed: int, lanes: int, block: int | None, first_epoch: int = 0) -> Lanes:
-    """The order of a source's samples."""
+def lanes_of(
+    source: Source, *, seed: int, lanes: int, block: int | None, window: int | None = None, first_epoch: int = 0
+) -> Lanes:
+    """The order of a source's samples. Its blocks and windows are those of its state, or by number and size."""
     block = block or default_block(source.ids.count, lanes)
-    return Lanes(source.ids, source.digest, seed, lanes, block, first_epoch)
+    window = window or default_window(lanes, block, source.row_bytes)
+    return Lanes(source.ids, source.digest, seed, lanes, block, first_epoch, window)
 
 
 def start(
@@ -143,9 +149,9 @@ def resumed(
         if now is not None and state[name] != now:
             told = f"{name} {str(state[name])[:12]}, this stream has {str(now)[:12]}"
             raise ManifestMismatch(f"this run was reading samples in another order ({told}): {_WAYS_OUT[name]}")
-    order = lanes_of(
-        source, seed=seed, lanes=state["lanes"], block=state["block"], first_epoch=state["first_epoch"]
-    )  # fmt: skip
+    cut = {name: state[name] for name in ("lanes", "block", "first_epoch")}
+    # A state of before windows were bounded in bytes names none, and had WINDOW blocks in each.
+    order = lanes_of(source, seed=seed, window=state.get("window", WINDOW), **cut)
     row = order.epoch_start(state["epoch"]) + state["position"] // order.lanes
     return Cursor(source, order, row, state["consumed"], state["left_out"])
 

@@ -1,7 +1,6 @@
 """The models that a run saves: its last, its best and each stage's."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,14 +10,15 @@ from diffusion.checkpoint import Checkpoint, pack
 from diffusion.spec import model_from_spec
 from trainer.config import FitConfig
 from trainer.plan import Plan, Stage
+from trainer.run import RunRecord
 from trainer.saving.place import Place
 
 
 class Models:
     """Native checkpoints of one network in a run's folder, and their copies where it has another place."""
 
-    def __init__(self, config: FitConfig, model: dict[str, Any], place: Place) -> None:
-        self._config, self._model, self._place = config, model, place
+    def __init__(self, config: FitConfig, record: RunRecord, place: Place) -> None:
+        self._config, self._model, self._init, self._place = config, record.model, record.init, place
 
     def save(
         self, weights: Mapping[str, Tensor], plan: Plan, stage: Stage, *, steps: int, folders: Sequence[str]
@@ -42,6 +42,7 @@ class Models:
                 "labels": plan.labels,
                 "guidance_scales": list(plan.guidance),
                 **({"from_noise": "scaled"} if self._config.objective.name == "reflow" else {}),
+                **({"init": self._init} if self._init else {}),
             },
         )
         for folder in folders:

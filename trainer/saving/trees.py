@@ -112,9 +112,16 @@ def _as(whole: Tensor, wanted: Tensor | None) -> Tensor:
 
 @contextmanager
 def _sharding() -> Iterator[ModuleType]:
-    """torch.distributed.checkpoint, which takes half a second to import, without its advice for its developers."""
+    """torch.distributed.checkpoint, which takes half a second to import, without its advice for its developers.
+
+    What it can't do is an OSError in a line; its own is no Exception and tells the tracebacks of all ranks.
+    """
     from torch.distributed import checkpoint
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield checkpoint
+        try:
+            yield checkpoint
+        except checkpoint.CheckpointException as error:
+            told = {f"rank {rank}: {problem}" for rank, (problem, _) in error.failures.items()}
+            raise OSError("; ".join(sorted(told))) from error
