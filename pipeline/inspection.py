@@ -67,7 +67,7 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         "quarantined": {split: dataset.shards(split).quarantined.tolist() for split in SPLITS},
         "shards": len(dataset.table),
         "bytes": sum(shard.bytes for shard in dataset.table),
-        "bytes_per_sample": sum(field.nbytes for field in recipe.fields),
+        "bytes_per_sample": recipe.sample_bytes,
         "columns": {field.name: {"shape": list(field.shape), "dtype": field.dtype} for field in recipe.fields},
         "commits_read": len(commits),
         "nfe": commits[0].nfe if commits else None,

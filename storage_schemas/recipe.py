@@ -176,3 +176,8 @@ class Recipe(Document):
         if self.chain == "segment":
             return record.segment_fields(self.sample_shape, self.storage_dtype)
         return record.trajectory_fields(self.sample_shape, self.storage_dtype, self.num_steps, self.states)
+
+    @property
+    def sample_bytes(self) -> int:
+        """Of all columns of a sample, uncompressed."""
+        return sum(field.nbytes for field in self.fields)

@@ -57,9 +57,9 @@ class RunRecord:
         if data is None:
             return None
         try:
-            told = json.loads(data)
-            told.pop("block", None)  # of runs that an earlier release began
-            return cls(**told)
+            entries = json.loads(data)
+            entries.pop("block", None)  # of runs that an earlier release began
+            return cls(**entries)
         except (TypeError, ValueError, AttributeError):
             told = f"{source} is not a record of this release's"
             raise UsageError(f"{told}; go on with the one that wrote it, or start anew by --no-resume") from None

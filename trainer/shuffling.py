@@ -113,8 +113,8 @@ def _stored(config: ShuffleConfig) -> tuple[IdSet, str, Shards, int]:
     # A block of one id: a shard has fewer samples than rows where the manifest's window ends.
     below = Blocks(ids, 1).samples_before
     samples, nbytes = below(shards.stops) - below(shards.starts), shards.table["bytes"].to_numpy()
-    row_bytes = sum(field.nbytes for field in dataset.recipe.fields)
-    return ids, dataset.manifest.content_digest, Shards(shards.starts, samples, nbytes), row_bytes
+    stored = Shards(shards.starts, samples, nbytes)
+    return ids, dataset.manifest.content_digest, stored, dataset.recipe.sample_bytes
 
 
 def _batches(order: Lanes, size: int, first: int, past: int, *, epoch: int = 1) -> Ints:

@@ -38,7 +38,7 @@ class ShardSource:
         self.ids = dataset.ids(split)
         self.digest = dataset.manifest.content_digest
         self.fields = tuple(field for field in dataset.recipe.fields if field.name in columns)
-        self.row_bytes = sum(field.nbytes for field in dataset.recipe.fields)
+        self.row_bytes = dataset.recipe.sample_bytes
         self.place: dict[str, Any] = {"dataset": dataset.manifest.dataset, "manifest": dataset.manifest.number}
         self._dataset, self._table, self._on_corrupt = dataset, dataset.shards(split), reading.on_corrupt
         self._split_name = split
