@@ -9,6 +9,7 @@ repeated silently.
 import pickle
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from trainer.reading.ahead import Ahead
 from trainer.reading.batch import Batch, BatchShape, DeviceRing, Packed, Ring
 from trainer.reading.chunks import Reading
 from trainer.reading.content import ArraySource, Cursor, Source, check_division, resumed, start
-from trainer.reading.filler import Filler, Follow, load_windows, objective_uniforms
+from trainer.reading.filler import Filler, Follow, LoadedWindow, Made, load_windows, objective_uniforms
 from trainer.reading.shards import ShardSource
 
 __all__ = ["ArraySource", "Batch", "Source", "Stream", "TrajectoryStream", "objective_uniforms"]
@@ -87,6 +88,8 @@ class Stream:
         filler = Filler(self._windows, self._ring, batch_size=batch_size, first=rank * shape.rows, turn=turn)
         ready = max(1, ahead_bytes // shape.nbytes)
         self._batches = Ahead(filler.batches(self._given), limit=ready + 1, name="stream filler")
+        # Also where it is dropped, and before the interpreter ends: that stops a thread in the middle of a copy badly.
+        self._end = weakref.finalize(self, _end, self._windows, self._batches, self._ring)
 
     def __iter__(self) -> "Stream":
         return self
@@ -116,9 +119,7 @@ class Stream:
 
     def close(self) -> None:
         """End the threads and free the buffers; the state can still be asked for."""
-        self._windows.close(timeout=_PATIENCE)
-        self._batches.close()
-        self._ring.close()
+        self._end()
 
     @property
     def epochs(self) -> float:
@@ -138,6 +139,12 @@ class Stream:
             "substituted": self._earlier["substituted"] + sum(mine["substituted"] for mine in every),
             "unreadable": merge_ranges(unreadable, ids.start, ids.stop).tolist(),
         }
+
+
+def _end(windows: Ahead[LoadedWindow], batches: Ahead[Made], ring: Ring | DeviceRing) -> None:
+    windows.close(timeout=_PATIENCE)
+    batches.close()
+    ring.close()
 
 
 class TrajectoryStream(IterableDataset[dict[str, Tensor]]):

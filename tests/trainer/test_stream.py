@@ -1,4 +1,6 @@
 import itertools
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -333,6 +335,35 @@ def test_close_ends_the_threads_and_later_calls_are_told():
     with pytest.raises(ValueError, match="closed"):
         next(stream)
     assert stream.state_dict()["consumed"] == 16
+
+
+def test_a_stream_that_is_dropped_ends_its_threads():
+    before = stream_threads()
+    stream = Stream(Numbered(640), batch_size=16, seed=0)
+    next(stream)
+    assert stream_threads() == before + 2
+    del stream
+    assert stream_threads() == before
+
+
+LEFT_OPEN = """
+import torch
+from trainer.stream import ArraySource, Stream
+
+def batches():
+    images = ArraySource(torch.zeros(4096, 1024), torch.arange(4096), "images")
+    with Stream(images, batch_size=4096, seed=0, ahead_bytes=1 << 30) as stream:
+        yield from stream
+
+left = batches()
+next(left)
+"""
+
+
+def test_a_stream_may_be_left_open_at_the_end_of_a_program():
+    """Its threads, busy here, end before the interpreter does, which would abort in the middle of a copy."""
+    done = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_close_does_not_wait_for_a_read_that_hangs():

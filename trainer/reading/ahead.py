@@ -50,7 +50,8 @@ class Ahead(Generic[T]):
         self._closed = True
         self._taken.put(None)
         self._end()
-        self._thread.join(timeout)
+        if threading.current_thread() is not self._thread:  # which may be the one that collects garbage
+            self._thread.join(timeout)
         self._end()
 
     def _end(self) -> None:

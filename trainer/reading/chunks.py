@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,21 +100,31 @@ class Chunks:
         return memoryview(made) if kept is None else kept[:-_TRAILER]
 
     def _read(self, groups: list[list[Wanted]]) -> list[list[Found]]:
-        read = self._mapped if self._local else self._cached
+        read = self._cached
+        if self._local:  # a file is opened once for all its chunks
+            commits = {commit.path: commit for group in groups for commit, _ in group}
+            read = partial(self._mapped, {path: _outcome(self._map, commit) for path, commit in commits.items()})
         if len(groups) <= 1 or (self._local and self._reading.verify == "never"):
             return [read(group) for group in groups]
         with ThreadPoolExecutor(min(len(groups), CHECKERS if self._local else THREADS)) as threads:
             return list(threads.map(read, groups))
 
-    def _mapped(self, wanted: list[Wanted]) -> list[Found]:
-        """Out of a folder's own files."""
-        found = [_outcome(self._map, commit, chunk) for commit, chunk in wanted]
+    def _mapped(self, files: dict[str, Found], wanted: list[Wanted]) -> list[Found]:
+        """Out of a folder's own files, mapped by path."""
+        found = [_outcome(self._cut, files[commit.path], commit, chunk) for commit, chunk in wanted]
         return [
-            _outcome(self._map, *one) if isinstance(it, CorruptShard) else it
+            _outcome(self._cut, _outcome(self._map, one[0]), *one) if isinstance(it, CorruptShard) else it
             for one, it in zip(wanted, found, strict=True)
         ]
 
-    def _map(self, commit: Commit, chunk: Chunk) -> memoryview:
+    def _cut(self, file: Found, commit: Commit, chunk: Chunk) -> memoryview:
+        if isinstance(file, CorruptShard):
+            raise file
+        data = file[chunk.offset : chunk.offset + chunk.length]
+        self._check(commit, chunk, data)
+        return data
+
+    def _map(self, commit: Commit) -> memoryview:
         path = f"{self._store.uri}/{commit.path}"
         try:
             whole = self._maps.open(self._store.local_path(commit.path) or "", size=commit.bytes)
@@ -123,9 +134,7 @@ class Chunks:
             raise StoreError(f"{path}: {error}") from None
         if whole is None:
             raise other_size(self._store, commit, self._store.size(commit.path) or 0)
-        data = whole[chunk.offset : chunk.offset + chunk.length]
-        self._check(commit, chunk, data)
-        return data
+        return whole
 
     def _cached(self, wanted: list[Wanted]) -> list[Found]:
         """Chunks of one region, out of the cache, which gets what it lacks."""

@@ -22,13 +22,20 @@ class Recent(Generic[Key, Value]):
 
     def get(self, key: Key, make: Callable[[], Value], weight: Callable[[Value], int]) -> Value:
         """What is remembered of `key`, or made now."""
-        with self._lock:
-            if key in self._entries:
-                self._entries.move_to_end(key)
-                return self._entries[key][0]
+        held = self.held(key)
+        if held is not None:
+            return held
         value = make()
         self._put(key, value, weight(value))
         return value
+
+    def held(self, key: Key) -> Value | None:
+        """What is remembered of `key`."""
+        with self._lock:
+            if key not in self._entries:
+                return None
+            self._entries.move_to_end(key)
+            return self._entries[key][0]
 
     def _put(self, key: Key, value: Value, weight: int) -> None:
         with self._lock:

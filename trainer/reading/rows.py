@@ -13,11 +13,14 @@ from torch import Tensor
 from storage_schemas.record import Field
 from trainer.order import Ints
 
-_PIECE = 256 << 10
-"""Bytes copied by one call: numpy gathers into a temporary first, which should stay in the processor's cache."""
+_ALIGNED = 32
+"""Bytes of an item, of which a row is several, from which on a gather of aligned items is the faster one."""
 
 _ITEM = 512
-"""Bytes of an item, of which a row is several: numpy lets other threads go on where it copies 500 items or more."""
+"""Bytes of an item at any address, at most: numpy lets other threads go on where it copies 500 items or more."""
+
+_PIECE = 256 << 10
+"""Bytes copied by one call from any address: numpy gathers into a temporary first, which should stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,31 @@ def copy_rows(addresses: Ints, out: NDArray[np.uint8]) -> None:
     """The bytes at each address into its row of `out`, uint8 [n, row bytes], C-contiguous."""
     if not len(addresses):
         return
-    nbytes, item = out.shape[1], _item_bytes(out.shape[1])
-    lowest, highest = int(addresses.min()), int(addresses.max())
-    memory = np.asarray(_Memory(lowest, highest + nbytes - item - lowest + 1, item))
-    items = (addresses[:, None] - lowest + np.arange(0, nbytes, item)).ravel()
-    target = out.reshape(-1).view(f"V{item}")
+    start = int(addresses.min())
+    offsets = addresses - start
+    item = int(np.gcd.reduce(offsets, initial=out.shape[1]))
+    if item >= _ALIGNED:
+        _copy_aligned(start, offsets, out, item)
+    else:
+        _copy_scattered(start, offsets, out)
+
+
+def _copy_aligned(start: int, offsets: Ints, out: NDArray[np.uint8], item: int) -> None:
+    """Rows whose offsets are multiples of `item`, as all of a tar's are of 512: one gather, straight into `out`."""
+    in_row = out.shape[1] // item
+    memory = _memory(start, int(offsets.max()) // item + in_row, item, stride=item)
+    items = (offsets // item)[:, None] + np.arange(in_row)
+    # Indices that are never out of range: with another mode numpy gathers into a temporary first.
+    np.take(memory, items.ravel(), out=out.reshape(-1).view(memory.dtype), mode="clip")
+
+
+def _copy_scattered(start: int, offsets: Ints, out: NDArray[np.uint8]) -> None:
+    """Rows at any offset, out of an array that has an item at every byte, so that an index is an address."""
+    nbytes = out.shape[1]
+    item = _item_bytes(nbytes)
+    memory = _memory(start, int(offsets.max()) + nbytes - item + 1, item, stride=1)
+    items = (offsets[:, None] + np.arange(0, nbytes, item)).ravel()
+    target = out.reshape(-1).view(memory.dtype)
     for first in range(0, len(items), _PIECE // item):
         piece = slice(first, first + _PIECE // item)
         target[piece] = memory[items[piece]]
@@ -74,10 +97,13 @@ def gathered(rows: Rows, fields: Sequence[Field]) -> tuple[Tensor, dict[str, Ten
     return torch.from_numpy(rows.condition.copy()), states
 
 
-class _Memory:
-    """The process's memory as an array with an item at every byte, so that an index is an address."""
+def _memory(start: int, length: int, item: int, *, stride: int) -> NDArray[np.void]:
+    """`length` items of the process's memory from the address `start` on, one every `stride` bytes."""
+    return np.asarray(_Memory(start, length, item, stride))
 
-    def __init__(self, start: int, length: int, item: int) -> None:
+
+class _Memory:
+    def __init__(self, start: int, length: int, item: int, stride: int) -> None:
         self.__array_interface__ = {
-            "version": 3, "data": (start, True), "shape": (length,), "strides": (1,), "typestr": f"|V{item}",
+            "version": 3, "data": (start, True), "shape": (length,), "strides": (stride,), "typestr": f"|V{item}",
         }  # fmt: skip

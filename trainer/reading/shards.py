@@ -102,14 +102,20 @@ class ShardSource:
         return Rows(ids, condition, guidance, addresses, views, substituted)
 
     def _read(self, shards: Sequence[int]) -> dict[int, list[Part] | CorruptShard]:
-        """The parts of each shard, or why they aren't known."""
+        """The parts of each shard, or why they can't be had."""
+        known = {shard: self._parts.held(self._key(shard)) for shard in shards}
+        new = [shard for shard, parts in known.items() if parts is None]
         with ThreadPoolExecutor(_READERS) as readers:
-            return dict(zip(shards, readers.map(self._parts_of, shards), strict=True))
+            made = dict(zip(new, readers.map(self._parts_of, new), strict=True))
+        return {shard: made[shard] if parts is None else parts for shard, parts in known.items()}
+
+    def _key(self, shard: int) -> tuple[int, bool]:
+        return shard, shard in self._foreign or self._dataset.layout.compression != "none"
 
     def _parts_of(self, shard: int) -> list[Part] | CorruptShard:
-        decode = shard in self._foreign or self._dataset.layout.compression != "none"
+        key = self._key(shard)
         try:
-            return self._parts.get((shard, decode), lambda: self._split(shard, decode), len)
+            return self._parts.get(key, lambda: self._split(*key), len)
         except CorruptShard as error:
             return error
 
