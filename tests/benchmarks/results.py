@@ -276,6 +276,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--teacher-steps", type=int, help="of the teacher, where it is fitted")
     made.add_argument("--network", help="options of the teacher's network, as fit has them")
     made.add_argument("--count", type=int, help="trajectories")
+    made.add_argument("--holdout", type=int, help="trajectories that are held out, and noises of an evaluation")
+    made.add_argument("--batch-size", type=int, help="of every student")
+    made.add_argument("--solve", help="options of generate: how the pairs are solved on this machine")
     made.add_argument("--jobs", type=int, default=1, help="students that are fitted at once")
     made.add_argument("--device", default="auto")
     made.add_argument("--no-pairs", action="store_true", help="leave the study of pairs against error out")
@@ -286,8 +289,10 @@ def main(words: Sequence[str] | None = None, launch: Launch = as_process) -> int
     """All that is asked for; 1 if something failed, which then is told."""
     given = parser().parse_args(words)
     profile = PROFILES[given.profile]
-    asked = {name: getattr(given, name) for name in ("steps", "teacher_steps", "network", "count")}
+    asked = {name: getattr(given, name) for name in ("steps", "teacher_steps", "network", "count", "holdout", "solve")}
     profile = replace(profile, **{name: value for name, value in asked.items() if value})
+    if given.batch_size:
+        profile = replace(profile, fit=f"{profile.fit} --batch-size {given.batch_size}")
     if "{}" in profile.images and not given.images:
         parser().error(f"--profile {given.profile} needs --images FOLDER; see above where it is from")
     images = profile.images.format(given.images)
