@@ -34,7 +34,7 @@ __all__ = ["ArraySource", "Batch", "Source", "Stream", "TrajectoryStream", "obje
 Gather = Callable[[dict[str, Any]], list[dict[str, Any]]]
 
 _CPU, _READING = torch.device("cpu"), Reading()
-_PATIENCE = 1.0  # seconds that `close` waits for a read that has begun
+_PATIENCE = 1.0  # seconds that `close` waits for a read that has begun; for a copy more
 
 
 class Stream:
@@ -88,8 +88,8 @@ class Stream:
         filler = Filler(self._windows, self._ring, batch_size=batch_size, first=rank * shape.rows, turn=turn)
         ready = max(1, ahead_bytes // shape.nbytes)
         self._batches = Ahead(filler.batches(self._given), limit=ready + 1, name="stream filler")
-        # Also where it is dropped, and before the interpreter ends: that stops a thread in the middle of a copy badly.
-        self._end = weakref.finalize(self, _end, self._windows, self._batches, self._ring)
+        # Or where it is dropped, or before the interpreter ends: a thread that this finds within numpy would abort it.
+        self._finish = weakref.finalize(self, _finish, self._windows, self._batches, self._ring)
 
     def __iter__(self) -> "Stream":
         return self
@@ -119,7 +119,7 @@ class Stream:
 
     def close(self) -> None:
         """End the threads and free the buffers; the state can still be asked for."""
-        self._end()
+        self._finish()
 
     @property
     def epochs(self) -> float:
@@ -141,9 +141,9 @@ class Stream:
         }
 
 
-def _end(windows: Ahead[LoadedWindow], batches: Ahead[Made], ring: Ring | DeviceRing) -> None:
+def _finish(windows: Ahead[LoadedWindow], batches: Ahead[Made], ring: Ring | DeviceRing) -> None:
     windows.close(timeout=_PATIENCE)
-    batches.close()
+    batches.close(timeout=10 * _PATIENCE)
     ring.close()
 
 

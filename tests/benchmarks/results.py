@@ -33,7 +33,8 @@ class Profile:
     """One data set. images: its uri, with {} for its folder. teacher: how it is fitted, None for the built-in one.
 
     steps: of a student; count: train trajectories; network: of the teacher, and of a student that starts from scratch.
-    solve, fit, regress and match: options of generate, of every fit, and of those without and with a critic.
+    solve, fit, regress and match: options of generate, of every fit, and of those without and with a critic. labels:
+    whether the samples have classes.
     """
 
     images: str
@@ -47,6 +48,7 @@ class Profile:
     regress: str = ""
     match: str = ""
     teacher_steps: int = 0
+    labels: bool = True
 
 
 _GPU = Profile(
@@ -79,13 +81,13 @@ PROFILES = {
         _GPU,
         images="emoji:{}@32",
         teacher=f"{_GPU.teacher} --objective.label-dropout 0.5",
-        solve=f"{_GPU.solve} --condition none",
+        labels=False,
     ),
     "emoji64": replace(
         _GPU,
         images="emoji:{}@64",
         teacher=f"{_GPU.teacher} --objective.label-dropout 0.5",
-        solve=f"{_GPU.solve} --condition none",
+        labels=False,
     ),
 }
 _TINY_UNET = "--network.name unet --network.width 8 --network.depth 1"
@@ -171,10 +173,11 @@ class Study:
         """How the pairs are made."""
         uri = str(self.out / "teacher/model") if self.profile.teacher else "builtin:digits"
         solver = "--solver.name heun --solver.steps 16 --states 2 4 6 8 10 12 14 --with-weights --runner local"
+        labels = "" if self.profile.labels else "--condition none"
         shard, own = "--samples-per-shard 2048", self.profile.solve
         if self.tiny:
             shard, own = "--samples-per-shard 16", own.partition("--")[0] + "--micro-batch 16"
-        return f"--teacher {uri} --device {self.device} {solver} {shard} {own}"
+        return f"--teacher {uri} --device {self.device} {solver} {labels} {shard} {own}"
 
     def generate(self) -> list[str]:
         """The pairs."""
@@ -278,7 +281,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--count", type=int, help="trajectories")
     made.add_argument("--holdout", type=int, help="trajectories that are held out, and noises of an evaluation")
     made.add_argument("--batch-size", type=int, help="of every student")
-    made.add_argument("--solve", help="options of generate: how the pairs are solved on this machine")
+    made.add_argument("--solve", help="options of generate, for the profile's: how this machine solves")
     made.add_argument("--jobs", type=int, default=1, help="students that are fitted at once")
     made.add_argument("--device", default="auto")
     made.add_argument("--no-pairs", action="store_true", help="leave the study of pairs against error out")

@@ -26,6 +26,35 @@ def test_rows_come_from_wherever_they_are(nbytes):
     np.testing.assert_array_equal(out, np.concatenate(arrays)[pick])
 
 
+@pytest.mark.parametrize("nbytes", [32, 128, 384, 1568, 6144])
+@pytest.mark.parametrize("picks", [1, 100])
+def test_rows_of_tars_come_whole_too(nbytes, picks):
+    """They lie at multiples of 512 bytes: what these and a row have in common is copied at once."""
+    rng = np.random.default_rng(nbytes)
+
+    def tar() -> np.ndarray:
+        """Rows of two members each, with headers of 512 bytes and 128 more before the data."""
+        member = 512 + -(-(128 + nbytes) // 512) * 512
+        file = rng.integers(0, 256, 4096 + 9 * 2 * member, dtype=np.uint8)
+        start = -file.ctypes.data % 4096  # mapped files begin at a page
+        return file[start:][: 9 * 2 * member].reshape(9, -1)[:, 512 + 128 : 512 + 128 + nbytes]
+
+    arrays = [tar(), tar()[::-1], tar()]
+    where = np.concatenate([a.__array_interface__["data"][0] + a.strides[0] * np.arange(len(a)) for a in arrays])
+    for pick in (rng.integers(0, len(where), picks), np.array([where.argmax()]), np.array([where.argmin()])):
+        out = np.zeros((len(pick), nbytes), np.uint8)
+        copy_rows(where[pick], out)
+        np.testing.assert_array_equal(out, np.concatenate(arrays)[pick])
+
+
+def test_rows_are_copied_between_the_arrays_that_they_are_from():
+    """Into memory that lies within what the gather takes for one array."""
+    memory = np.random.default_rng(0).integers(0, 256, (3, 8, 1024), dtype=np.uint8)
+    first, out, last = memory
+    copy_rows(np.array([first.ctypes.data + 1024, last.ctypes.data + 2048] * 4), out)
+    np.testing.assert_array_equal(out, np.stack([first[1], last[2]] * 4))
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("shape", [(3,), (2, 3, 4)])
 def test_bytes_become_numbers_without_a_copy(dtype, shape):

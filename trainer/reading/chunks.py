@@ -110,7 +110,7 @@ class Chunks:
             return list(threads.map(read, groups))
 
     def _mapped(self, files: dict[str, Found], wanted: list[Wanted]) -> list[Found]:
-        """Out of a folder's own files, mapped by path."""
+        """Out of a folder's own files. files: path -> its map, or why there is none."""
         found = [_outcome(self._cut, files[commit.path], commit, chunk) for commit, chunk in wanted]
         return [
             _outcome(self._cut, _outcome(self._map, one[0]), *one) if isinstance(it, CorruptShard) else it

@@ -17,10 +17,11 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _FAILED = ctypes.c_void_p(-1).value
 
 _places = cycle(range(32 << 40, 64 << 40, 8 << 30))
-"""Addresses that are asked for, one a map: a range of their own, in which no buffer lies.
+"""Addresses to ask for, one a map: a range of their own, in which no buffer lies.
 
 Rows of several maps are gathered out of one array that reaches from the first to the last, and numpy would fill a
-buffer that lies within that by way of a copy.
+buffer that lies within that by way of a copy. Where an address is taken the system gives another, which costs no more
+than that.
 """
 
 

@@ -22,15 +22,15 @@ class Recent(Generic[Key, Value]):
 
     def get(self, key: Key, make: Callable[[], Value], weight: Callable[[Value], int]) -> Value:
         """What is remembered of `key`, or made now."""
-        held = self.held(key)
-        if held is not None:
-            return held
+        found = self.find(key)
+        if found is not None:
+            return found
         value = make()
         self._put(key, value, weight(value))
         return value
 
-    def held(self, key: Key) -> Value | None:
-        """What is remembered of `key`."""
+    def find(self, key: Key) -> Value | None:
+        """What is remembered of `key`, None where nothing is."""
         with self._lock:
             if key not in self._entries:
                 return None

@@ -1,4 +1,4 @@
-"""Rows where they lie: copied by address, out of as many mapped files as a batch touches, by one call a column."""
+"""Rows where they lie: copied by address, column by column, out of as many mapped files as a batch touches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from torch import Tensor
 from storage_schemas.record import Field
 from trainer.order import Ints
 
-_ALIGNED = 32
-"""Bytes of an item, of which a row is several, from which on a gather of aligned items is the faster one."""
+_ALIGNED = 128
+"""Rows that all lie at multiples of so many bytes, or more, are copied faster in items of that size."""
 
 _ITEM = 512
 """Bytes of an item at any address, at most: numpy lets other threads go on where it copies 500 items or more."""
@@ -61,7 +61,7 @@ def _copy_aligned(start: int, offsets: Ints, out: NDArray[np.uint8], item: int) 
     in_row = out.shape[1] // item
     memory = _memory(start, int(offsets.max()) // item + in_row, item, stride=item)
     items = (offsets // item)[:, None] + np.arange(in_row)
-    # Indices that are never out of range: with another mode numpy gathers into a temporary first.
+    # All are in range: by the default mode numpy would gather into a temporary, in case one is not.
     np.take(memory, items.ravel(), out=out.reshape(-1).view(memory.dtype), mode="clip")
 
 

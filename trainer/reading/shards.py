@@ -103,7 +103,7 @@ class ShardSource:
 
     def _read(self, shards: Sequence[int]) -> dict[int, list[Part] | CorruptShard]:
         """The parts of each shard, or why they can't be had."""
-        known = {shard: self._parts.held(self._key(shard)) for shard in shards}
+        known = {shard: self._parts.find(self._key(shard)) for shard in shards}
         new = [shard for shard, parts in known.items() if parts is None]
         with ThreadPoolExecutor(_READERS) as readers:
             made = dict(zip(new, readers.map(self._parts_of, new), strict=True))
