@@ -88,7 +88,8 @@ class Stream:
         filler = Filler(self._windows, self._ring, batch_size=batch_size, first=rank * shape.rows, turn=turn)
         ready = max(1, ahead_bytes // shape.nbytes)
         self._batches = Ahead(filler.batches(self._given), limit=ready + 1, name="stream filler")
-        # Or where it is dropped, or before the interpreter ends: a thread that this finds within numpy would abort it.
+        # Runs once: by `close`, when the stream is dropped, or as the program ends: the interpreter would stop a thread
+        # within numpy's C++, which aborts.
         self._finish = weakref.finalize(self, _finish, self._windows, self._batches, self._ring)
 
     def __iter__(self) -> "Stream":

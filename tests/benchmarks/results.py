@@ -281,7 +281,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--count", type=int, help="trajectories")
     made.add_argument("--holdout", type=int, help="trajectories that are held out, and noises of an evaluation")
     made.add_argument("--batch-size", type=int, help="of every student")
-    made.add_argument("--solve", help="options of generate, for the profile's: how this machine solves")
+    made.add_argument("--solve", help="how this machine solves: options of generate in place of the profile's")
     made.add_argument("--jobs", type=int, default=1, help="students that are fitted at once")
     made.add_argument("--device", default="auto")
     made.add_argument("--no-pairs", action="store_true", help="leave the study of pairs against error out")

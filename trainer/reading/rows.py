@@ -61,7 +61,7 @@ def _copy_aligned(start: int, offsets: Ints, out: NDArray[np.uint8], item: int) 
     in_row = out.shape[1] // item
     memory = _memory(start, int(offsets.max()) // item + in_row, item, stride=item)
     items = (offsets // item)[:, None] + np.arange(in_row)
-    # All are in range: by the default mode numpy would gather into a temporary, in case one is not.
+    # Every index is in range. The default mode would look for one that is not, and so gather into a temporary first.
     np.take(memory, items.ravel(), out=out.reshape(-1).view(memory.dtype), mode="clip")
 
 
@@ -103,6 +103,8 @@ def _memory(start: int, length: int, item: int, *, stride: int) -> NDArray[np.vo
 
 
 class _Memory:
+    """What numpy needs to know of memory that it does not own."""
+
     def __init__(self, start: int, length: int, item: int, stride: int) -> None:
         self.__array_interface__ = {
             "version": 3, "data": (start, True), "shape": (length,), "strides": (stride,), "typestr": f"|V{item}",
