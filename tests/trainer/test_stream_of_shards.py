@@ -1,6 +1,8 @@
 """The stream over stored shards: what each rank opens and checks, and what damage does on any number of ranks."""
 
 import secrets
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -155,3 +157,26 @@ def test_without_room_in_the_cache_rows_are_what_they_are(make, source, format):
     folder, memory = make(format=format), make("memory", format=format)
     plain, _ = take(source(folder), EPOCH + 3, fresh=True)
     assert_same(take(source(memory, cache_bytes=0), EPOCH + 3)[0], plain)
+
+
+ONE_BATCH_EACH = """
+import sys
+from pathlib import Path
+from trainer.reading.chunks import Reading
+from trainer.stream import TrajectoryStream
+
+cache, *stores = sys.argv[1:]
+for store in stores:
+    batches = iter(TrajectoryStream(store, batch_size=16, reading=Reading(cache_folder=Path(cache))))
+    assert len(next(batches)["output"]) == 16
+    batches.close()
+print("pandas" in sys.modules)
+"""
+
+
+def test_reading_imports_no_pandas(tmp_path):
+    """Arrow imports it where a Python value becomes one of its own, and would spend most of a first batch's time so."""
+    kinds = [{}, {"compression": "zstd"}, {"format": "webdataset", "quarantined": (5,)}]
+    stores = [write_store(tmp_path / str(number), count=64, **kind).uri for number, kind in enumerate(kinds)]
+    command = [sys.executable, "-c", ONE_BATCH_EACH, str(tmp_path / "cache"), *stores]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"
