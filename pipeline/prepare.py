@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffusion.checkpoint import Checkpoint
+from diffusion.devices import pick_device
 from diffusion.teachers import Teacher, load_checkpoint, load_teacher
 from pipeline.before.micro_batch import find_micro_batch, with_micro_batch
 from pipeline.config import GenerateConfig
@@ -39,6 +40,8 @@ class Run:
 def prepare(config: GenerateConfig, *, writes: bool = True) -> Run:
     """Everything that can be refused is refused here, before any work. Without `writes` no store is made."""
     with usage_errors():
+        if config.runner == "local":  # on a cluster it is the workers that have one
+            pick_device(config.device)
         teacher = load(config.teacher)
         draft = build_recipe(config, teacher)
         layout = build_layout(config, draft)

@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from diffusion.devices import pick_device
 from diffusion.teachers import Teacher, from_checkpoint, load_teacher
 from pipeline.segments import starting_images
 from pipeline.solve import Solved, denoise_of, solve_task
-from pipeline.weights import kept_weights
+from pipeline.weights import kept_weights, teacher_differs
 from storage_schemas import formats, paths
-from storage_schemas.canonical import digest
 from storage_schemas.commit import Commit, Task, column_statistics, put_commit, read_commit
-from storage_schemas.errors import UserError, without_credentials
+from storage_schemas.errors import UserError, usage_errors, without_credentials
 from storage_schemas.layout import Layout
 from storage_schemas.recipe import DataStart, Recipe
 from storage_schemas.store import Store
@@ -60,6 +60,7 @@ class Problem:
     error: str
     traceback: str
     machine: str
+    exit_code: int = UserError.exit_code
 
 
 class Producer:
@@ -69,7 +70,7 @@ class Producer:
         """The recipe's teacher: `teacher`, which is on the order's device, else the store's, else that of its uri."""
         set_up_torch(threads=order.threads, tf32=order.recipe.tf32)
         self.order = order
-        self.device = pick_device(order.device)
+        self.device = device_here(order.device)
         loaded = teacher or _load_teacher(order, self.device)
         self.teacher = _same_teacher(order.recipe, loaded)
         self.denoise = denoise_of(order.recipe, self.teacher.denoiser, device=self.device)
@@ -180,7 +181,8 @@ def describe(error: BaseException) -> Problem:
     line = " ".join(str(error).split()) or "no message"
     told = line if isinstance(error, UserError) else f"{type(error).__name__}: {line}"
     where = "".join(traceback.format_exception(error))
-    return Problem(without_credentials(told), without_credentials(where), platform.node())
+    code = error.exit_code if isinstance(error, UserError) else UserError.exit_code
+    return Problem(without_credentials(told), without_credentials(where), platform.node(), code)
 
 
 def label_histogram(condition: np.ndarray) -> dict[str, int]:
@@ -189,30 +191,24 @@ def label_histogram(condition: np.ndarray) -> dict[str, int]:
     return {str(value): int(count) for value, count in zip(values, counts, strict=True)}
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of a name; auto is the first GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+def device_here(name: str) -> torch.device:
+    """`pick_device`; UsageError for a device that this machine doesn't have."""
+    with usage_errors():
+        return pick_device(name)
 
 
 def _load_teacher(order: Order, device: torch.device) -> Teacher:
     """On another machine there may be no other place than the store."""
     uri = order.recipe.teacher.uri
     kept = None if order.recipe.teacher.source_sha256 else kept_weights(order.store, order.recipe.id)
-    if kept is None:
-        return load_teacher(uri, device=device)
-    if digest(kept.model) != digest(order.recipe.teacher.model):
-        raise UserError(f"{order.store.uri} keeps another model for recipe {order.recipe.id[:12]}: restore it")
-    return from_checkpoint(uri, kept, device=device)
+    return load_teacher(uri, device=device) if kept is None else from_checkpoint(uri, kept, device=device)
 
 
 def _same_teacher(recipe: Recipe, teacher: Teacher) -> Teacher:
-    told = (recipe.teacher.weights_sha256, recipe.teacher.source_sha256)
-    if told != (teacher.weights_sha256, teacher.source_sha256):
+    if differs := teacher_differs(recipe, teacher, teacher.uri):
         raise UserError(
-            f"{teacher.uri} has weights {teacher.weights_sha256[:12]} here, the recipe says {told[0][:12]}: it changed "
-            "since the job began, or another machine has another file; start again with one and the same"
+            f"{differs}: it changed since the job began, or another machine has another file; start again with one "
+            "and the same"
         )
     return teacher
 

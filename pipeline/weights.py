@@ -4,8 +4,10 @@ import json
 
 from diffusion import checkpoint
 from diffusion.checkpoint import Checkpoint
+from diffusion.teachers import Teacher
 from storage_schemas import paths
 from storage_schemas.errors import StoreError
+from storage_schemas.recipe import Recipe
 from storage_schemas.store import Store
 
 
@@ -15,6 +17,13 @@ def keep_weights(store: Store, recipe_id: str, weights: Checkpoint) -> None:
     if not store.exists(f"{folder}/{checkpoint.MODEL_FILE}"):
         store.write(f"{folder}/{checkpoint.WEIGHTS_FILE}", weights.weights)
         store.write(f"{folder}/{checkpoint.MODEL_FILE}", json.dumps(weights.document(), sort_keys=True).encode())
+
+
+def teacher_differs(recipe: Recipe, teacher: Teacher, source: str) -> str | None:
+    """How a loaded teacher is another than the recipe's, in one line that names `source`; None if it is the same."""
+    return recipe.teacher.difference(
+        source, model=teacher.model, weights_sha256=teacher.weights_sha256, source_sha256=teacher.source_sha256
+    )
 
 
 def kept_weights(store: Store, recipe_id: str) -> Checkpoint | None:

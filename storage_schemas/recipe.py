@@ -21,6 +21,19 @@ class TeacherRecord(Document):
     model: dict[str, Any]
     source_sha256: Sha256 | None = None
 
+    def difference(
+        self, source: str, *, model: dict[str, Any], weights_sha256: str, source_sha256: str | None
+    ) -> str | None:
+        """How the model at `source` is another than this teacher, in one line: by its weights, description or code."""
+        for what, here, there in (
+            ("weights", weights_sha256, self.weights_sha256),
+            ("description", digest(model), digest(self.model)),
+            ("source code", source_sha256, self.source_sha256),
+        ):
+            if here != there:
+                return f"{source} has {what} {str(here)[:12]}, the recipe says {str(there)[:12]}"
+        return None
+
 
 class Guidance(Document):
     """Classifier-free guidance. `scale` 1 is the conditional model in this convention.

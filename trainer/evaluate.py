@@ -12,6 +12,7 @@ import tyro
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from diffusion.devices import pick_device
 from diffusion.teachers import Teacher
 from storage_schemas.command_line import Config
 from storage_schemas.dataset import Dataset, open_dataset
@@ -25,7 +26,6 @@ from trainer.features import load_classifier, shipped_classifier, shipped_image_
 from trainer.holdout import Pairs, read_pairs
 from trainer.images import load_images
 from trainer.metrics import Frechet, Neighbours, holdout_error, sliced_wasserstein, variance
-from trainer.plan import pick_device
 from trainer.plots import plot_quality
 from trainer.sampling import Way
 from trainer.tables import show, terminal

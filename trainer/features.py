@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from diffusion import checkpoint
 from diffusion.checkpoint import Checkpoint
+from diffusion.devices import pick_device
 from storage_schemas.command_line import Config
 from storage_schemas.errors import UsageError, usage_errors
 from storage_schemas.images import KINDS
 from trainer.images import load_images
-from trainer.plan import pick_device
 
 _AT_ONCE = 1024
 _BUILTIN = Path(__file__).parent / "builtin"

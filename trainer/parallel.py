@@ -25,8 +25,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from diffusion.devices import pick_device
 from storage_schemas.errors import UserError, usage_errors
-from trainer.plan import pick_device
 
 # How long a rank waits for the others, who may be reading, validating or saving.
 TIMEOUT = timedelta(minutes=15)

@@ -113,15 +113,3 @@ _PROCESSES: dict[str, dict[str, Any]] = {
     "cosine_vp": {"name": "cosine_vp", "s": 0.008},
     "rectified_flow": {"name": "rectified_flow"},
 }
-
-
-def pick_device(name: str) -> torch.device:
-    """auto: a GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name}: {str(error).splitlines()[0]}; use auto or cpu") from error
-    return device

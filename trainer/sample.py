@@ -13,9 +13,9 @@ from torch.nn.functional import pad
 
 from diffusion import noise
 from diffusion.checkpoint import Checkpoint
+from diffusion.devices import pick_device
 from storage_schemas.command_line import Config
 from storage_schemas.errors import UsageError, usage_errors
-from trainer.plan import pick_device
 from trainer.sampling import FewSteps, Way, few_steps, noises_of
 from trainer.student import check_finite, find_student, is_told_labels
 

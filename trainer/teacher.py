@@ -9,7 +9,6 @@ from diffusion import checkpoint
 from diffusion.checkpoint import Checkpoint
 from diffusion.teachers import Teacher, from_checkpoint, load_checkpoint, load_teacher
 from storage_schemas import paths
-from storage_schemas.canonical import digest
 from storage_schemas.errors import UsageError, usage_errors
 from storage_schemas.recipe import Recipe
 from storage_schemas.store import Store
@@ -65,12 +64,6 @@ def stored_checkpoint(store: Store, recipe: Recipe) -> Checkpoint | None:
 
 
 def _check(recipe: Recipe, source: str, model: dict[str, Any], weights: str, code: str | None) -> None:
-    told = recipe.teacher
-    for what, here, there in (
-        ("weights", weights, told.weights_sha256),
-        ("description", digest(model), digest(told.model)),
-        ("source code", code, told.source_sha256),
-    ):
-        if here != there:
-            differs = f"{source} has {what} {str(here)[:12]}..., the recipe says {str(there)[:12]}..."
-            raise UsageError(f"{differs}; name the teacher that made this data by --teacher")
+    differs = recipe.teacher.difference(source, model=model, weights_sha256=weights, source_sha256=code)
+    if differs:
+        raise UsageError(f"{differs}; name the teacher that made this data by --teacher")

@@ -19,7 +19,7 @@ from pipeline.after.resolve import Resolved, Stored, resolve
 from pipeline.after.scan import Findings, in_order, scan_shard
 from pipeline.after.teacher import NoTeacher, TeacherSource
 from pipeline.config import VerifyConfig
-from pipeline.produce import Order
+from pipeline.produce import Order, device_here
 from pipeline.workers.once import run_once
 from storage_schemas.dataset import Dataset
 from storage_schemas.errors import UserError
@@ -44,6 +44,8 @@ def audit(dataset: Dataset, config: VerifyConfig) -> tuple[list[str], list[Check
     """What is wrong with the shards' bytes, and every check. Raises UserError for a teacher that isn't the recipe's."""
     assert config.audit
     refuse_segments(dataset.recipe)
+    if config.runner == "local":
+        device_here(config.device)
     source = TeacherSource(dataset.store, dataset.recipe, config.teacher)
     no_teacher = _why_no_teacher(source, config)
     scanned = scan(dataset, pick(dataset, config.audit, config.seed))

@@ -11,7 +11,7 @@ from diffusion.grids import make_grid
 from diffusion.process import Process
 from pipeline.after.duplicates import DIGITS, Sample
 from pipeline.after.teacher import TeacherSource
-from pipeline.produce import Order, Producer, pick_device
+from pipeline.produce import Order, Producer, device_here
 from pipeline.solve import memory_told, micro_batches, solve_batch, solve_ids
 from storage_schemas.commit import Task
 from storage_schemas.recipe import Recipe
@@ -108,7 +108,7 @@ def reproduce_one(source: TeacherSource, order: Order, stored: Stored) -> Replay
 
 def open_producer(source: TeacherSource, order: Order) -> Producer:
     """The recipe's teacher on the order's device, set up just as in `generate`."""
-    return Producer(order, source.load(device=pick_device(order.device)))
+    return Producer(order, source.load(device=device_here(order.device)))
 
 
 def replay(producer: Producer, stored: Stored) -> Replay:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from diffusion.teachers import Teacher, from_checkpoint, load_teacher
-from pipeline.weights import kept_weights
-from storage_schemas.canonical import digest
+from pipeline.weights import kept_weights, teacher_differs
 from storage_schemas.errors import StoreError, UserError
 from storage_schemas.recipe import Recipe
 from storage_schemas.store import Store
@@ -45,15 +44,8 @@ class TeacherSource:
         return None if saved is None else from_checkpoint(self.recipe.teacher.uri, saved, device=device)
 
     def _same(self, source: str, teacher: Teacher) -> Teacher:
-        told = self.recipe.teacher
-        for what, here, there in (
-            ("weights", teacher.weights_sha256, told.weights_sha256),
-            ("description", digest(teacher.model), digest(told.model)),
-            ("source code", teacher.source_sha256, told.source_sha256),
-        ):
-            if here != there:
-                differs = f"{source} has {what} {str(here)[:12]}, the recipe says {str(there)[:12]}"
-                raise NoTeacher(f"{differs}: name the teacher that made this data by --teacher")
+        if differs := teacher_differs(self.recipe, teacher, source):
+            raise NoTeacher(f"{differs}: name the teacher that made this data by --teacher")
         return teacher
 
 

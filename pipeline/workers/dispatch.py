@@ -152,7 +152,7 @@ class _Dispatch:
         self.sick.add(problem.machine)
         # One sick node fails the fastest of all. Two say that it is the teacher, and so does one that is alone.
         if not self.pool.ready and (len(self.sick) > 1 or not self.pool.starting):
-            raise WorkerError(reason)
+            raise WorkerError(reason, problem.exit_code)
         self.tell(reason)
         self._one_more_stillborn(reason)
 

@@ -17,6 +17,10 @@ IN_FLIGHT = 2
 class WorkerError(UserError):
     """No worker can do this job."""
 
+    def __init__(self, message: str, exit_code: int = UserError.exit_code) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
 
 @dataclass(frozen=True)
 class Ready:

@@ -28,9 +28,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from diffusion.devices import pick_device
 from diffusion.teachers import load_teacher
 from pipeline.config import GenerateConfig
-from pipeline.produce import pick_device
 from pipeline.recipe import build_recipe
 from pipeline.solve import denoise_of, solve_task
 from storage_schemas.command_line import parse
