@@ -1,13 +1,16 @@
 """What the repository says of itself holds: the README's commands, code, links and tables, and who imports what."""
 
+import random
 import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
+import torch
 
 from pipeline.__main__ import COMMANDS
 from storage_schemas.command_line import Command, main, parse
@@ -39,6 +42,14 @@ def test_a_command_of_the_readme_parses(program, words, tmp_path):
     (tmp_path / "rounds.yaml").write_text(rounds)
     command, *options = [str(tmp_path / word) if word == "rounds.yaml" else word for word in words]
     parse(PROGRAMS[program][command].config, options, program=program)
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+def test_a_test_draws_the_same_whichever_ran_before_it(turn):
+    assert random.random() == random.Random(0).random()
+    assert np.random.rand() == np.random.RandomState(0).rand()
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(0)))
+    assert hypothesis.settings.default.derandomize
 
 
 def test_the_readme_shows_every_part_of_the_main_job():

@@ -19,6 +19,7 @@ def main(store: str, out: Path, steps: int) -> None:
     """Some steps, from the state in `out` if there is one, and the state after them."""
     accelerator = Accelerator(cpu=True)
     stream = TrajectoryStream(store, batch_size=16)
+    torch.manual_seed(0)
     model = torch.nn.Linear(2, 2)
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.01))
     accelerator.register_for_checkpointing(stream)
