@@ -51,7 +51,7 @@ def audit(dataset: Dataset, config: VerifyConfig) -> tuple[list[str], list[Check
     scanned = scan(dataset, pick(dataset, config.audit, config.seed))
     found = scanned.findings
     if not found.rows:
-        return list(scanned.problems), [Check("audit", None, "there are no rows to look at")]
+        return list(scanned.problems), [Check("audit", False, "there are no rows to look at")]
     order = Order(dataset.store, dataset.recipe, dataset.layout, config.device, config.threads)
     if no_teacher:
         solved = [Check("solver error", None, no_teacher)]

@@ -30,6 +30,7 @@ def run_verify(config: VerifyConfig) -> int:
     size = sum(shard.bytes for shard in dataset.table)
     if config.as_json:
         figures = {"manifest": dataset.manifest.number, "shards": len(dataset.table), "bytes": size}
+        figures |= dict(zip(("rows", "ids"), _rows_of_ids(dataset), strict=True))
         print(json.dumps(figures | {"problems": problems, "checks": [plain(check) for check in checks]}))
     else:
         lines = [*problems, *(check.line for check in checks), *([tally(checks)] if checks else [])]
@@ -79,6 +80,7 @@ def check_manifest(dataset: Dataset) -> list[str]:
         "has another content than its digest": manifest.content_digest
         != content_digest(manifest.recipe_id, manifest.window, gaps),
         "does not follow from its parent": _is_orphan(dataset),
+        "has no row of any id": not any(manifest.rows.values()),
     }
     return [f"{name} {claim}" for claim, wrong in claims.items() if wrong]
 
@@ -101,6 +103,13 @@ def _is_orphan(dataset: Dataset) -> bool:
 
 
 def _summary(dataset: Dataset, size: int, wrong: int) -> str:
-    manifest = dataset.manifest
-    verdict = f"{wrong} problems" if wrong else "every byte matches its checksum, every id is there once"
-    return f"manifest {manifest.number} of {manifest.dataset}: {len(dataset.table)} shards, {size} bytes: {verdict}"
+    manifest, (rows, ids) = dataset.manifest, _rows_of_ids(dataset)
+    right = f"every byte matches its checksum, {'every id is there once' if rows == ids else 'no id is there twice'}"
+    what = f"{len(dataset.table)} shards, {size} bytes, {rows} of {ids} ids have rows"
+    return f"manifest {manifest.number} of {manifest.dataset}: {what}: {f'{wrong} problems' if wrong else right}"
+
+
+def _rows_of_ids(dataset: Dataset) -> tuple[int, int]:
+    """How many ids of the window have rows, and how many there are: the others are quarantined, or missing."""
+    bounds = (dataset.manifest.window.bounds(split) for split in SPLITS)
+    return sum(dataset.ids(split).count for split in SPLITS), sum(stop - start for start, stop in bounds)

@@ -14,6 +14,7 @@ from storage_schemas import paths
 from storage_schemas.dataset import open_dataset
 from storage_schemas.job import Failure, Heartbeat
 from storage_schemas.store import Store
+from tests.pipeline.wrong_shards import spoil
 
 
 @pytest.fixture
@@ -196,3 +197,26 @@ def test_a_failed_task_that_another_job_committed_is_not_missing(unsealed):
     opened.put_if_absent(paths.failure_path(job, failure.task), failure.to_bytes())
     status = job_status(opened, target, now=datetime.fromisoformat(at))
     assert status.state == "all tasks committed, not sealed"
+
+
+@pytest.mark.parametrize("words", [(), ("--audit", 4)])
+def test_a_dataset_without_a_row_is_wrong(store, pipeline, words):
+    """However well its checksums agree: the rest of an audit has nothing that it could find wrong."""
+    spoil(store, lost=lambda task: range(task.start, task.stop))
+    code, out, _ = pipeline("verify", store, *words)
+    assert (code, out.splitlines()[0]) == (1, "manifest 1 has no row of any id")
+    assert ("FAILED    audit: there are no rows to look at" in out) == bool(words)
+    assert "0 of 200 ids have rows: 1 problems" in out
+
+
+def test_verify_says_how_many_ids_have_rows(store, pipeline):
+    assert (
+        "200 of 200 ids have rows: every byte matches its checksum, every id is there once"
+        in pipeline("verify", store)[1]
+    )
+    spoil(store, lost=lambda task: [70, 150, 190] if task.split == "train" else [])
+    code, out, _ = pipeline("verify", store)
+    assert code == 0
+    assert "198 of 200 ids have rows: every byte matches its checksum, no id is there twice" in out
+    found = json.loads(pipeline("verify", store, "--json")[1])
+    assert (found["rows"], found["ids"]) == (198, 200)

@@ -18,8 +18,11 @@ from storage_schemas.store import Store
 CPU = torch.device("cpu")
 
 
-def spoil(folder, change, *, tasks=None):
-    """Write the named tasks (all by default) anew as change(columns, dataset, task) has them, and seal that."""
+def spoil(folder, change=lambda columns, dataset, task: columns, *, tasks=None, lost=lambda task: ()):
+    """Write the named tasks (all by default) anew as change(columns, dataset, task) has them, and seal that.
+
+    lost(task): ids that are quarantined.
+    """
     store = Store.open(str(folder))
     dataset = open_dataset(store)
     order = Order(store, dataset.recipe, dataset.layout, "cpu", 1)
@@ -29,7 +32,10 @@ def spoil(folder, change, *, tasks=None):
             columns = {name: np.array(column) for name, column in dataset.read(shard).items()}
             columns = change(columns, dataset, commit.task) or columns
             (Path(folder) / shard.commit_path).unlink()
-            solved = Solved(columns, commit.quarantined, commit.nfe)
+            ids = tuple(lost(commit.task))
+            kept = ~np.isin(columns["sample_id"], ids)
+            columns = {name: column[kept] for name, column in columns.items()} if ids else columns
+            solved = Solved(columns, commit.quarantined + ids, commit.nfe)
             publish(order, commit.task, solved, seconds=commit.seconds, machine=commit.machine)
     for manifest in Path(folder).glob(f"{paths.manifests_folder('main')}/*.json"):
         manifest.unlink()
