@@ -1,9 +1,11 @@
 """A task is one whole shard's range of ids; a commit is what makes the shard exist."""
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Annotated, Literal, Self
 
 import numpy as np
@@ -17,6 +19,7 @@ from storage_schemas.store import Store
 
 FOOTER = "footer"
 ALL_COLUMNS = "*"
+Data = bytes  # by another name, since a commit has a field `bytes`
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -104,6 +107,18 @@ class Commit(Document):
     def task(self) -> Task:
         """The task that this commit ends."""
         return Task(self.split, self.index, self.samples_per_shard)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the document as it is stored: what a table of shards names it by."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    @classmethod
+    def from_bytes(cls, data: Data, source: str) -> Self:
+        """The commit in `data`. Its digest is of these bytes: another release may have written other fields."""
+        commit = super().from_bytes(data, source)
+        commit.__dict__["digest"] = hashlib.sha256(data).hexdigest()
+        return commit
 
     @property
     def commit_path(self) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,6 +22,9 @@ from storage_schemas.store import Store
 
 LOOKS = 8
 """Times that the latest manifest is looked for anew, where it was listed and then pruned before it was read."""
+
+_BATCH = 4096
+"""Commits that are in memory at a time."""
 
 
 class LostRace(StoreError):
@@ -89,7 +93,7 @@ def read_shard_table(store: Store, manifest: Manifest) -> ShardTable:
 def seal(store: Store, draft: ManifestDraft, shards: ShardTable) -> Manifest:
     """The sealed manifest parent + 1. Shards outside the window are left out. LostRace if another writer was first."""
     inside = [shards.inside(split, *draft.window.bounds(split)) for split in SPLITS]
-    kept = inside[0].plus(inside[1])
+    kept = _attested(store, inside[0].plus(inside[1]))
     ids = {split: _ids(kept, draft.window, split) for split in SPLITS}
     _check_missing(draft, kept)
     table = kept.to_bytes(writer=draft.writer)
@@ -110,6 +114,19 @@ def seal(store: Store, draft: ManifestDraft, shards: ShardTable) -> Manifest:
         sealed_at=now,
     )
     return _put(store, manifest)
+
+
+def _attested(store: Store, shards: ShardTable) -> ShardTable:
+    """The shards, with the digests of those commits that an older release listed without and that are as listed."""
+    bare, found = shards.unattested, list[Shard]()
+    for first in range(0, len(bare), _BATCH):
+        batch = bare[first : first + _BATCH]
+        for shard, data in zip(batch, store.read_many([shard.commit_path for shard in batch]), strict=True):
+            with suppress(StoreError):  # a commit that can't be read is for `verify` to name
+                commit = Commit.from_bytes(data, shard.commit_path) if data else None
+                if commit and shard.lists(commit):
+                    found.append(Shard.of(commit))
+    return ShardTable.of(found).plus(shards) if found else shards
 
 
 def seal_floor(store: Store, parent: Manifest, *, writer: str, floor: Floor) -> Manifest:
@@ -212,7 +229,7 @@ class Dataset:
             commit = Commit.from_bytes(data, f"{self.store.uri}/{shard.commit_path}")
         except StoreError as error:
             raise CorruptShard(str(error)) from None
-        if (commit.sha256, commit.path) != (shard.sha256, shard.path):
+        if not shard.lists(commit):
             raise CorruptShard(f"{self.store.uri}/{shard.commit_path} is not what the manifest lists: restore it")
         return commit
 

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Self, overload
 
@@ -27,13 +27,17 @@ SCHEMA = pa.schema(
         ("sha256", pa.string()),
         ("commit_path", pa.string()),
         ("quarantined", pa.list_(pa.int64())),
+        ("commit_sha256", pa.string()),
     ]
 )
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One row of the table: a file with the rows of ids [start, stop) without the quarantined ones."""
+    """One row of the table: a file with the rows of ids [start, stop) without the quarantined ones.
+
+    commit_sha256: of the commit's own bytes; None in a row that a release wrote which knew of none.
+    """
 
     task: str
     split: Split
@@ -45,6 +49,7 @@ class Shard:
     sha256: str
     commit_path: str
     quarantined: tuple[int, ...]
+    commit_sha256: str | None = None
 
     @property
     def ids(self) -> np.ndarray:
@@ -59,13 +64,17 @@ class Shard:
             raise KeyError(f"some of these ids are not in {self.task}")
         return ids - self.start - np.searchsorted(lost, ids)
 
+    def lists(self, commit: Commit) -> bool:
+        """Whether this row is the commit's: all that both say is one, the digest too where the row has it."""
+        return Shard.of(commit) == replace(self, commit_sha256=self.commit_sha256 or commit.digest)
+
     @classmethod
     def of(cls, commit: Commit) -> Self:
         """The row of a commit."""
         task = commit.task
         return cls(
             task.name, task.split, task.start, task.stop, commit.path, commit.bytes, commit.rows, commit.sha256,
-            commit.commit_path, tuple(sorted(commit.quarantined)),
+            commit.commit_path, tuple(sorted(commit.quarantined)), commit.digest,
         )  # fmt: skip
 
 
@@ -90,7 +99,10 @@ class ShardTable(Sequence[Shard]):
     def from_bytes(cls, data: bytes) -> Self:
         """The table in a file."""
         # Without Arrow's thread pools: a program that ends soon after has been seen to abort in their shutdown.
-        return cls(pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False).cast(SCHEMA))
+        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+        if "commit_sha256" not in table.column_names:  # an older release's
+            table = table.append_column(SCHEMA.field("commit_sha256"), pa.nulls(len(table), pa.string()))
+        return cls(table.cast(SCHEMA))
 
     @classmethod
     def _sorted(cls, table: pa.Table) -> Self:
@@ -153,6 +165,11 @@ class ShardTable(Sequence[Shard]):
         """The other shards."""
         gone = pc.is_in(self.table["task"], value_set=pa.array(tasks, pa.string()))
         return type(self)(self.table.filter(pc.invert(gone)).combine_chunks())
+
+    @property
+    def unattested(self) -> Self:
+        """The shards whose commits the table names no digest of."""
+        return type(self)(self.table.filter(pc.is_null(self.table["commit_sha256"])))
 
     @cached_property
     def tasks(self) -> frozenset[str]:

@@ -19,7 +19,7 @@ def still_there(store: Store, listed: ShardTable) -> ShardTable:
     for shard, commit, whole in _looked_up(store, listed):
         if commit is not None and not whole:
             bare.append(commit)
-        elif commit is None or (commit.path, commit.sha256) != (shard.path, shard.sha256):
+        elif commit is None or not shard.lists(commit):
             lost.append(shard.task)
     if bare:
         raise StoreError(

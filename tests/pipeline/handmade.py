@@ -249,6 +249,7 @@ def listed_table(recipe: Recipe, layout: Layout, tasks: int) -> ShardTable:
         "sha256": [f"{index:064x}" for index in range(tasks)],
         "commit_path": [paths.commit_path(recipe.id, layout.id, name) for name in names],
         "quarantined": [[]] * tasks,
+        "commit_sha256": [f"{index:064x}" for index in range(tasks)],
     }
     return ShardTable(pa.table(columns, schema=SCHEMA))
 

@@ -14,6 +14,7 @@ from storage_schemas import paths
 from storage_schemas.dataset import open_dataset
 from storage_schemas.job import Failure, Heartbeat
 from storage_schemas.store import Store
+from tests.forged import forget_digests
 from tests.pipeline.wrong_shards import spoil
 
 
@@ -124,6 +125,9 @@ def test_a_commit_with_a_damaged_checksum_is_named(store, pipeline):
     commit = json.loads(path.read_bytes())
     next(chunk for chunk in commit["chunks"] if chunk["column"] == "noise")["xxh3"] = "0" * 32
     path.write_text(json.dumps(commit))
+    code, out, _ = pipeline("verify", store)
+    assert (code, "train-00000001.json is not what the manifest lists" in out) == (1, True)
+    forget_digests(Store.open(str(store)))
     code, out, _ = pipeline("verify", store)
     assert (code, out.count("train-00000001: ")) == (1, 1)
     assert "column noise, rows 0 to 63" in out

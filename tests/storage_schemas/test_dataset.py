@@ -1,6 +1,8 @@
+import hashlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from pydantic import ValidationError
 from storage_schemas import paths
 from storage_schemas.commit import Commit, Task, list_committed, put_commit, read_commits
 from storage_schemas.dataset import (
+    Dataset,
     LostRace,
     Pruned,
     latest_manifest,
@@ -203,6 +206,35 @@ def test_what_does_not_match_its_name_is_refused(store: Store, recipe: Recipe, s
     store.write(manifest.shards.path, b"PAR1")
     with pytest.raises(CorruptShard, match="is not what manifest 1 names"):
         read_shard_table(store, manifest)
+
+
+def test_a_table_attests_its_commits(store: Store, recipe: Recipe, shards: ShardTable) -> None:
+    seal(store, draft(recipe, missing=("train-00000002",)), shards)
+    dataset = open_dataset(store)
+    for shard in dataset.table:
+        assert shard.commit_sha256 == hashlib.sha256(store.read(shard.commit_path) or b"").hexdigest()
+    shard = dataset.table[0]
+    changed = dataset.commit(shard).model_copy(update={"nfe": 10**6})
+    store.write(shard.commit_path, changed.to_bytes())
+    with pytest.raises(CorruptShard, match="is not what the manifest lists"):
+        open_dataset(store).commit(shard)
+
+
+def test_a_table_of_an_older_release_opens_and_its_child_attests(
+    store: Store, recipe: Recipe, shards: ShardTable
+) -> None:
+    bare = [replace(shard, commit_sha256=None) for shard in shards]
+    first = seal(store, draft(recipe, missing=("train-00000002",)), shards)
+    old = ShardTable.of(bare).table.drop_columns(["commit_sha256"])
+    table = ShardTable.from_bytes(ShardTable(old).to_bytes(writer="an older release"))
+    assert list(table) == bare
+    dataset = Dataset(store, first, recipe, table)
+    assert dataset.commit(table[0]).task.name == table[0].task
+    store.remove(shards[-1].commit_path)
+    store.write(shards[1].commit_path, b"{}")
+    second = seal(store, draft(recipe, first, missing=("train-00000002",)), table)
+    known = [shard.commit_sha256 for shard in read_shard_table(store, second)]
+    assert known == [shards[0].commit_sha256, None, *(shard.commit_sha256 for shard in list(shards)[2:-1]), None]
 
 
 def test_a_pruned_manifest_is_told(store: Store, recipe: Recipe, shards: ShardTable) -> None:

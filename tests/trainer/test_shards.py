@@ -19,6 +19,7 @@ from storage_schemas.manifest import Floor
 from storage_schemas.ranges import checksum
 from storage_schemas.record import Columns, Field
 from storage_schemas.store import Store
+from tests.forged import forget_digests
 from tests.trainer import conftest
 from trainer.reading.chunks import Chunks, Reading
 from trainer.reading.rows import Rows, copy_rows
@@ -398,6 +399,7 @@ def lose_a_chunk(store: Store) -> str:
     commit = json.loads(path.read_bytes())
     commit["chunks"] = [chunk for chunk in commit["chunks"] if (chunk["first_row"], chunk["rows"]) != (16, 16)]
     path.write_text(json.dumps(commit))
+    forget_digests(store)
     return "chunks don't cover its 64 rows"
 
 
@@ -407,6 +409,7 @@ def swap_chunks(store: Store) -> str:
     first, second = [i for i, chunk in enumerate(commit["chunks"]) if chunk["column"] in ("output", ALL_COLUMNS)][:2]
     commit["chunks"][first], commit["chunks"][second] = commit["chunks"][second], commit["chunks"][first]
     path.write_text(json.dumps(commit))
+    forget_digests(store)
     return "chunks don't cover its 64 rows"
 
 
@@ -414,7 +417,7 @@ def say_otherwise(**changes) -> Callable[[Store], str]:
     def harm(store: Store) -> str:
         path = commit_file(store, 2)
         path.write_text(json.dumps(json.loads(path.read_bytes()) | changes))
-        return "says other things of train-00000002 than its manifest"
+        return "is not what the manifest lists"
 
     return harm
 
@@ -449,6 +452,7 @@ def test_row_groups_of_other_lengths_than_were_committed_are_refused(make, sourc
         longer = {0: (0, 15), 16: (15, 17)}.get(chunk["first_row"]) if chunk["rows"] else None
         chunk["first_row"], chunk["rows"] = longer or (chunk["first_row"], chunk["rows"])
     commit_file(store, 2).write_text(json.dumps(commit))
+    forget_digests(store)
     with pytest.raises(CorruptShard, match="row group 0 has 16 rows, its commit says 15"):
         source(store).load(np.arange(128, 192))
 
