@@ -4,6 +4,7 @@ compared with.
     sklearn:digits    scikit-learn's handwritten digits, 1797 of 1x8x8 with 10 classes
     npz:PATH          arrays `images` [n, C, H, W] (float in [-1, 1], or uint8), `labels` [n], and perhaps `split` [n]
                       of "train" and "reference"
+    folder:PATH@32    PNG, JPEG and WebP files, in class folders or in none: see storage_schemas/image_folder.py
     idx:FOLDER        MNIST's format, plain or .gz: train-images-idx3-ubyte is `train`, t10k-... is `reference`.
                       Fashion-MNIST, 1x28x28 with 10 classes: apt-get install dataset-fashion-mnist, which makes
                       idx:/usr/share/datasets/fashion-mnist
@@ -11,14 +12,13 @@ compared with.
                       npm install emoji-datasource-google@16.0.0, which makes emoji:node_modules/emoji-datasource-google
 
 `train` is every even row and `reference` every odd one, unless the source says otherwise: no teacher and no classifier
-ever sees the reference half.
+ever sees the reference half. Labels are classes 0 to n - 1, each with images, or -1 throughout where there are none.
 """
 
 import gzip
 import hashlib
 import json
 import re
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,12 +27,18 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from storage_schemas.image_folder import read_folder
+
 ImageSplit = Literal["train", "reference", "all"]
 
-_Arrays = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.str_]]
+_Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[np.str_]]
+"""Images as a source has them, uint8 or float in [-1, 1], labels and splits."""
 
-KINDS = "sklearn:digits, npz:PATH, idx:FOLDER or emoji:FOLDER@32"
+KINDS = "sklearn:digits, npz:PATH, idx:FOLDER, emoji:FOLDER@32 or folder:PATH@32"
 """Of sources, for help and errors."""
+
+_CHANNELS = (1, 3, 4)
+"""Of pictures: grey, RGB, RGBA."""
 
 _IDX_SPLITS = {"train": "train", "t10k": "reference"}
 _EMOJI_SIDE = 64
@@ -41,16 +47,80 @@ _EMOJI_SIDE = 64
 def read_images(uri: str, split: ImageSplit = "all") -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """(images float32 [n, C, H, W] in [-1, 1], labels int64 [n]) of one split, in the source's order.
 
-    Raises ValueError or FileNotFoundError in one line where there are none.
+    Raises ValueError or FileNotFoundError in one line where there are none, or where they can't be meant.
     """
     scheme, _, rest = uri.partition(":")
     if scheme not in _SOURCES:
-        raise ValueError(f"image source {uri!r} is unknown; use {KINDS}")
+        meant = f"; did you mean folder:{uri}@32?" if Path(uri).is_dir() else ""
+        raise ValueError(f"image source {uri!r} is unknown{meant or f'; use {KINDS}'}")
     images, labels, splits = _SOURCES[scheme](rest)
+    _check_images(uri, images)
+    _check_labels(uri, labels)
     rows = np.ones(len(images), dtype=bool) if split == "all" else splits == split
     if not rows.any():
         raise ValueError(f"image source {uri!r} has no {split} images; its splits are {', '.join(np.unique(splits))}")
-    return images[rows], labels[rows]
+    if split == "train" and len(lost := np.setdiff1d(labels, labels[rows])):
+        told = f"{uri} has no train image of class {lost[0]:g}"
+        raise ValueError(f"{told}; every class needs one, which the images of even places are unless `split` says so")
+    chosen = images[rows]
+    return _scaled(chosen) if chosen.dtype == np.uint8 else chosen.astype(np.float32), labels[rows].astype(np.int64)
+
+
+def num_classes(labels: NDArray[np.int64]) -> int | None:
+    """Classes of what `read_images` gave, None where it has no labels."""
+    return int(labels.max()) + 1 if labels.max() >= 0 else None
+
+
+def summary(uri: str, split: ImageSplit, images: NDArray[np.float32], labels: NDArray[np.int64]) -> str:
+    """What was read, in a line for the user."""
+    classes = num_classes(labels)
+    shape = "x".join(map(str, images.shape[1:]))
+    return f"{uri}: {len(images)} {split} images of {shape}, {f'{classes} classes' if classes else 'no labels'}"
+
+
+def _check_images(uri: str, images: NDArray[Any]) -> None:
+    """Refuse pixels that mean something else than [n, C, H, W] of [-1, 1], or of bytes."""
+    if not images.size:
+        raise ValueError(f"{uri} holds no images (their shape is {list(images.shape)}); name a source with some")
+    if images.dtype != np.uint8 and images.dtype.kind != "f":
+        raise ValueError(f"{uri} has images of {images.dtype}; save them as uint8 in 0..255, or as floats in [-1, 1]")
+    if _is_channels_last(images.shape):
+        told = f"{uri} has images {list(images.shape)}, which looks like [n, H, W, C], channels last"
+        raise ValueError(f"{told}; save images.transpose(0, 3, 1, 2), which is [n, C, H, W]")
+    lowest, highest = images.min(), images.max()
+    if not np.isfinite(lowest) or not np.isfinite(highest):
+        odd = int((~np.isfinite(images).all(axis=(1, 2, 3))).sum())
+        raise ValueError(f"{uri} has NaN or infinity in {odd} of {len(images)} images; leave those out")
+    if images.dtype == np.uint8:
+        if highest <= 1:
+            told = f"{uri} has bytes from {lowest} to {highest}, and white is 255"
+            raise ValueError(f"{told}; save images * 255, or floats in [-1, 1] if they are meant so")
+    elif lowest < -1 or highest > 1:
+        told = f"{uri} has images from {lowest:g} to {highest:g}, outside [-1, 1]"
+        raise ValueError(f"{told}; scale them, or save them as uint8 in 0..255")
+    elif lowest >= 0:
+        told = f"{uri} has images from {lowest:g} to {highest:g}, none below 0, and black is -1"
+        raise ValueError(f"{told}; save images * 2 - 1 if they are in [0, 1], or uint8 in 0..255 if they are meant so")
+
+
+def _is_channels_last(shape: tuple[int, ...]) -> bool:
+    """Whether [n, a, b, c] can hardly be [n, C, H, W]: c is a number of channels, and a is none, or a side as b is."""
+    _, a, b, c = shape
+    return c in _CHANNELS and c < b and (a not in _CHANNELS or a == b)
+
+
+def _check_labels(uri: str, labels: NDArray[Any]) -> None:
+    """Refuse what is no class of a network: it would get an output for every number up to the largest."""
+    if labels.dtype.kind in "biuf":
+        found = np.unique(labels)
+        if np.array_equal(found, np.arange(len(found))) or np.array_equal(found, [-1]):
+            return
+    else:
+        found = np.unique(labels.astype(str))
+    shown = [str(value) for value in found.tolist()]
+    values = ", ".join(shown if len(shown) <= 6 else [*shown[:3], "...", shown[-1]])
+    told = f"{uri} has labels {values}; classes are 0 to n - 1, with images of each"
+    raise ValueError(f"{told}: save numpy.unique(labels, return_inverse=True)[1]")
 
 
 def images_digest(images: NDArray[np.float32], labels: NDArray[np.int64]) -> str:
@@ -82,21 +152,20 @@ def _npz(path: str) -> _Arrays:
     images, labels = arrays["images"], arrays["labels"]
     splits = arrays["split"].astype(str) if "split" in arrays else _parity(len(images))
     if images.ndim != 4 or labels.shape != splits.shape or labels.shape != images.shape[:1]:
-        shapes = f"images {images.shape}, labels {labels.shape}, split {splits.shape}"
+        shapes = f"images {list(images.shape)}, labels {list(labels.shape)}, split {list(splits.shape)}"
         raise ValueError(f"npz:{path} holds {shapes}; save images [n, C, H, W], labels [n] and split [n]")
-    if images.dtype == np.uint8:
-        images = _scaled(images)
-    if not np.isfinite(images).all() or np.abs(images).max() > 1:
-        raise ValueError(f"npz:{path} holds images outside [-1, 1]; scale them, or save them as uint8")
-    return images.astype(np.float32), labels.astype(np.int64), splits
+    if len(odd := np.setdiff1d(splits, ["train", "reference"])):
+        raise ValueError(f"npz:{path} has a split {str(odd[0])!r}; save train or reference for each image")
+    return images, labels, splits
 
 
 def _read_npz(path: str) -> dict[str, NDArray[Any]]:
     try:
         with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-        raise ValueError(f"npz:{path} is no readable .npz; name one that numpy.savez wrote") from error
+            return {name: np.asarray(file[name]) for name in ("images", "labels", "split") if name in file}
+    except Exception as error:  # of numpy, zipfile and zlib, by a dozen names
+        pickled = "; it holds pickled objects, which are not loaded" if "allow_pickle" in str(error) else ""
+        raise ValueError(f"npz:{path} is no readable .npz{pickled}; name one that numpy.savez wrote") from error
 
 
 def _idx(folder: str) -> _Arrays:
@@ -106,7 +175,7 @@ def _idx(folder: str) -> _Arrays:
         raise ValueError(f"idx:{folder} holds images {shapes}; name the folder of one set")
     splits = [np.full(len(labels), split) for (_, labels), split in zip(parts, _IDX_SPLITS.values(), strict=True)]
     images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return _scaled(images[:, None]), labels.astype(np.int64), np.concatenate(splits)
+    return images[:, None], labels, np.concatenate(splits)
 
 
 def _idx_part(folder: Path, name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -201,4 +270,10 @@ def _parity(count: int) -> NDArray[np.str_]:
     return np.where(np.arange(count) % 2 == 0, "train", "reference")
 
 
-_SOURCES: dict[str, Callable[[str], _Arrays]] = {"sklearn": _sklearn, "npz": _npz, "idx": _idx, "emoji": _emoji}
+_SOURCES: dict[str, Callable[[str], _Arrays]] = {
+    "sklearn": _sklearn,
+    "npz": _npz,
+    "idx": _idx,
+    "emoji": _emoji,
+    "folder": read_folder,
+}

@@ -21,7 +21,7 @@ from diffusion.checkpoint import Checkpoint
 from diffusion.devices import pick_device
 from storage_schemas.command_line import Config
 from storage_schemas.errors import UsageError, usage_errors
-from storage_schemas.images import KINDS
+from storage_schemas.images import KINDS, num_classes
 from trainer.images import load_images
 
 _AT_ONCE = 1024
@@ -101,7 +101,10 @@ def run_classifier(config: ClassifierConfig) -> int:
 
 def classifier_spec(config: ClassifierConfig, images: Tensor, labels: Tensor) -> dict[str, Any]:
     """What model.json says of a classifier for these images."""
-    shape = {"sample_shape": list(images.shape[1:]), "num_classes": int(labels.max()) + 1}
+    classes = num_classes(labels.numpy())
+    if classes is None:
+        raise ValueError(f"{config.images} has no labels to tell apart; name images with a class each")
+    shape = {"sample_shape": list(images.shape[1:]), "num_classes": classes}
     size = {"width": config.width, "num_features": config.num_features}
     return {"kind": "classifier", "images": config.images, **shape, **size}
 

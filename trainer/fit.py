@@ -127,6 +127,8 @@ class Fit:
         return 0
 
     def _greet(self) -> None:
+        for line in self.plan.said:
+            self.log.say(line)
         for warning in self.warnings:
             self.log.say(f"warning: {warning}")
         if self.done:

@@ -9,7 +9,7 @@ import torch
 from diffusion.checkpoint import Checkpoint
 from diffusion.flow_map import FlowMap
 from diffusion.teachers import Teacher
-from storage_schemas.images import images_digest
+from storage_schemas.images import images_digest, num_classes, summary
 from storage_schemas.recipe import TeacherRecord
 from storage_schemas.store import Store
 from trainer.config import FitConfig
@@ -45,7 +45,7 @@ class Plan:
     """A fit in full. reads: what data it is, in a few words and digests; store: where it lies, if in one.
 
     shape: what its students share with the samples. labels: whether its samples have any. teacher: whoever made them,
-    on a device; made_by: its record. guidance: the scales that it was guided by.
+    on a device; made_by: its record. guidance: the scales that it was guided by. said: what a user reads first.
     """
 
     start: Callable[[], Checkpoint]
@@ -55,6 +55,7 @@ class Plan:
     shape: Shape
     holdout_error: Callable[[FlowMap, Stage], float] | None = None
     train_error: Callable[[FlowMap, Stage], float] | None = None
+    said: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     store: Store | None = None
     labels: bool = True
@@ -79,7 +80,7 @@ def plan_images(config: FitConfig) -> Plan:
     images, labels = load_images(config.images or "", "train")
     shape = Shape(
         sample_shape=tuple(images.shape[1:]),
-        num_classes=int(labels.max()) + 1,
+        num_classes=num_classes(labels.numpy()),
         process=_PROCESSES[config.process or "ve"],
         rms=float(images.double().square().mean().sqrt()),
     )
@@ -97,6 +98,8 @@ def plan_images(config: FitConfig) -> Plan:
         source=lambda columns: ArraySource(images, labels, digest),
         reads={"images": config.images, "split": "train", "count": len(images), "content_digest": digest},
         shape=shape,
+        labels=shape.num_classes is not None,
+        said=(summary(config.images or "", "train", images.numpy(), labels.numpy()),),
     )
 
 

@@ -7,6 +7,7 @@ from diffusion.grids import subset_indices, uniform_time
 from diffusion.process import RectifiedFlow
 from storage_schemas.dataset import Dataset
 from storage_schemas.errors import ManifestMismatch
+from storage_schemas.images import summary
 from storage_schemas.recipe import Recipe
 from storage_schemas.record import state_column
 from trainer.config import FitConfig
@@ -157,7 +158,7 @@ def _real_images(uri: str, recipe: Recipe) -> RealImages:
     if images.shape[1:] != recipe.sample_shape:
         told = f"images {uri} are {list(images.shape[1:])}, the samples are {list(recipe.sample_shape)}"
         raise ValueError(f"{told}; name images of theirs, or leave --images out to take stored outputs for real")
-    return RealImages(images, labels)
+    return RealImages(images, labels, said=summary(uri, "train", images.numpy(), labels.numpy()))
 
 
 def _matching_stage(name: str, objective: DistributionMatching | VariationalScore | ScoreIdentity) -> Stage:

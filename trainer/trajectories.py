@@ -56,6 +56,7 @@ def plan_trajectories(config: FitConfig, *, number: int | None) -> Plan:
         shape=shape,
         holdout_error=_error_on(config, dataset, "holdout") if has_holdout else None,
         train_error=_error_on(config, dataset, "train") if has_holdout and advised else None,
+        said=_images_said(planned[0].objective),
         warnings=_rounding_warnings(recipe, process, planned, rms),
         store=store,
         labels=recipe.condition.kind != "none",
@@ -84,6 +85,12 @@ def _beside(objective: Objective) -> dict[str, str]:
     if isinstance(distance := getattr(objective, "distance", None), Lpips):
         found["lpips_sha256"] = distance.sha256
     return found
+
+
+def _images_said(objective: Objective) -> tuple[str, ...]:
+    """What real images it reads beside the store, for the user."""
+    real = objective.real if isinstance(objective, DistributionMatching) else None
+    return (real.said,) if real else ()
 
 
 def start_student(config: FitConfig, dataset: Dataset, shape: Shape, first_time: float) -> Checkpoint:

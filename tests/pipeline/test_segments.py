@@ -119,16 +119,16 @@ def test_a_recipe_names_its_images_and_other_images_are_refused(images):
     assert recipe.id == recipe_of(classed(), uri, count=9, workers=3).id
     assert recipe.id != recipe_of(teacher, uri, condition="none").id
     path = uri.removeprefix("npz:")
-    np.savez(path, images=np.zeros((4, *SHAPE), np.float32), labels=np.zeros(4, int))
+    np.savez(path, images=np.full((4, *SHAPE), -0.5), labels=np.zeros(4, int))
     assert recipe.id != recipe_of(teacher, uri).id
     starting_images.cache_clear()
     with pytest.raises(UserError, match=r"holds images .* here, the recipe says .*: it changed"):
         solved(teacher, recipe, Task("train", 0, 128))
-    for label in (5, -1):
-        np.savez(path, images=np.zeros((4, *SHAPE), np.float32), labels=np.full(4, label))
+    for label, labels in ((5, np.arange(12) // 2), (-1, np.full(12, -1))):
+        np.savez(path, images=np.full((12, *SHAPE), -0.5), labels=labels)
         with pytest.raises(ValueError, match=f"has label {label}, the teacher has 5 classes"):
             recipe_of(teacher, uri)
-    np.savez(path, images=np.zeros((4, 1, 2, 2), np.float32), labels=np.zeros(4, int))
+    np.savez(path, images=np.full((4, 1, 2, 2), -0.5), labels=np.zeros(4, int))
     with pytest.raises(ValueError, match=r"has images \[1, 2, 2\], the teacher makes \[1, 2, 3\]"):
         recipe_of(teacher, uri)
 

@@ -79,6 +79,6 @@ def test_a_model_of_another_kind_is_refused(tmp_path):
 
 
 def test_too_small_images_are_refused(tmp_path):
-    np.savez(tmp_path / "dots.npz", images=np.zeros((4, 1, 2, 2)), labels=np.zeros(4))
+    np.savez(tmp_path / "dots.npz", images=np.full((4, 1, 2, 2), -0.5), labels=np.zeros(4))
     with pytest.raises(UsageError, match="4x4 or more"):
         run_classifier(ClassifierConfig(out=tmp_path, images=f"npz:{tmp_path}/dots.npz", steps=1))

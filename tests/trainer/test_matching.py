@@ -245,6 +245,8 @@ def test_real_images_are_of_the_samples_label_where_there_are_some():
     u = objective_uniforms(0, torch.arange(1500).numpy(), 1)[:, 0]
     picked = images.pick(stored, u).squeeze(1).view(5, 300).long()
     assert [sorted(set(row.tolist())) for row in picked] == [[0, 2, 5], [1, 4]] + [[0, 1, 2, 3, 4, 5]] * 3
+    plain = RealImages(torch.arange(6.0)[:, None], torch.full((6,), -1))
+    assert sorted(set(plain.pick(stored, u).flatten().tolist())) == [0, 1, 2, 3, 4, 5]
     # A run that follows its dataset finds the objective unchanged, with images read anew.
     options = {"times": (80.0, 0.0), "critic_steps": 1, "t_range": (0.0, 1.0), "seed": 0}
     anew = RealImages(torch.arange(6.0)[:, None], labels)

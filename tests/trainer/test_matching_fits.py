@@ -52,7 +52,7 @@ def test_a_killed_fit_ends_as_one_that_was_not(make_store, tmp_path, monkeypatch
 
 def test_what_a_teacher_or_images_cannot_be_is_refused_before_anything_begins(make_store, tmp_path, capsys):
     store = make_store(count=64)
-    np.savez(tmp_path / "other.npz", images=np.zeros((4, 1, 3, 3), np.uint8), labels=np.zeros(4, np.int64))
+    np.savez(tmp_path / "other.npz", images=np.full((4, 1, 3, 3), 9, np.uint8), labels=np.zeros(4, np.int64))
     for more, told in [
         (("vsd", "--critic.kind", "lora"), "critic.kind lora changes a network's weights, the teacher is a gaussian"),
         (("sid", "--objective.guidance", "2"), "objective.guidance 2.0 needs a teacher with classes"),

@@ -18,12 +18,17 @@ from trainer.stream import Batch
 class RealImages:
     """Images for the discriminator, of each sample's label, or of any where that has none.
 
-    They are kept on the device that first asked for them. digest: of them as they are given, on the CPU.
+    They are kept on the device that first asked for them. digest: of them as they are given, on the CPU. said: what
+    they are, in a line for the user.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, *, said: str = "") -> None:
+        self.said = said
         self.digest = images_digest(images.numpy(), labels.numpy())
-        self._images, self._counts = images[torch.argsort(labels, stable=True)], torch.bincount(labels)
+        self._images, self._counts = (
+            images[torch.argsort(labels, stable=True)],
+            torch.bincount(labels[labels >= 0], minlength=1),
+        )
 
     def pick(self, stored: Tensor, u: Tensor) -> Tensor:
         """Float32 [B, ...] for stored labels [B] and u in (0, 1), float64 [B]."""
