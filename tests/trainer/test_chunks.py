@@ -389,17 +389,6 @@ def test_a_map_is_shared_while_it_is_used_and_holds_no_descriptor(tmp_path):
     assert part.tolist() == [7] * 10
 
 
-def test_no_buffer_lies_between_two_maps(tmp_path):
-    """Else numpy would gather rows of both into it by way of a copy."""
-    maps, views, buffers = Maps(), [], []
-    for i in range(9):
-        (tmp_path / str(i)).write_bytes(bytes(3 << 20))
-        views.append(np.frombuffer(maps.open(str(tmp_path / str(i))), np.uint8))
-        buffers.append(np.empty(64 << 20, np.uint8))  # never of the heap
-    mapped = [view.ctypes.data for view in views]
-    assert not any(min(mapped) <= buffer.ctypes.data <= max(mapped) for buffer in buffers)
-
-
 def test_a_map_is_readable_until_the_process_is_gone(tmp_path):
     """A thread may still read while the interpreter ends."""
     (tmp_path / "a").write_bytes(b"x" * 5000)

@@ -1,3 +1,6 @@
+import ctypes
+import mmap
+
 import numpy as np
 import pytest
 import torch
@@ -45,6 +48,20 @@ def test_rows_of_tars_come_whole_too(nbytes, picks):
         out = np.zeros((len(pick), nbytes), np.uint8)
         copy_rows(where[pick], out)
         np.testing.assert_array_equal(out, np.concatenate(arrays)[pick])
+
+
+def test_rows_may_lie_as_far_apart_as_memory_reaches():
+    """At its lowest addresses and at its highest: what lies between is counted by the byte, and by rows of an item."""
+    nbytes, far = 16 << 10, np.full((2, 16 << 10), 7, np.uint8)
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype, libc.munmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t]
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    near = libc.mmap(1 << 32, nbytes, mmap.PROT_READ, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    assert near < 1 << 40
+    out = np.ones((3, nbytes), np.uint8)
+    copy_rows(np.array([far.ctypes.data, near, far.ctypes.data + nbytes]), out)
+    libc.munmap(near, nbytes)
+    assert out[:, [0, -1]].tolist() == [[7, 7], [0, 0], [7, 7]]
 
 
 def test_rows_are_copied_between_the_arrays_that_they_are_from():

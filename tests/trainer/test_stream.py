@@ -14,8 +14,9 @@ from storage_schemas.dataset import open_dataset
 from storage_schemas.errors import CorruptShard, ManifestMismatch
 from storage_schemas.record import Field
 from trainer.order import Lanes, default_block
+from trainer.reading import filler
 from trainer.reading.batch import Batch, BatchShape
-from trainer.reading.rows import Rows
+from trainer.reading.rows import Rows, copy_rows
 from trainer.reading.shards import ShardSource
 from trainer.stream import ArraySource, Stream, objective_uniforms
 
@@ -364,6 +365,23 @@ def test_a_stream_may_be_left_open_at_the_end_of_a_program():
     """Its threads, busy here, end before the interpreter does, which would abort in the middle of a copy."""
     done = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_copies_of_a_stream_start_no_threads_of_torchs(monkeypatch):
+    seen, before = [], torch.get_num_threads()
+
+    def note(addresses, out):
+        seen.append(torch.get_num_threads())
+        copy_rows(addresses, out)
+
+    monkeypatch.setattr(filler, "copy_rows", note)
+    torch.set_num_threads(3)
+    try:
+        take(Numbered(640), 4)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert {*seen} == {1}
 
 
 def test_close_does_not_wait_for_a_read_that_hangs():

@@ -1,11 +1,14 @@
 """Items made in a thread ahead of whoever takes them: windows ahead of batches, batches ahead of the step."""
 
 import contextlib
+import ctypes
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
+
+import torch
 
 T = TypeVar("T")
 
@@ -22,7 +25,8 @@ class Ahead(Generic[T]):
 
     So `limit` items at most are ready or being made. What the iterator raises is raised by `get` after the items
     before it, and by every later `get`. The queues let go of the interpreter only where there is nothing to take, so
-    that a step whose batch is ready does not wait for the thread to make another.
+    that a step whose batch is ready does not wait for the thread to make another. Torch's operations in the thread run
+    in it alone: the step has the other processors.
     """
 
     def __init__(self, items: Iterator[T], *, limit: int, name: str) -> None:
@@ -61,6 +65,7 @@ class Ahead(Generic[T]):
         self._ready.put(_Ended(_closed()))
 
     def _run(self, items: Iterator[T]) -> None:
+        _work_alone()
         try:
             while self._has_room():
                 self._ready.put(next(items))
@@ -74,6 +79,12 @@ class Ahead(Generic[T]):
         else:
             self._taken.get()
         return not self._closed
+
+
+def _work_alone() -> None:
+    """Torch's operations that this thread calls from now on run in it alone; others keep their number of threads."""
+    torch.get_num_threads()  # else the thread's first operation would set the number again
+    getattr(ctypes.CDLL(None), "omp_set_num_threads", lambda number: None)(1)
 
 
 def _closed() -> ValueError:

@@ -5,7 +5,6 @@ import errno
 import mmap
 import os
 import weakref
-from itertools import cycle
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,14 +14,6 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _FAILED = ctypes.c_void_p(-1).value
-
-_places = cycle(range(32 << 40, 64 << 40, 8 << 30))
-"""Addresses to ask for, one a map: a range of their own, in which no buffer lies.
-
-Rows of several maps are gathered out of one array that reaches from the first to the last, and numpy would fill a
-buffer that lies within that by way of a copy. Where an address is taken the system gives another, which costs no more
-than that.
-"""
 
 
 class Maps:
@@ -53,7 +44,7 @@ class Maps:
 def _map(handle: int, size: int) -> NDArray[np.uint8]:
     if not size:
         return np.empty(0, np.uint8)
-    address = _libc.mmap(next(_places), size, mmap.PROT_READ, mmap.MAP_SHARED, handle, 0)
+    address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, handle, 0)
     if address == _FAILED:
         number = ctypes.get_errno()
         raise OSError(number or errno.ENOMEM, os.strerror(number or errno.ENOMEM))

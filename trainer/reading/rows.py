@@ -13,14 +13,8 @@ from torch import Tensor
 from storage_schemas.record import Field
 from trainer.order import Ints
 
-_ALIGNED = 128
-"""Rows that all lie at multiples of so many bytes, or more, are copied faster in items of that size."""
-
-_ITEM = 512
-"""Bytes of an item at any address, at most: numpy lets other threads go on where it copies 500 items or more."""
-
-_PIECE = 256 << 10
-"""Bytes copied by one call from any address: numpy gathers into a temporary first, which should stay in the cache."""
+_ITEM = 16 << 10
+"""Bytes copied at once, at most: torch hands pieces of less than 32 KiB straight to memcpy."""
 
 
 @dataclass(frozen=True)
@@ -47,34 +41,15 @@ def copy_rows(addresses: Ints, out: NDArray[np.uint8]) -> None:
     """The bytes at each address into its row of `out`, uint8 [n, row bytes], C-contiguous."""
     if not len(addresses):
         return
-    start = int(addresses.min())
-    offsets = addresses - start
-    item = int(np.gcd.reduce(offsets, initial=out.shape[1]))
-    if item >= _ALIGNED:
-        _copy_aligned(start, offsets, out, item)
-    else:
-        _copy_scattered(start, offsets, out)
-
-
-def _copy_aligned(start: int, offsets: Ints, out: NDArray[np.uint8], item: int) -> None:
-    """Rows whose offsets are multiples of `item`, as all of a tar's are of 512: one gather, straight into `out`."""
-    in_row = out.shape[1] // item
-    memory = _memory(start, int(offsets.max()) // item + in_row, item, stride=item)
-    items = (offsets // item)[:, None] + np.arange(in_row)
-    # Every index is in range. The default mode would look for one that is not, and so gather into a temporary first.
-    np.take(memory, items.ravel(), out=out.reshape(-1).view(memory.dtype), mode="clip")
-
-
-def _copy_scattered(start: int, offsets: Ints, out: NDArray[np.uint8]) -> None:
-    """Rows at any offset, out of an array that has an item at every byte, so that an index is an address."""
     nbytes = out.shape[1]
     item = _item_bytes(nbytes)
-    memory = _memory(start, int(offsets.max()) + nbytes - item + 1, item, stride=1)
-    items = (offsets[:, None] + np.arange(0, nbytes, item)).ravel()
-    target = out.reshape(-1).view(memory.dtype)
-    for first in range(0, len(items), _PIECE // item):
-        piece = slice(first, first + _PIECE // item)
-        target[piece] = memory[items[piece]]
+    start = int(addresses.min())
+    items = (addresses[:, None] - start + np.arange(0, nbytes, item)).ravel()
+    # An item begins at every byte, so that an index is an address. Torch's gather takes such an array and writes
+    # straight into `out`; numpy's would go by way of a temporary.
+    last = int(items.max())
+    memory = torch.from_numpy(np.asarray(_Memory(start, last + item))).as_strided((last + 1, item), (1, 1))
+    torch.index_select(memory, 0, torch.from_numpy(items), out=torch.from_numpy(out.reshape(-1, item)))
 
 
 @cache
@@ -97,15 +72,8 @@ def gathered(rows: Rows, fields: Sequence[Field]) -> tuple[Tensor, dict[str, Ten
     return torch.from_numpy(rows.condition.copy()), states
 
 
-def _memory(start: int, length: int, item: int, *, stride: int) -> NDArray[np.void]:
-    """`length` items of the process's memory from the address `start` on, one every `stride` bytes."""
-    return np.asarray(_Memory(start, length, item, stride))
-
-
 class _Memory:
-    """What numpy needs to know of memory that it does not own."""
+    """What numpy needs to know of memory that it does not own; torch would warn of memory that is only for reading."""
 
-    def __init__(self, start: int, length: int, item: int, stride: int) -> None:
-        self.__array_interface__ = {
-            "version": 3, "data": (start, True), "shape": (length,), "strides": (stride,), "typestr": f"|V{item}",
-        }  # fmt: skip
+    def __init__(self, start: int, length: int) -> None:
+        self.__array_interface__ = {"version": 3, "data": (start, False), "shape": (length,), "typestr": "|u1"}
