@@ -52,7 +52,9 @@ def contenders() -> Iterator[Contender]:
     yield Contender("litdata", "by_litdata", workers=WORKERS, peer=True)
     yield Contender("datasets", "by_datasets", peer=True)
     yield Contender("Ray Data", "by_ray", peer=True)
+    yield Contender("Lance", "by_lance", peer=True)
     yield Contender("DataLoader over memmaps", "by_memmaps", workers=WORKERS)
+    yield Contender("SPDL threads over memmaps", "by_spdl", workers=WORKERS[1:], peer=True)
     for name, form in FORMATS.items():
         yield Contender(f"limit: C gather, {name}", "limits", {"form": form})
     yield Contender("limit: memory copy", "limits")

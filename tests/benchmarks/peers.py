@@ -18,6 +18,7 @@ PYTHON = FOLDER / "bin" / "python"
 PINNED = """
     mosaicml-streaming==0.13.0 python-snappy==0.7.3 cramjam==2.14.0 Brotli==1.2.1 zstd==1.5.7.2 catalogue==2.0.10
     litdata==0.2.76 tifffile==2026.3.3 obstore==0.12.1
+    spdl-core==0.8.0 pylance==14.0.2 lance-namespace==0.13.0
     datasets==5.2.0 pandas==3.1.1 dill==0.4.1 multiprocess==0.70.19
 """
 

@@ -14,7 +14,9 @@ NAME = "DataLoader over memmaps"
 
 
 def write(folder: Path) -> None:
-    """One .npy file a column."""
+    """One .npy file a column, which SPDL's threads read, too."""
+    if (folder / "memmaps").exists():
+        return
     (folder / "memmaps").mkdir()
     shards = list(every_shard(folder))
     for name in ("condition", *STATES):
