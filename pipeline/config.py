@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from tyro.conf import Positional, arg
 
 from storage_schemas.command_line import Config
+from storage_schemas.commit import MOST_QUARANTINED
 
 DatasetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="name of the dataset in the store")]
 
@@ -157,8 +158,16 @@ class JobConfig(WorkerConfig):
     samples_per_shard: int = Field(2048, ge=1, description="samples in a shard, which is one task")
     micro_batch: MicroBatch = 256
     single_writer: bool = Field(False, description="allow storage without conditional create; one job at a time")
-    recheck: bool = Field(False, description="look every listed shard up, and make again what is lost")
+    recheck: bool = Field(
+        False, description="look every listed shard up, and make again what is lost or holds quarantined samples"
+    )
     max_missing: int = Field(0, ge=0, description="tasks that may stay missing in a sealed manifest")
+    max_quarantined: float = Field(
+        MOST_QUARANTINED,
+        ge=0,
+        le=1,
+        description="part of the samples that may lack because they are not finite",
+    )
     max_attempts: int = Field(3, ge=1, description="tries of a task before it is set aside")
     straggler_seconds: float | None = Field(
         None, gt=0, description="a task's deadline; 20 times the median task if unset, and 600 s at least"

@@ -13,7 +13,7 @@ from pipeline.outcome import Outcome, What, names, tell
 from pipeline.plan import Aim, Goal, Nothing, Policy, Wanted, grow, missing_tasks
 from pipeline.prepare import Run, keep_recipe, prepare
 from pipeline.upkeep.keep import Lapsed, Place, StaleCommits, check_committed
-from pipeline.upkeep.recheck import still_there
+from pipeline.upkeep.recheck import still_there, whole
 from pipeline.work import adopt, announce, solve_missing
 from pipeline.workers.drain import Stopped, stoppable
 from storage_schemas import paths
@@ -21,7 +21,7 @@ from storage_schemas.commit import Task
 from storage_schemas.dataset import LostRace, Pruned, latest_manifest, read_shard_table, seal
 from storage_schemas.errors import UsageError, UserError, without_credentials
 from storage_schemas.job import JobState
-from storage_schemas.manifest import Manifest
+from storage_schemas.manifest import Manifest, Window
 from storage_schemas.record import SPLITS
 from storage_schemas.shards import ShardTable
 
@@ -135,9 +135,9 @@ def fulfil(run: Run, goal: Goal, pulse: Pulse) -> Outcome:
 
 
 def _listed(run: Run, goal: Goal) -> ShardTable:
-    """What the parent lists and counts for the goal; it is looked up only if that was asked for."""
+    """What the parent lists and counts for the goal; a recheck counts what is still there and lacks no sample."""
     listed = read_shard_table(run.store, goal.parent) if goal.parent and goal.continues else ShardTable.of([])
-    return still_there(run.store, listed) if run.config.recheck else listed
+    return whole(still_there(run.store, listed)) if run.config.recheck else listed
 
 
 def _sealed(run: Run, goal: Goal, listed: ShardTable, needed: list[Task]) -> Outcome:
@@ -156,24 +156,41 @@ def _sealed(run: Run, goal: Goal, listed: ShardTable, needed: list[Task]) -> Out
     if len(missing) > run.config.max_missing:
         return replace(done, what="failed", why=_lacking(run, missing))
     new = ShardTable.of([run.shards[task.name] for task in needed if task.name in run.shards])
-    same = goal.parent and (goal.parent.window, goal.parent.missing) == (goal.window, missing)
-    if goal.continues and same and not len(new):
+    table = listed.plus(new)
+    before = goal.parent if goal.continues else None
+    same = before and (before.window, before.missing) == (goal.window, missing)
+    if before and same and (not len(new) or table.table == read_shard_table(run.store, before).table):
         why = f"still missing {names(missing)}" if missing else "every listed shard is there"
         return replace(done, what="nothing", why=why)
-    manifest = seal(run.store, goal.draft(run.job, missing), listed.plus(new))
-    return replace(done, manifest=manifest, quarantined=_quarantined(new, manifest))
+    if too_many := _too_many_quarantined(run, goal, table):
+        return replace(done, what="failed", why=too_many)
+    manifest = seal(run.store, goal.draft(run.job, missing), table)
+    return replace(done, manifest=manifest, quarantined=_quarantined(new, goal.window))
 
 
 def _lacking(run: Run, missing: tuple[str, ...]) -> str:
     first = run.failures.get(missing[0])
     why = f" ({missing[0]}: {first.error})" if first else ""
-    return f"{len(missing)} tasks are missing, {run.config.max_missing} may be: {names(missing)}{why}"
+    lacking = f"{len(missing)} tasks are missing, {run.config.max_missing} may be: {names(missing)}{why}"
+    return f"{lacking}; generate again to retry, or raise --max-missing"
 
 
-def _quarantined(new: ShardTable, manifest: Manifest) -> tuple[str, ...]:
+def _too_many_quarantined(run: Run, goal: Goal, table: ShardTable) -> str | None:
+    """Why the window of a table that lacks more than --max-quarantined of its samples isn't sealed."""
+    lost = _quarantined(table, goal.window)
+    ids = sum(stop - start for start, stop in map(goal.window.bounds, SPLITS))
+    if len(lost) <= run.config.max_quarantined * ids:
+        return None
+    return (
+        f"{len(lost)} of {ids} samples are not finite, {run.config.max_quarantined:g} of them may be: {names(lost)}; "
+        "generate --recheck to solve them again, or raise --max-quarantined"
+    )
+
+
+def _quarantined(table: ShardTable, window: Window) -> tuple[str, ...]:
     """Samples of the window that these shards lack because they were not finite: train 17, holdout 3, ..."""
-    bounds = {split: range(*manifest.window.bounds(split)) for split in SPLITS}
-    return tuple(f"{shard.split} {i}" for shard in new for i in shard.quarantined if i in bounds[shard.split])
+    bounds = {split: range(*window.bounds(split)) for split in SPLITS}
+    return tuple(f"{shard.split} {i}" for shard in table.lacking for i in shard.quarantined if i in bounds[shard.split])
 
 
 def _say(line: str) -> None:

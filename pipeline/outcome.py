@@ -73,8 +73,7 @@ def tell(outcome: Outcome, store: str, *, as_json: bool) -> None:
 def _lines(outcome: Outcome, store: str) -> list[str]:
     seconds = f"{outcome.seconds:.1f} s"
     if outcome.what == "failed":
-        see = f"see `python -m pipeline status {store}`"
-        return [f"nothing sealed: {outcome.why}; {see}, generate again to retry, or raise --max-missing"]
+        return [f"nothing sealed: {outcome.why}; see `python -m pipeline status {store}`"]
     if outcome.what == "nothing":
         lead = "nothing new" if outcome.needed else "nothing to do"
         why = f", {outcome.why}" if outcome.why else ""

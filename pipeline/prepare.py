@@ -34,6 +34,7 @@ class Run:
     job: str = ""
     shards: dict[str, Shard] = field(default_factory=dict)
     tried: set[str] = field(default_factory=set)
+    again: set[str] = field(default_factory=set)
     failures: dict[str, Failure] = field(default_factory=dict)
 
 

@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -22,7 +22,15 @@ from pipeline.segments import starting_images
 from pipeline.solve import Solved, denoise_of, solve_task
 from pipeline.weights import kept_weights, teacher_differs
 from storage_schemas import formats, paths
-from storage_schemas.commit import Commit, Task, column_statistics, put_commit, read_commit
+from storage_schemas.commit import (
+    Commit,
+    Task,
+    column_statistics,
+    is_sick,
+    put_commit,
+    read_commit,
+    replace_commit,
+)
 from storage_schemas.errors import UserError, usage_errors, without_credentials
 from storage_schemas.layout import Layout
 from storage_schemas.recipe import DataStart, Recipe
@@ -44,13 +52,14 @@ class LateAttempt(UserError):
 
 @dataclass(frozen=True)
 class Order:
-    """All that a worker must know, small enough to send."""
+    """All that a worker must know, small enough to send. again: tasks that have a commit and are solved again."""
 
     store: Store
     recipe: Recipe
     layout: Layout
     device: str
     threads: int
+    again: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -80,19 +89,34 @@ class Producer:
         self._solving = threading.Lock()
 
     def run(self, task: Task) -> Commit:
-        """The commit that stands for the task: ours, or that of whoever was first."""
+        """The commit that stands for the task: ours, or that of whoever was first.
+
+        A first one that is sick counts for nothing; one that is solved again, and loses as many samples, stands.
+        """
         order = self.order
         with self._solving:
             there = read_commit(order.store, order.recipe.id, order.layout.id, task.name)
-            if there is not None:
+            sick = there is not None and is_sick(task, there.quarantined, order.recipe.micro_batch)
+            if there is not None and not sick and task.name not in order.again:
                 return there
             started = time.perf_counter()
             solved = solve_task(order.recipe, self.denoise, self.teacher.process, task, device=self.device)
             seconds = time.perf_counter() - started
-        return publish(order, task, solved, seconds=seconds, machine=self.machine)
+        if there is not None and not sick and len(solved.quarantined) >= len(there.quarantined):
+            return there
+        commit = put_commit if there is None else replace_commit
+        return publish(order, task, solved, seconds=seconds, machine=self.machine, commit=commit)
 
 
-def publish(order: Order, task: Task, solved: Solved, *, seconds: float, machine: dict[str, str]) -> Commit:
+def publish(
+    order: Order,
+    task: Task,
+    solved: Solved,
+    *,
+    seconds: float,
+    machine: dict[str, str],
+    commit: Callable[[Store, Commit], Commit] = put_commit,
+) -> Commit:
     """Encode to scratch, upload under a name of this attempt, then commit if nobody has."""
     attempt, recipe, layout = paths.new_attempt(), order.recipe, order.layout
     path = paths.shard_path(recipe.id, layout.id, task.name, attempt, layout.suffix)
@@ -105,7 +129,7 @@ def publish(order: Order, task: Task, solved: Solved, *, seconds: float, machine
         begun = utc()
         order.store.upload(local, path)
     committed_at = in_time(task, begun)
-    commit = Commit(
+    ours = Commit(
         split=task.split,
         index=task.index,
         samples_per_shard=task.samples_per_shard,
@@ -125,7 +149,7 @@ def publish(order: Order, task: Task, solved: Solved, *, seconds: float, machine
         labels=label_histogram(solved.columns["condition"]),
         committed_at=committed_at.isoformat(timespec="seconds"),
     )
-    return put_commit(order.store, commit)
+    return commit(order.store, ours)
 
 
 def utc() -> datetime:

@@ -14,7 +14,7 @@ from diffusion.denoiser import Guided
 from diffusion.process import Process
 from diffusion.solvers import Solution, solve
 from pipeline.segments import draw_starts, two_steps
-from storage_schemas.commit import Task
+from storage_schemas.commit import Task, is_sick
 from storage_schemas.errors import UserError
 from storage_schemas.recipe import NoCondition, Recipe, UniformLabels
 from storage_schemas.record import NO_CONDITION, SEGMENT_STATES, Columns, to_storage
@@ -27,6 +27,10 @@ ALLOCATORS_SAY = ("out of memory", "can't allocate memory", "not enough memory",
 
 class OutOfMemory(UserError):
     """A micro-batch that this device, or what others leave of it, has no room for."""
+
+
+class NotFinite(UserError):
+    """So many samples are not finite that it is the worker's doing, or the teacher's, and not the samples'."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,19 @@ def solve_task(recipe: Recipe, denoise: nn.Module, process: Process, task: Task,
     """Every sample of a task, micro-batch by micro-batch, in ascending order of ids. OutOfMemory if one is too large.
 
     It is never solved in smaller ones instead: a network's last bits hang on the batch size, which the recipe states.
+    NotFinite as soon as too few of the samples are finite to believe the others.
     """
-    batches = [
-        solve_batch(recipe, denoise, process, task.split, ids, device=device)
-        for ids in micro_batches(task, recipe.micro_batch)
-    ]
+    batches, lost = list[Solved](), tuple[int, ...]()
+    for ids in micro_batches(task, recipe.micro_batch):
+        batches.append(solve_batch(recipe, denoise, process, task.split, ids, device=device))
+        lost += batches[-1].quarantined
+        if is_sick(task, lost, recipe.micro_batch):
+            raise NotFinite(
+                f"{len(lost)} of its first {len(batches) * recipe.micro_batch} samples are not finite: its worker's "
+                f"device ({device}) is sick, or the teacher is: look at both, then generate again"
+            )
     columns = {name: np.concatenate([batch.columns[name] for batch in batches]) for name in batches[0].columns}
-    return Solved(columns, sum((batch.quarantined for batch in batches), ()), batches[0].nfe)
+    return Solved(columns, lost, batches[0].nfe)
 
 
 def micro_batches(task: Task, size: int) -> Iterator[np.ndarray]:

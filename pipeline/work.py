@@ -16,7 +16,7 @@ from pipeline.workers.fleet import Fleet
 from pipeline.workers.local import local_fleet
 from pipeline.workers.patience import Patience
 from storage_schemas import paths
-from storage_schemas.commit import Commit, Task
+from storage_schemas.commit import Commit, Task, is_sick
 from storage_schemas.job import Failure
 from storage_schemas.record import SPLITS
 from storage_schemas.shards import Shard
@@ -35,10 +35,21 @@ def announce(run: Run, goal: Goal, needed: list[Task]) -> None:
 
 
 def adopt(run: Run, needed: list[Task]) -> None:
-    """Take what is committed already, by an earlier run that died or by a job beside this one."""
-    names = [task.name for task in needed if task.name not in run.shards]
-    if names:
-        run.shards |= adoptable(run.store, run.job, Place(run.recipe.id, run.layout.id), names, datetime.now(UTC))
+    """Take what is committed already, by an earlier run that died or by a job beside this one.
+
+    Nobody takes what a sick worker committed; a recheck takes no task whose samples were quarantined. Both are solved
+    again.
+    """
+    tasks = {task.name: task for task in needed if task.name not in run.shards}
+    if not tasks:
+        return
+    found = adoptable(run.store, run.job, Place(run.recipe.id, run.layout.id), list(tasks), datetime.now(UTC))
+    for name, shard in found.items():
+        sick = is_sick(tasks[name], shard.quarantined, run.recipe.micro_batch)
+        if sick or (run.config.recheck and shard.quarantined):
+            run.again.add(name)
+        else:
+            run.shards[name] = shard
 
 
 def solve_missing(run: Run, tasks: list[Task]) -> None:
@@ -77,7 +88,8 @@ def _record(run: Run, outcome: Commit | Failure) -> None:
 
 @contextmanager
 def _fleet(run: Run, workers: int) -> Iterator[Fleet]:
-    order = Order(run.store, run.recipe, run.layout, run.config.device, run.config.threads)
+    again = frozenset(run.again)
+    order = Order(run.store, run.recipe, run.layout, run.config.device, run.config.threads, again)
     fleet = _ray_fleet(order, run.config, workers) if run.config.runner == "ray" else local_fleet(order, workers)
     try:
         yield fleet

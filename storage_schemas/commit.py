@@ -2,7 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -16,6 +17,12 @@ from storage_schemas.documents import SCHEMA_VERSION, Document
 from storage_schemas.recipe import Sha256
 from storage_schemas.record import Columns, Split, from_storage
 from storage_schemas.store import Store
+
+MOST_QUARANTINED = 0.01
+"""Of a window's ids, how many may have no row because they were not finite, by default."""
+
+SICK = 0.1
+"""Of a task's samples, how many may not be finite before that is its worker's doing."""
 
 FOOTER = "footer"
 ALL_COLUMNS = "*"
@@ -124,6 +131,21 @@ class Commit(Document):
     def commit_path(self) -> str:
         """Where this document lies."""
         return paths.commit_path(self.recipe_id, self.layout_id, self.task.name)
+
+
+def is_sick(task: Task, quarantined: Collection[int], micro_batch: int) -> bool:
+    """Whether so many of a task's samples are not finite that nobody should believe whoever solved them.
+
+    That is more than a tenth of the task, or a whole micro-batch of more than one sample.
+    """
+    batches = Counter(i // micro_batch for i in quarantined).values()
+    return len(quarantined) > SICK * task.samples_per_shard or (micro_batch > 1 and micro_batch in batches)
+
+
+def replace_commit(store: Store, commit: Commit) -> Commit:
+    """Ours in the place of one whose samples were quarantined; of two who replace one, either's rows are right."""
+    store.write(commit.commit_path, commit.to_bytes())
+    return commit
 
 
 def put_commit(store: Store, commit: Commit) -> Commit:

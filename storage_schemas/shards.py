@@ -172,6 +172,11 @@ class ShardTable(Sequence[Shard]):
         return type(self)(self.table.filter(pc.is_null(self.table["commit_sha256"])))
 
     @cached_property
+    def lacking(self) -> Self:
+        """The shards that quarantined ids have no row in."""
+        return type(self)(self.table.filter(pc.greater(pc.list_value_length(self.table["quarantined"]), 0)))
+
+    @cached_property
     def tasks(self) -> frozenset[str]:
         """Names of the tasks."""
         return frozenset(self.table["task"].to_pylist())

@@ -17,6 +17,7 @@ from pipeline.after.normality import FEWEST, chi_square_tail, judge_noise
 from pipeline.after.resolve import Stored
 from pipeline.after.scan import Findings, labels_asked
 from pipeline.solve import draw_labels
+from storage_schemas.commit import MOST_QUARANTINED
 from storage_schemas.dataset import Dataset
 from storage_schemas.recipe import Recipe, UniformLabels
 from storage_schemas.record import NO_CONDITION, SPLITS, to_storage
@@ -25,7 +26,6 @@ FALSE_ALARM = 1e-4
 RANDOM_CHECKS = 7
 ALARM = FALSE_ALARM / RANDOM_CHECKS
 
-MOST_QUARANTINED = 0.01
 LABELS_EACH = 5.0
 LISTED = 100
 

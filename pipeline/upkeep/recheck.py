@@ -30,6 +30,11 @@ def still_there(store: Store, listed: ShardTable) -> ShardTable:
     return listed.without(lost)
 
 
+def whole(listed: ShardTable) -> ShardTable:
+    """The shards that lack no sample: those of the others are solved again, since a sick worker may have lost them."""
+    return listed.without([shard.task for shard in listed.lacking])
+
+
 def _looked_up(store: Store, listed: ShardTable) -> Iterator[tuple[Shard, Commit | None, bool]]:
     """Each shard with the commit of its task, and whether that commit's file has its size."""
 

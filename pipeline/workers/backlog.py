@@ -1,7 +1,7 @@
 """Tasks that wait, how often each was tried, and which worker may have which. Every step costs O(1)."""
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pipeline.produce import Problem
 from storage_schemas.commit import Task, utc_now
@@ -9,6 +9,9 @@ from storage_schemas.job import Failure
 
 LOOK_AHEAD = 16
 """Retries that are looked at for a worker that didn't fail them itself."""
+
+MayTry = Callable[[int], bool]
+"""Whether the worker that is asked for may have a task that raised on this one."""
 
 NODE_LOSSES = 5
 """Times that a task's whole node may die before that is the task's doing. They count apart from its attempts: on spot
@@ -33,17 +36,17 @@ class Backlog:
     def __len__(self) -> int:
         return len(self._fresh) + len(self._again) + len(self._alone)
 
-    def first(self, worker: int, *, sole: bool) -> Task | None:
-        """The next task for a worker that has none; a sole worker may have those again that it failed itself."""
-        return self._alone.popleft() if self._alone else self.second(worker, sole=sole)
+    def first(self, may_try: MayTry) -> Task | None:
+        """The next task for a worker that has none."""
+        return self._alone.popleft() if self._alone else self.second(may_try)
 
-    def second(self, worker: int, *, sole: bool) -> Task | None:
+    def second(self, may_try: MayTry) -> Task | None:
         """The next task for a worker that has one already."""
         if self._fresh:
             return self._fresh.popleft()
         for _ in range(min(LOOK_AHEAD, len(self._again))):
             task, failed_on = self._again.popleft()
-            if sole or failed_on != worker:
+            if may_try(failed_on):
                 return task
             self._again.append((task, failed_on))
         return None

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from pipeline.produce import Problem
-from pipeline.workers.backlog import Backlog
+from pipeline.workers.backlog import Backlog, MayTry
 from pipeline.workers.drain import Drain, told
 from pipeline.workers.fleet import IN_FLIGHT, Died, Event, Finished, Fleet, Leaving, Ready, WorkerError
 from pipeline.workers.patience import Deadline, Patience, RoomWatch
@@ -99,21 +99,30 @@ class _Dispatch:
 
     def _hand_out(self) -> None:
         """A first task for every idle worker, then second ones, but for those that workers still starting will need."""
-        pool, sole = self.pool, self.workers == 1
+        pool = self.pool
         for worker in list(pool.idle):
-            if task := self.backlog.first(worker, sole=sole):
+            if task := self.backlog.first(self._may_try(worker)):
                 pool.give(worker, task, alone=self.backlog.is_suspect(task))
         while pool.open and len(self.backlog) > len(pool.starting):
             worker = next(iter(pool.open))
-            task = self.backlog.second(worker, sole=sole)
+            task = self.backlog.second(self._may_try(worker))
             if task is None:
                 pool.open.move_to_end(worker)  # another one is asked first next time
                 return
             pool.give(worker, task, alone=False)
 
+    def _may_try(self, worker: int) -> MayTry:
+        """A sole worker may have those again that it failed itself; others what raised elsewhere."""
+        return lambda failed_on: self.workers == 1 or self.pool.is_elsewhere(worker, failed_on)
+
     def _end_unneeded(self) -> None:
-        """Their GPUs are free for others now. A worker that failed all tasks that wait is idle too: another starts."""
+        """Their GPUs are free for others now. A worker that failed all tasks that wait is idle too: another starts.
+
+        One that may try none of them from the beginning is where they failed, and so would the next one be.
+        """
         for worker in list(self.pool.idle):
+            if self.backlog and worker not in self.pool.used:
+                self.start_at = self.clock() + PAUSE_SECONDS
             self.pool.end(worker)
         while len(self.pool.starting) > len(self.backlog):
             self.pool.end(next(reversed(self.pool.starting)))
@@ -128,7 +137,7 @@ class _Dispatch:
             return  # ended here, perhaps a moment ago
         match event:
             case Ready(worker, problem):
-                self._ready(worker, problem)
+                self._ready(worker, problem, event.place)
             case Finished(worker, task, outcome):
                 yield from self._finished(worker, task, outcome)
             case Died(worker) if worker in self.pool.starting:
@@ -141,9 +150,9 @@ class _Dispatch:
             case Leaving(worker) if worker in self.pool.loads:
                 self.pool.leave(worker)
 
-    def _ready(self, worker: int, problem: Problem | None) -> None:
+    def _ready(self, worker: int, problem: Problem | None, place: str) -> None:
         if problem is None:
-            self.pool.welcome(worker)
+            self.pool.welcome(worker, place)
             self.stillborn = 0
             self.sick.clear()
             return

@@ -24,10 +24,11 @@ class WorkerError(UserError):
 
 @dataclass(frozen=True)
 class Ready:
-    """A worker has loaded its teacher, or says why it can't."""
+    """A worker has loaded its teacher, or says why it can't. place: its GPU, or its machine where it has none."""
 
     worker: int
     problem: Problem | None
+    place: str = ""
 
 
 @dataclass(frozen=True)

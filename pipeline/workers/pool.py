@@ -1,6 +1,6 @@
 """Who of a fleet is starting, idle or busy, and since when. Every step costs O(1), whatever the number of workers."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 
 from pipeline.workers.fleet import Fleet
@@ -16,6 +16,9 @@ class Pool:
         self.loads: dict[int, list[Task]] = {}
         self.idle: OrderedDict[int, None] = OrderedDict()
         self.open: OrderedDict[int, None] = OrderedDict()  # with one task, free for a second
+        self.used: set[int] = set()
+        self._places: dict[int, str] = {}  # of all workers that ever were ready
+        self._crowds = Counter[str]()  # how many that are ready are in which
         self._leaving: set[int] = set()
         self._heard: OrderedDict[int, float] = OrderedDict()  # busy workers by the time of their last sign of life
         self._clock = clock
@@ -38,9 +41,17 @@ class Pool:
         """Ask for one more worker."""
         self.starting[self.fleet.start()] = None
 
-    def welcome(self, worker: int) -> None:
+    def is_elsewhere(self, worker: int, other: int) -> bool:
+        """Whether a worker is another one than `other`, and in another place while any worker is in another place."""
+        place = self._places[other]
+        alone = self._crowds[place] == len(self.loads)
+        return worker != other and (alone or self._places[worker] != place)
+
+    def welcome(self, worker: int, place: str) -> None:
         """A worker that was starting is ready."""
         del self.starting[worker]
+        self._places[worker] = place
+        self._crowds[place] += 1
         self.loads[worker] = []
         self.idle[worker] = None
 
@@ -50,6 +61,7 @@ class Pool:
         self.idle.pop(worker, None)
         self.open.pop(worker, None)
         self.loads[worker].append(task)
+        self.used.add(worker)
         if first:
             self._heard[worker] = self._clock()
             if not alone:
@@ -90,6 +102,8 @@ class Pool:
         for workers in (self.idle, self.open):
             workers.pop(worker, None)
         self._leaving.discard(worker)
+        if worker in self.loads:
+            self._crowds[self._places[worker]] -= 1
         return self.loads.pop(worker, [])
 
     def longest_silent(self) -> tuple[int, float] | None:

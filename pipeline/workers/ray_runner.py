@@ -28,9 +28,10 @@ class _Worker:
     def __init__(self, order: Order) -> None:
         self.producer, self.problem = load_producer(order)
 
-    def ready(self) -> tuple[Problem | None, str]:
-        """Also on which node."""
-        return self.problem, import_ray().get_runtime_context().get_node_id()
+    def ready(self) -> tuple[Problem | None, str, str]:
+        """Also on which node, and on which of its GPUs."""
+        node = import_ray().get_runtime_context().get_node_id()
+        return self.problem, node, f"{node} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}"
 
     def run(self, task: Task) -> Commit | Problem:
         assert self.producer is not None
@@ -131,8 +132,8 @@ class RayFleet:
         self._actors[worker].calls.discard(reference)
         if task is not None:
             return Finished(worker, task, value)
-        problem, self._actors[worker].node = value
-        return Ready(worker, problem)
+        problem, self._actors[worker].node, place = value
+        return Ready(worker, problem, place)
 
     def _notices(self) -> list[Event]:
         """Leaving, for each ready worker on a node that has had notice, again and again while it is there."""

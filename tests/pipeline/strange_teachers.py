@@ -155,3 +155,39 @@ def counted_teacher():
     """slow_teacher, which leaves a file with its process's id in the folder of the marker."""
     Path(os.environ["STRANGE_MARKER"]).parent.joinpath(f"pid-{os.getpid()}").touch()
     return slow_teacher()
+
+
+class Flaky(GaussianTeacher):
+    """Not finite at the train ids that the environment names."""
+
+    sample_shape = (2,)
+
+    def __init__(self):
+        super().__init__(VE(), mean=0.5, variance=0.25)
+
+    def forward(self, x_t, t, condition=None):
+        x_0 = super().forward(x_t, t, condition)
+        for sample_id in map(int, os.environ.get("STRANGE_NAN", "").split() if t == self.process.T else ()):
+            x_0[(x_t == x_T_of(sample_id)).all(1)] = float("nan")
+        return x_0
+
+
+def sick_teacher():
+    """NaN wherever the first process that solves calls it, but for the one that planned: as by a broken GPU."""
+
+    def misbehave(x_0, bad):
+        return x_0 * float("nan") if is_sick_process() else x_0
+
+    return Strange(misbehave)
+
+
+def is_sick_process():
+    marker, me = Path(os.environ["STRANGE_MARKER"]), str(os.getpid())
+    if os.environ.get("STRANGE_PLANNER") == me:
+        return False
+    try:
+        with marker.open("x") as file:
+            file.write(me)
+        return True
+    except FileExistsError:
+        return marker.read_text() == me

@@ -17,6 +17,7 @@ from storage_schemas.commit import Task
 from storage_schemas.errors import StoreError
 from storage_schemas.recipe import Guidance, Recipe
 from tests.guided import exact_output, told_digits
+from tests.pipeline.wrong_shards import spoil
 
 CPU = torch.device("cpu")
 CLASSES = "python:tests.guided:GaussianClasses"
@@ -187,9 +188,14 @@ def test_an_audit_finds_rows_that_were_solved_at_other_scales(generate, pipeline
 
 def test_an_audit_finds_a_scale_that_lost_its_rows(generate, pipeline, here, tmp_path):
     """Solves of large scales that run away are quarantined, and what is left is not what was asked for."""
-    teacher = "python:tests.guided:Runaway"
-    assert generate(tmp_path, "--guidance", 1, 4, teacher=teacher)[0] == 3
-    code, out, _ = pipeline("verify", tmp_path, "--audit", 8, "--json", "--teacher", teacher)
+    generate(tmp_path, "--guidance", 1, 4, teacher=CLASSES)
+
+    def large(task):
+        ids = np.arange(task.start, task.stop)
+        return ids[noise.guidance_scales(0, task.split, ids, (1.0, 4.0)) == 4.0].tolist()
+
+    spoil(tmp_path, lost=large)
+    code, out, _ = pipeline("verify", tmp_path, "--audit", 8, "--json", "--teacher", CLASSES)
     checks = {check["name"]: check for check in json.loads(out)["checks"]}
     assert (code, checks["guidance scales"]["passed"]) == (1, False)
 

@@ -108,6 +108,16 @@ def test_a_task_that_kills_every_actor_is_set_aside(ray_generate, commits, tmp_p
 
 
 @pytest.mark.faults
+def test_an_actor_that_answers_nan_decides_nothing(ray_generate, commits, cluster, ids_of, tmp_path):
+    cluster.unlink(missing_ok=True)
+    teacher = "python:strange_teachers:sick_teacher"
+    code, _, err = ray_generate(tmp_path, "--workers", 2, teacher=teacher, count=640)
+    assert (code, cluster.exists(), "set aside" in err) == (0, True, False), err
+    assert all(not found["quarantined"] for found in commits(tmp_path).values())
+    assert ids_of(tmp_path)["train"] == list(range(640))
+
+
+@pytest.mark.faults
 def test_an_actor_past_the_deadline_is_ended_and_its_task_runs_elsewhere(ray_generate, cluster, ids_of, tmp_path):
     cluster.unlink(missing_ok=True)
     words = ["--workers", 2, "--straggler-seconds", 4]
