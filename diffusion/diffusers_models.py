@@ -1,27 +1,35 @@
 """A saved diffusers pipeline as a checkpoint of ours: its UNet2DModel, its betas, what it predicts."""
 
 import json
+from collections.abc import Collection
+from typing import Any
 
 from diffusion.checkpoint import Checkpoint, pack
 from diffusion.process import DiscreteVP
+from diffusion.schedulers import check_class, check_fields
 from diffusion.spec import model_from_spec, process_spec
 from diffusion.unet import import_diffusers
 
 
-def pipeline_checkpoint(source: str) -> Checkpoint:
+def pipeline_checkpoint(source: str, *, ignore: Collection[str] = ()) -> Checkpoint:
     """The UNet2DModel and the scheduler of a pipeline, in a folder or under a hub id, with `unet` and `scheduler`.
 
     The process is DiscreteVP over the scheduler's betas, the prediction its prediction_type. Raises ValueError for
-    another kind of pipeline, and for class labels: a UNet2DModel does not say which label is null.
+    another kind of pipeline, for a scheduler that schedulers.py doesn't know as such but for fields to ignore, and for
+    class labels: a UNet2DModel does not say which label is null.
     """
     diffusers = import_diffusers()
     try:
         unet = diffusers.UNet2DModel.from_pretrained(source, subfolder="unet", low_cpu_mem_usage=False)
-        scheduler = diffusers.DDPMScheduler.from_pretrained(source, subfolder="scheduler")
+        written = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler")
     except (OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"diffusers:{source} is no pipeline of a UNet2DModel and a scheduler ({reason})") from error
+    scheduler = _table_of_betas(source, written, ignore)
     config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    if config["in_channels"] != config["out_channels"]:
+        told = f"diffusers:{source} answers {config['out_channels']} channels to {config['in_channels']}"
+        raise ValueError(f"{told}, as with a learned variance: wrap it by python:MODULE:FACTORY")
     if config["num_class_embeds"] or config["class_embed_type"]:
         raise ValueError(f"diffusers:{source} takes class labels: wrap it by python:MODULE:FACTORY")
     size = config["sample_size"]
@@ -37,3 +45,15 @@ def pipeline_checkpoint(source: str) -> Checkpoint:
     denoiser = model_from_spec(spec)
     denoiser.get_submodule("network.unet").load_state_dict(unet.state_dict())
     return Checkpoint(spec, pack(denoiser), about={"source": source})
+
+
+def _table_of_betas(source: str, written: dict[str, Any], ignore: Collection[str]) -> Any:
+    """The scheduler, of its own class: another one's defaults may be other betas."""
+    name = str(written.get("_class_name", ""))
+    try:
+        check_class(name)
+        scheduler = getattr(import_diffusers(), name).from_config(written)
+        check_fields({**written, **scheduler.config}, ignore=ignore)
+    except (ValueError, ImportError, TypeError, NotImplementedError) as error:
+        raise ValueError(f"diffusers:{source}: {' '.join(str(error).split())}") from error
+    return scheduler

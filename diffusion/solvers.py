@@ -19,7 +19,8 @@ work in the flow frame; dpmpp takes DDIM's step, and never extrapolates from tha
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,17 +98,42 @@ def solve(
     for index, step in enumerate(steps, start=1):
         start = x
         for call in step:
-            x_0 = denoise(x, clock[calls], condition)
-            if x_0.shape != x.shape:
-                raise ValueError(
-                    f"the denoiser answers {list(x_0.shape)} for {list(x.shape)}: return x_0 in x_t's shape"
-                )
+            x_0 = answer(denoise, x, clock[calls], condition)
             memory.appendleft(_combine((call.on_state, x), (call.on_x0, x_0)))
             x = _combine((call.carry, start), *zip(call.weights, memory, strict=False))
             calls += 1
         if index in slots:
             states[slots[index]] = x
     return Solution(states, times[list(kept)], calls * getattr(denoise, "nfe_per_call", 1))
+
+
+def answer(denoise: Denoise, x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+    """denoise(x_t, t, condition), held to its word: a real x_0 [B, ...], of an x_t that it leaves as it is."""
+    before = _changes(x_t)
+    with no_exit("the denoiser"):
+        x_0 = denoise(x_t, t, condition)
+    if not isinstance(x_0, Tensor) or not x_0.is_floating_point():
+        kind = str(x_0.dtype).removeprefix("torch.") if isinstance(x_0, Tensor) else type(x_0).__name__
+        raise ValueError(f"the denoiser answers {kind}: return x_0 as a tensor of real numbers")
+    if x_0.shape != x_t.shape:
+        raise ValueError(f"the denoiser answers {list(x_0.shape)} for {list(x_t.shape)}: return x_0 in x_t's shape")
+    if _changes(x_t) != before:
+        raise ValueError("the denoiser changes x_t, which the solver goes on with: compute on a copy (x_t.clone())")
+    return x_0
+
+
+@contextmanager
+def no_exit(what: str) -> Iterator[None]:
+    """Around code of the user's: sys.exit in it is an error, and not the program's end, perhaps with code 0."""
+    try:
+        yield
+    except SystemExit as error:
+        raise ValueError(f"{what} calls sys.exit({error.code!r}): raise an exception there that says why") from error
+
+
+def _changes(x_t: Tensor) -> int:
+    """How often a tensor was changed in place; tensors of inference mode don't count it."""
+    return 0 if x_t.is_inference() else x_t._version
 
 
 def plan(solver: str, process: Process, times: Tensor) -> list[Step]:

@@ -10,9 +10,8 @@ FOLDER                    a native checkpoint: a teacher trained here, or any st
 
 import hashlib
 import importlib
-import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ from diffusion import checkpoint
 from diffusion.checkpoint import Checkpoint
 from diffusion.diffusers_models import pipeline_checkpoint
 from diffusion.process import VE, Process
+from diffusion.solvers import no_exit
+from diffusion.source import source_digest
 from diffusion.spec import process_from_spec, process_spec
 
 _BUILTIN = Path(__file__).parent / "builtin"
@@ -38,7 +39,8 @@ _CLOSED_FORMS: dict[str, dict[str, Any]] = {
 class Teacher:
     """A denoiser (x_t, t, condition) -> x_0 in evaluation mode, and what a recipe must know of it.
 
-    source_sha256 is the digest of a `python:` factory's module; elsewhere the spec and the weights say everything.
+    source_sha256 is the digest of a `python:` factory's code (diffusion.source); elsewhere the spec and the weights say
+    everything.
     grids: of a student, the times that it was fitted for, by their number of steps.
     """
 
@@ -53,20 +55,23 @@ class Teacher:
     grids: Mapping[int, Sequence[float]] = field(default_factory=dict)
 
 
-def load_teacher(uri: str, *, device: str | torch.device = "cpu") -> Teacher:
-    """The teacher at `uri`. Raises ValueError or FileNotFoundError in one line where there is none."""
+def load_teacher(uri: str, *, device: str | torch.device = "cpu", ignore: Collection[str] = ()) -> Teacher:
+    """The teacher at `uri`. Raises ValueError or FileNotFoundError in one line where there is none.
+
+    ignore: what a pipeline does to its samples and the teacher shall not (schedulers.IGNORABLE).
+    """
     scheme, _, rest = uri.partition(":")
     if scheme == "python":
         return _from_factory(uri, rest, device=device)
-    return from_checkpoint(uri, load_checkpoint(uri), device=device)
+    return from_checkpoint(uri, load_checkpoint(uri, ignore=ignore), device=device)
 
 
-def load_checkpoint(uri: str) -> Checkpoint:
+def load_checkpoint(uri: str, *, ignore: Collection[str] = ()) -> Checkpoint:
     """The model behind any URI but python:. Raises ValueError or FileNotFoundError in one line where there is none."""
     scheme, _, rest = uri.partition(":")
     if scheme == "builtin":
         return builtin_checkpoint(rest)
-    return pipeline_checkpoint(rest) if scheme == "diffusers" else checkpoint.load(uri)
+    return pipeline_checkpoint(rest, ignore=ignore) if scheme == "diffusers" else checkpoint.load(uri)
 
 
 def from_checkpoint(uri: str, saved: Checkpoint, *, device: str | torch.device = "cpu") -> Teacher:
@@ -99,11 +104,12 @@ def builtin_checkpoint(name: str) -> Checkpoint:
 
 def _from_factory(uri: str, path: str, *, device: str | torch.device) -> Teacher:
     module_name, _, factory_name = path.partition(":")
-    module = importlib.import_module(module_name)
-    factory: Callable[[], nn.Module] | None = getattr(module, factory_name or "_", None)
-    if factory is None:
-        raise ValueError(f"{uri}: {module_name} has no {factory_name!r}; write python:MODULE:FACTORY")
-    denoiser = factory().to(device).eval().requires_grad_(False)
+    with no_exit(uri):
+        module = importlib.import_module(module_name)
+        factory: Callable[[], nn.Module] | None = getattr(module, factory_name or "_", None)
+        if factory is None:
+            raise ValueError(f"{uri}: {module_name} has no {factory_name!r}; write python:MODULE:FACTORY")
+        denoiser = factory().to(device).eval().requires_grad_(False)
     process, shape = (_attribute(uri, denoiser, name) for name in ("process", "sample_shape"))
     num_classes: int | None = getattr(denoiser, "num_classes", None)
     model: dict[str, Any] = {
@@ -121,7 +127,7 @@ def _from_factory(uri: str, path: str, *, device: str | torch.device) -> Teacher
         weights_sha256=hashlib.sha256(checkpoint.pack(denoiser)).hexdigest(),
         sample_shape=tuple(model["sample_shape"]),
         num_classes=num_classes,
-        source_sha256=hashlib.sha256(inspect.getsource(module).encode()).hexdigest(),
+        source_sha256=source_digest(module),
     )
 
 

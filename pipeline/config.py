@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from tyro.conf import Positional, arg
 
+from diffusion.schedulers import Ignorable
 from storage_schemas.command_line import Config
 from storage_schemas.commit import MOST_QUARANTINED
 
@@ -109,6 +110,9 @@ class TeacherConfig(Config):
     """Whose samples, and in which numbers they are computed."""
 
     teacher: str = Field(description="builtin:NAME, diffusers:SOURCE, python:MODULE:FACTORY, or a saved model")
+    ignore: tuple[Ignorable, ...] = Field(
+        (), description="of a pipeline's scheduler: clip_sample, thresholding, which change samples and are in no ODE"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of every noise and label")
     guidance: Scales = Field(
         (1.0,),

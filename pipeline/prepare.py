@@ -3,12 +3,18 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from diffusion.checkpoint import Checkpoint
 from diffusion.devices import pick_device
+from diffusion.solvers import answer
 from diffusion.teachers import Teacher, load_checkpoint, load_teacher
 from pipeline.before.micro_batch import find_micro_batch, with_micro_batch
-from pipeline.config import GenerateConfig
+from pipeline.config import GenerateConfig, TeacherConfig
+from pipeline.produce import describe
 from pipeline.recipe import build_layout, build_recipe
+from pipeline.solve import draw_labels, draw_noise, draw_scales, guided
 from pipeline.weights import keep_weights
 from storage_schemas import paths
 from storage_schemas.dataset import put_recipe
@@ -19,6 +25,9 @@ from storage_schemas.notes import Calibration, check_calibration, put_calibratio
 from storage_schemas.recipe import Recipe
 from storage_schemas.shards import Shard
 from storage_schemas.store import Store
+
+TRIED = 2
+"""Samples that a teacher is asked about before a job begins."""
 
 
 @dataclass
@@ -43,10 +52,11 @@ def prepare(config: GenerateConfig, *, writes: bool = True) -> Run:
     with usage_errors():
         if config.runner == "local":  # on a cluster it is the workers that have one
             pick_device(config.device)
-        teacher = load(config.teacher)
+        teacher = load(config)
         draft = build_recipe(config, teacher)
+        try_teacher(draft, teacher)
         layout = build_layout(config, draft)
-        weights = _weights_of(teacher) if config.with_weights else None
+        weights = _weights_of(config, teacher) if config.with_weights else None
         calibration = _calibration_of(draft, config.calibration) if config.calibration else None
     store = Store.create(config.store, single_writer=config.single_writer) if writes else _as_it_is(config.store)
     recipe = settle(config, draft, layout, store)
@@ -75,10 +85,10 @@ def settle(config: GenerateConfig, draft: Recipe, layout: Layout, store: Store) 
     return with_micro_batch(draft, find_micro_batch(config, draft, layout, store))
 
 
-def _weights_of(teacher: Teacher) -> Checkpoint:
+def _weights_of(config: GenerateConfig, teacher: Teacher) -> Checkpoint:
     if teacher.source_sha256:
         raise UsageError(f"--with-weights: {teacher.uri} is code, which a store can't keep; save it as a model first")
-    return load_checkpoint(teacher.uri)
+    return load_checkpoint(teacher.uri, ignore=config.ignore)
 
 
 def _calibration_of(recipe: Recipe, path: str) -> Calibration:
@@ -87,11 +97,28 @@ def _calibration_of(recipe: Recipe, path: str) -> Calibration:
     return calibration
 
 
-def load(uri: str) -> Teacher:
+def load(config: TeacherConfig) -> Teacher:
     """The teacher on the CPU, with whatever a factory raises as a UsageError."""
+    uri = config.teacher
     try:
-        return load_teacher(uri)
+        return load_teacher(uri, ignore=config.ignore)
     except (UserError, ValueError, FileNotFoundError, ModuleNotFoundError):
         raise
     except Exception as error:  # whatever a factory of the user's raises
         raise UsageError(f"teacher {uri} can't be loaded: {type(error).__name__}: {error}") from error
+
+
+@torch.no_grad()
+def try_teacher(recipe: Recipe, teacher: Teacher) -> None:
+    """One call about the first samples' x_T, before any work: UserError where no solve could go on with the answer."""
+    ids, cpu = np.arange(TRIED), torch.device("cpu")
+    labels = draw_labels(recipe, "train", ids)
+    told = None if labels is None else torch.from_numpy(labels)
+    denoise = guided(recipe, teacher.denoiser, draw_scales(recipe, "train", ids), device=cpu)
+    time = torch.tensor(recipe.times[0], dtype=torch.float64)
+    try:
+        x_0 = answer(denoise, draw_noise(recipe, "train", ids), time, told)
+    except Exception as error:  # whatever code of the user's raises
+        raise UserError(f"teacher {teacher.uri} fails at the first call: {describe(error).error}") from error
+    if not x_0.isfinite().all():
+        raise UserError(f"teacher {teacher.uri} answers what is not finite at the first call: look at its weights")

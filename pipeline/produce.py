@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from diffusion.devices import pick_device
+from diffusion.schedulers import IGNORABLE
 from diffusion.teachers import Teacher, from_checkpoint, load_teacher
 from pipeline.segments import starting_images
 from pipeline.solve import Solved, denoise_of, solve_task
@@ -225,7 +226,9 @@ def _load_teacher(order: Order, device: torch.device) -> Teacher:
     """On another machine there may be no other place than the store."""
     uri = order.recipe.teacher.uri
     kept = None if order.recipe.teacher.source_sha256 else kept_weights(order.store, order.recipe.id)
-    return load_teacher(uri, device=device) if kept is None else from_checkpoint(uri, kept, device=device)
+    if kept is None:
+        return load_teacher(uri, device=device, ignore=IGNORABLE)  # whoever made the recipe has said so
+    return from_checkpoint(uri, kept, device=device)
 
 
 def _same_teacher(recipe: Recipe, teacher: Teacher) -> Teacher:

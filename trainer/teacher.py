@@ -7,6 +7,7 @@ import torch
 
 from diffusion import checkpoint
 from diffusion.checkpoint import Checkpoint
+from diffusion.schedulers import IGNORABLE
 from diffusion.teachers import Teacher, from_checkpoint, load_checkpoint, load_teacher
 from storage_schemas import paths
 from storage_schemas.errors import UsageError, usage_errors
@@ -28,7 +29,7 @@ def recipe_teacher(
     if uri is None and source.startswith("python:"):
         raise UsageError(f"the teacher {source} is code and isn't in the store; allow it to run by --teacher {source}")
     with usage_errors():
-        teacher = load_teacher(source, device=device)
+        teacher = load_teacher(source, device=device, ignore=IGNORABLE)
     _check(recipe, source, teacher.model, teacher.weights_sha256, teacher.source_sha256)
     return teacher
 
@@ -42,7 +43,7 @@ def recipe_checkpoint(store: Store, recipe: Recipe) -> Checkpoint:
     if uri.startswith("python:"):
         raise UsageError(f"the teacher {uri} is code, not a saved model; use --init scratch or the folder of a model")
     try:
-        saved = load_checkpoint(uri)
+        saved = load_checkpoint(uri, ignore=IGNORABLE)
     except (ValueError, FileNotFoundError) as error:
         told = f"the teacher's weights are neither in the store nor at {uri} ({error})"
         raise UsageError(f"{told}; generate --with-weights, or use --init scratch or a folder") from error

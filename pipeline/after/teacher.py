@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from diffusion.schedulers import IGNORABLE
 from diffusion.teachers import Teacher, from_checkpoint, load_teacher
 from pipeline.weights import kept_weights, teacher_differs
 from storage_schemas.errors import StoreError, UserError
@@ -51,6 +52,6 @@ class TeacherSource:
 
 def _loaded(uri: str, device: str | torch.device) -> Teacher:
     try:
-        return load_teacher(uri, device=device)
+        return load_teacher(uri, device=device, ignore=IGNORABLE)
     except Exception as error:  # whatever a factory of the user's raises, too
         raise NoTeacher(f"teacher {uri} can't be loaded ({error}): name it by --teacher") from error

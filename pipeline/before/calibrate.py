@@ -34,7 +34,7 @@ def run_calibrate(config: CalibrateConfig) -> int:
     """The exit code: 1 where no solver is good enough."""
     with usage_errors():
         _check_folders(config)
-        teacher = load(config.teacher)
+        teacher = load(config)
         recipes = [build_recipe(build_config(config, config.solvers[0], steps), teacher) for steps in config.steps]
     measured = try_out("the calibration", measure, config, runner=config)
     calibration = judge(config, recipes[0], measured)

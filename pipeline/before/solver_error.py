@@ -56,7 +56,7 @@ class Bench:
         """Load the teacher here, and set torch up as a worker does."""
         set_up_torch(threads=config.threads, tf32=config.tf32)
         device = device_here(config.device)
-        teacher = load_teacher(config.teacher, device=device)
+        teacher = load_teacher(config.teacher, device=device, ignore=config.ignore)
         recipe = build_recipe(build_config(config, config.solvers[0], config.steps[0]), teacher)
         return cls(config, recipe, teacher, denoise_of(recipe, teacher.denoiser, device=device), device)
 

@@ -94,7 +94,7 @@ class Progressive:
     def _check_first(self, part: Round) -> None:
         """Refuse what the first round can't solve, before any work."""
         with usage_errors():
-            build_layout(part.data, build_recipe(part.data, load(part.data.teacher)))
+            build_layout(part.data, build_recipe(part.data, load(part.data)))
 
     def _check_free(self, rounds: list[Round]) -> None:
         """Refuse names of datasets that another folder's students filled: round 1 is all that two may share."""
@@ -110,7 +110,7 @@ class Progressive:
             return
         data = reference_of(self.config)
         with usage_errors():
-            asked = build_recipe(data, load(data.teacher))
+            asked = build_recipe(data, load(data))
         dataset = _there(data) or self._bring_about(data)
         _check_reference(dataset, asked)
         facts = {"manifest": dataset.manifest.number, "teacher": asked.teacher.weights_sha256}
@@ -125,7 +125,7 @@ class Progressive:
         """Of the first teacher's ddim."""
         if self.config.guidance == (1.0,):
             return 1
-        return Guided(load(self.config.teacher).denoiser, *self.config.guidance).nfe_per_call
+        return Guided(load(self.config).denoiser, *self.config.guidance).nfe_per_call
 
     def _fit_direct(self, part: Round) -> None:
         """Direct progressive distillation, on as many network calls, with as many steps a stage."""

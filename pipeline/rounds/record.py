@@ -15,7 +15,7 @@ RECORD, LOCK = "progressive.json", ".progressive.lock"
 
 FREE = {
     *("runner", "workers", "threads", "device", "ray", "max_attempts", "straggler_seconds", "drain_seconds"),
-    "max_quarantined",
+    *("max_quarantined", "ignore"),
     *("single_writer", "recheck", "max_missing", "as_json", "out", "launch", "dashboard", "compare_direct", "dataset"),
 }
 """Fields that may differ when the same work goes on: where and how, not what."""

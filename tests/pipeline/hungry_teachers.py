@@ -12,18 +12,23 @@ import torch
 
 from diffusion.gaussian import GaussianTeacher
 from diffusion.process import VE
+from pipeline.prepare import TRIED
 
 
 class Hungry(GaussianTeacher):
-    """Notes the size of every batch that it is shown, then has its way with it."""
+    """Notes the size of every batch that it is shown, then has its way with it; but for what a driver's trial asks."""
 
     sample_shape = (2,)
 
     def __init__(self, feed) -> None:
         super().__init__(VE(), mean=0.5, variance=0.25)
         self.feed = feed
+        self.begins = True
 
     def forward(self, x_t, t, condition=None):
+        begins, self.begins = self.begins, False
+        if begins and len(x_t) == TRIED:
+            return super().forward(x_t, t, condition)
         if "HUNGRY_DIARY" in os.environ:
             with Path(os.environ["HUNGRY_DIARY"]).open("a") as diary:
                 diary.write(f"{len(x_t)}\n")

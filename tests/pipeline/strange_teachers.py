@@ -7,6 +7,7 @@ What the environment says changes when they misbehave, never what they answer.
 import ctypes
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -191,3 +192,56 @@ def is_sick_process():
         return True
     except FileExistsError:
         return marker.read_text() == me
+
+
+def exiting_teacher():
+    """Ends its program, with code 0, at the bad sample."""
+
+    def misbehave(x_0, bad):
+        if bad.any():
+            sys.exit(0)
+        return x_0
+
+    return Strange(misbehave)
+
+
+def exit_at_once():
+    sys.exit(0)
+
+
+def exiting_at_the_first_call():
+    return Strange(lambda x_0, bad: sys.exit())
+
+
+def nan_weights():
+    return Strange(lambda x_0, bad: x_0 * float("nan"))
+
+
+def integers():
+    return Strange(lambda x_0, bad: x_0.round().long())
+
+
+def complex_numbers():
+    return Strange(lambda x_0, bad: x_0 + 0j)
+
+
+def no_tensor():
+    return Strange(lambda x_0, bad: x_0.tolist())
+
+
+def more_channels():
+    return Strange(lambda x_0, bad: torch.cat([x_0, x_0], 1))
+
+
+class Changing(GaussianTeacher):
+    """Scales its input where it lies, as a preconditioning that saves memory would."""
+
+    sample_shape = (2,)
+
+    def __init__(self):
+        super().__init__(VE(), mean=0.5, variance=0.25)
+
+    def forward(self, x_t, t, condition=None):
+        x_0 = super().forward(x_t, t, condition)
+        x_t.mul_(0.5)
+        return x_0

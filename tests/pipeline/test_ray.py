@@ -108,6 +108,12 @@ def test_a_task_that_kills_every_actor_is_set_aside(ray_generate, commits, tmp_p
 
 
 @pytest.mark.faults
+def test_an_actor_whose_teacher_ends_the_program_fails_its_task(ray_generate, tmp_path):
+    code, out, err = ray_generate(tmp_path, teacher="python:strange_teachers:exiting_teacher")
+    assert (code, "nothing sealed: 1 tasks are missing" in out, "calls sys.exit(0)" in err) == (1, True, True), err
+
+
+@pytest.mark.faults
 def test_an_actor_that_answers_nan_decides_nothing(ray_generate, commits, cluster, ids_of, tmp_path):
     cluster.unlink(missing_ok=True)
     teacher = "python:strange_teachers:sick_teacher"
