@@ -3,15 +3,18 @@
 Every function takes the ray module: whoever calls has imported it.
 """
 
+import atexit
 import math
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from pipeline.config import RayConfig
 from pipeline.workers.drain import signals_kept
+from pipeline.workers.fleet import WorkerError
 from pipeline.workers.worker_death import OUT_OF_MEMORY_HINT, Cause
 from storage_schemas.errors import UsageError
 
@@ -19,6 +22,56 @@ OBJECT_STORE_BYTES = 100 * 2**20
 """Of a cluster that is started here. Tensors never enter it."""
 
 KNOCK_SECONDS = 10.0
+
+
+GONE_SECONDS = 45.0
+"""A head that doesn't answer for so long is gone. After 60 s Ray ends the whole process, without a word of ours."""
+
+
+class HeadGone(WorkerError):
+    """The cluster's head is gone, and with it whatever could be asked of the cluster."""
+
+
+class Head:
+    """Whether a cluster's head answers. Nothing else is to be asked of Ray while it doesn't: it may wait for ever."""
+
+    def __init__(self, ray: Any) -> None:
+        self._ray = ray
+        self._address = str(getattr(ray.get_runtime_context(), "gcs_address", ""))
+        self._asked = self._heard = time.monotonic()
+        self.is_gone = False
+
+    def answers(self, *, now: bool = False) -> bool:
+        """As of the last second, or now. HeadGone once it has been silent for GONE_SECONDS."""
+        clock = time.monotonic()
+        if now or clock - self._asked >= 1 or self._heard < self._asked:
+            self._asked = clock
+            try:
+                _knock(self._address)
+                self._heard = clock
+            except OSError as error:
+                self._refuse_if_gone(first_line(error))
+        return self._heard >= self._asked
+
+    def awaits(self, reference: Any, seconds: float) -> bool:
+        """Whether a call is answered within so many seconds by a cluster whose head is there."""
+        end = time.monotonic() + seconds
+        while not self.answers() or not self._ray.wait([reference], timeout=1.0)[0]:
+            if time.monotonic() >= end:
+                return False
+            if not self.answers():
+                time.sleep(1.0)
+        return True
+
+    def _refuse_if_gone(self, reason: str) -> None:
+        if self._asked - self._heard < GONE_SECONDS:
+            return
+        self.is_gone = True
+        atexit.unregister(self._ray.shutdown)  # which would ask the head once more
+        raise HeadGone(
+            f"the head of the Ray cluster at {self._address} has not answered for {GONE_SECONDS:g} s ({reason}): what "
+            "is committed is kept, start the cluster and run this again to go on"
+        )
 
 
 @contextmanager
@@ -30,6 +83,9 @@ def joined(ray: Any, config: RayConfig, *, workers: int) -> Iterator[None]:
             connect(ray, config, workers=workers)
     try:
         yield
+    except HeadGone:
+        ours = False
+        raise
     finally:
         if ours:
             ray.shutdown()

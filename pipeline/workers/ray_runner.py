@@ -1,6 +1,7 @@
 """The only file that imports Ray. Workers are actors: only tasks go out and only commits come back."""
 
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 from pipeline.config import RayConfig
 from pipeline.produce import Order, Problem, attempt_task
-from pipeline.workers.cluster import actor_options, draining_nodes, first_line, joined, room, why_gone
+from pipeline.workers.cluster import Head, actor_options, draining_nodes, first_line, joined, room, why_gone
 from pipeline.workers.fleet import IN_FLIGHT, Died, Event, Finished, Leaving, Ready, WorkerError
 from pipeline.workers.local import load_producer
 from pipeline.workers.once import WorkerDied, caught
@@ -65,6 +66,7 @@ class RayFleet:
         self._config = config
         self._connection = ExitStack()
         self._connection.enter_context(joined(self._ray, config, workers=workers))
+        self._head = Head(self._ray)
         self._order = self._ray.put(order)
         self._actor = self._ray.remote(_Worker).options(max_concurrency=IN_FLIGHT, **actor_options(config))
         self._numbers = itertools.count()
@@ -92,8 +94,8 @@ class RayFleet:
         self._ray.kill(actor.handle)
 
     def wait(self) -> Sequence[Event]:
-        """All answers that are there, or the first to come."""
-        if not self._calls:
+        """All answers that are there, or the first to come. HeadGone if nobody will ever answer."""
+        if not self._head.answers() or not self._calls:
             time.sleep(WAIT_SECONDS)
             return []
         references = list(self._calls)
@@ -102,14 +104,17 @@ class RayFleet:
             done, _ = self._ray.wait(references, num_returns=1, timeout=WAIT_SECONDS)
         # A worker that died answers all its calls at once: the first ends it, and with it the others.
         answers = [self._answer(reference) for reference in done if reference in self._calls]
-        return answers + self._notices()
+        return [answer for answer in answers if answer] + self._notices()
 
     def room(self) -> str:
         """What an actor takes, and what the cluster has."""
         return room(self._ray, self._config)
 
     def close(self) -> None:
-        """End every actor, and the cluster if it was started or joined here."""
+        """End every actor, and the cluster if it was started or joined here, unless its head is gone."""
+        if self._head.is_gone:
+            self._connection.pop_all()
+            return
         for actor in self._actors.values():
             self._ray.kill(actor.handle)
         self._connection.close()
@@ -118,11 +123,14 @@ class RayFleet:
         self._actors[worker].calls.add(reference)
         self._calls[reference] = worker, task
 
-    def _answer(self, reference: Any) -> Event:
+    def _answer(self, reference: Any) -> Event | None:
+        """None for a worker that went with the head, for all that is known yet."""
         worker, task = self._calls[reference]
         try:
             value = self._ray.get(reference)
         except self._ray.exceptions.RayError as error:
+            if not self._head.answers(now=True):
+                return None
             # An actor that is only out of reach is ended too: its tasks are given to others now.
             machine = f"Ray node {self._actors[worker].node}"
             self.end(worker)
@@ -149,15 +157,19 @@ def call_once(function: Callable[..., Any], arguments: tuple[object, ...], confi
     """function(*arguments), or `Raised`, by an actor with a worker's resources."""
     ray = import_ray()
     with joined(ray, config, workers=1):
+        head = Head(ray)
         actor = ray.remote(_Once).options(**actor_options(config)).remote()
         try:
-            if not ray.wait([actor.ready.remote()], timeout=config.startup_timeout)[0]:
+            if not head.awaits(actor.ready.remote(), config.startup_timeout):
                 raise WorkerError(f"no room for a worker in {config.startup_timeout:g} s: {room(ray, config)}")
-            return ray.get(actor.run.remote(function, arguments))
+            answer = actor.run.remote(function, arguments)
+            head.awaits(answer, math.inf)
+            return ray.get(answer)
         except ray.exceptions.RayError as error:
             raise WorkerDied(f"the worker that ran {function.__name__} died: {why_gone(ray, error)[0]}") from None
         finally:
-            ray.kill(actor)
+            if not head.is_gone:
+                ray.kill(actor)
 
 
 def import_ray() -> Any:

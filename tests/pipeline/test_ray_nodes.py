@@ -174,3 +174,21 @@ def test_a_ray_of_the_drivers_own_outlives_a_signal_to_its_group(start, tmp_path
     assert len(commits(tmp_path)) > before
     assert f"{len(commits(tmp_path))} of 20 missing tasks are committed" in out
     assert Path(tmp_path).exists()
+
+
+def test_a_head_that_dies_ends_the_driver_in_one_line(nodes, begin, wait_for, commits, generate, tmp_path):
+    """Ray itself would end the process after 60 s with words of its own; what is committed is gone on with."""
+    add(nodes, num_cpus=2)
+    job = begin("--workers", 2)
+    wait_for(2)
+    nodes.head_node.kill_gcs_server(check_alive=False)
+    out, _ = job.communicate(timeout=90)
+    told = [line for line in out.splitlines() if line.startswith("pipeline: ")]
+    assert (job.returncode, len(told), "Traceback" in out, "rpc_client" in out) == (1, 1, False, False), out
+    assert re.match(r"pipeline: the head of the Ray cluster at \S+ has not answered for 45 s .*run this again", told[0])
+    before = len(commits(tmp_path / "store"))
+    words = ["--device", "cpu", "--straggler-seconds", 600]
+    code, out, _ = generate(
+        tmp_path / "store", *words, teacher="python:strange_teachers:counted_teacher", count=20 * 64, holdout=0
+    )
+    assert (code, f"{20 - before} of 20 tasks run here" in out) == (0, True), out
