@@ -1,5 +1,6 @@
 """A worker's inside: a teacher, loaded once, that turns tasks into commits. It knows nothing of who calls it."""
 
+import ctypes
 import errno
 import os
 import platform
@@ -39,6 +40,9 @@ from storage_schemas.store import Store
 
 COMMIT_WITHIN = timedelta(hours=12)
 """From the begin of an attempt's upload. Prune leaves shards alone that are younger than a day and not committed."""
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of mallopt, as malloc.h of glibc numbers them."""
 
 SCRATCH_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -245,6 +249,14 @@ def set_up_torch(*, threads: int, tf32: bool) -> None:
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
+    keep_buffers()
+
+
+def keep_buffers() -> None:
+    """Have glibc keep large buffers for the next call: else the kernel clears their pages every time."""
+    if platform.libc_ver()[0] == "glibc":
+        for option, value in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, 2**31 - 1)):
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def machine_of(device: torch.device, threads: int) -> dict[str, str]:
