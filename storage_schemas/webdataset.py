@@ -2,7 +2,8 @@
 
     train-000000000123.noise.npy  .state_006.npy  ...  .output.npy  .json
 
-mtime is 0 and the owner fixed, else a PAX record would come before each member.
+mtime is 0 and the owner fixed, else a PAX record would come before each member. bfloat16 is two bytes of no type of
+numpy's, "|V2" as ml_dtypes saves it too, and the .json names it: any reader that takes it for numbers fails at once.
 """
 
 import io
@@ -27,6 +28,9 @@ from storage_schemas.store import Store
 ROWS_PER_BLOCK = 256
 BLOCK_BYTES = 64 << 20
 BLOCK = tarfile.BLOCKSIZE
+
+BFLOAT16 = ("|V2", "<u2")
+"""What a .npy says of bfloat16, and what ours said at first, which readers took for integers."""
 
 NOT_OURS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, EOFError)
 """What it raises to read members as ours that hold something else."""
@@ -64,13 +68,14 @@ class _RowWriter:
         self.columns, self.split = columns, task.split
         self.states = [field for field in fields if not field.is_scalar]
         self.scalars = [field for field in fields if field.is_scalar]
-        self.npy = {field.name: _npy_header(field) for field in self.states}
+        self.npy = {field.name: _npy_headers(field)[0] for field in self.states}
+        self.texts = {"split": self.split} | ({"dtype": "bfloat16"} if _is_bfloat16(self.states) else {})
         self.sizes = {f"{field.name}.npy": len(self.npy[field.name]) + field.nbytes for field in self.states}
         self.sizes["json"] = self._json_size()
         self.stride = sum(BLOCK + _padded(size) for size in self.sizes.values())
 
     def _json_size(self) -> int:
-        longest = {"split": self.split, **{field.name: -(2**63) for field in self.scalars}}
+        longest = {**self.texts, **{field.name: -(2**63) for field in self.scalars}}
         return -(-len(json.dumps(longest)) // 64) * 64
 
     def block(self, first: int, rows: int) -> np.ndarray:
@@ -99,7 +104,7 @@ class _RowWriter:
 
     def _json(self, row: int) -> bytes:
         values = {field.name: int(self.columns[field.name][row]) for field in self.scalars}
-        return json.dumps({"split": self.split, **values}).encode().ljust(self.sizes["json"])
+        return json.dumps({**self.texts, **values}).encode().ljust(self.sizes["json"])
 
 
 def _padded(size: int) -> int:
@@ -112,11 +117,20 @@ def _header(name: str, size: int) -> bytes:
     return member.tobuf(format=tarfile.USTAR_FORMAT)
 
 
+def _is_bfloat16(states: Sequence[Field]) -> bool:
+    return any(field.dtype == "bfloat16" for field in states)
+
+
 @lru_cache
-def _npy_header(field: Field) -> bytes:
+def _npy_headers(field: Field) -> tuple[bytes, ...]:
+    """What a state's .npy begins with, and what it began with in older shards; all of one length."""
+    described = BFLOAT16 if field.dtype == "bfloat16" else (field.numpy_dtype.str,)
+    return tuple(_npy_header(descr, field.shape) for descr in described)
+
+
+def _npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
     header = io.BytesIO()
-    description = {"descr": field.numpy_dtype.str, "fortran_order": False, "shape": field.shape}
-    np.lib.format.write_array_header_1_0(header, description)
+    np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": shape})
     return header.getvalue()
 
 
@@ -144,6 +158,8 @@ def parse(data: memoryview, fields: Sequence[Field], rows: int, *, name: str) ->
 
 
 def _as_stored(field: Field, rows: int, values: np.ndarray) -> np.ndarray:
+    if field.dtype == "bfloat16" and values.dtype == BFLOAT16[0]:
+        values = values.view(field.numpy_dtype)
     if values.shape != (rows, *field.shape) or not (field.is_scalar or values.dtype == field.numpy_dtype):
         have, need = f"{values.dtype}{list(values.shape)}", f"{field.dtype}{[rows, *field.shape]}"
         raise ValueError(f"{field.name} is {have}, not {need}")
@@ -169,10 +185,11 @@ class RegularRows:
 
     def _has(self, field: Field) -> bool:
         offset, size = self.members.get(f"{field.name}.npy", (0, 0))
-        header = np.frombuffer(_npy_header(field), np.uint8)
-        if size != len(header) + field.nbytes:
+        headers = [np.frombuffer(header, np.uint8) for header in _npy_headers(field)]
+        if size != len(headers[0]) + field.nbytes:
             return False
-        return bool((self._along((len(header),), np.dtype(np.uint8), offset) == header).all())
+        found = self._along((len(headers[0]),), np.dtype(np.uint8), offset)
+        return any((found == header).all() for header in headers)
 
     def states(self, fields: Sequence[Field]) -> Columns:
         """Views [rows, *shape] of the fields that are not scalars and that it holds."""
@@ -180,7 +197,7 @@ class RegularRows:
 
     def _state(self, field: Field) -> np.ndarray:
         offset, _ = self.members[f"{field.name}.npy"]
-        return self._along(field.shape, field.numpy_dtype, offset + len(_npy_header(field)))
+        return self._along(field.shape, field.numpy_dtype, offset + len(_npy_headers(field)[0]))
 
     def _along(self, shape: tuple[int, ...], dtype: np.dtype, offset: int) -> np.ndarray:
         """What lies at `offset` of each row: [rows, *shape]."""

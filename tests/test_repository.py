@@ -14,6 +14,9 @@ import torch
 
 from pipeline.__main__ import COMMANDS
 from storage_schemas.command_line import Command, main, parse
+from storage_schemas.dataset import open_dataset
+from storage_schemas.record import from_storage
+from storage_schemas.store import Store
 from tests.reference import with_reference
 from trainer.__main__ import commands
 
@@ -72,9 +75,10 @@ def test_a_file_that_the_readme_names_is_there(path):
     assert (ROOT / path).exists()
 
 
-def run_blocks(*languages: str, teacher: str) -> dict[str, object]:
+def run_blocks(*languages: str, teacher: str, dtype: str = "float16") -> dict[str, object]:
     """What the README's blocks of code define, run in a folder with the stores that they read."""
     small = f"--teacher {teacher} --count 60 --holdout 20 --solver.steps 2 --samples-per-shard 32 --micro-batch 32"
+    small = f"{small} --dtype {dtype}"
     for store in ("pairs", "pairs-tar --format webdataset"):
         assert main("pipeline", COMMANDS, f"generate --runner local {small} --store {store}".split()) == 0
     names: dict[str, object] = {}
@@ -85,13 +89,23 @@ def run_blocks(*languages: str, teacher: str) -> dict[str, object]:
     return names
 
 
-def test_the_readmes_python_reads_our_shards(tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_readmes_python_reads_our_shards(tmp_path, monkeypatch, dtype):
     monkeypatch.chdir(tmp_path)
-    names = run_blocks("python", teacher="builtin:gaussian")
+    names = run_blocks("python", teacher="builtin:gaussian", dtype=dtype)
     assert names["x_T"].shape == names["x_0"].shape == (2,)
     assert names["output"].shape == (32, 2)
     assert names["noise"].shape == (20, 2)
     assert names["state"]["consumed"] == 100 * 256
+    # The last sample of the tars and of the Parquet files, as numbers.
+    whose = {"pairs-tar": ("train", names["x_0"], -1), "pairs": ("holdout", names["output"], slice(None))}
+    for store, (split, found, rows) in whose.items():
+        dataset = open_dataset(Store.open(store))
+        shard = dataset.shards(split)[-1]
+        expected = from_storage(dataset.read(shard, ["output"])["output"], dtype)[rows]
+        assert found.dtype == (np.float16 if dtype == "float16" else np.float32)
+        np.testing.assert_array_equal(found, expected)
+    assert np.abs(names["noise"]).max() > 80  # of a VE process
 
 
 @pytest.mark.faults

@@ -262,8 +262,8 @@ def test_what_can_not_be_viewed_is_decoded(make, source, format, monkeypatch):
 
 def test_a_member_of_another_dtype_is_not_taken_for_ours(make, source, monkeypatch):
     with monkeypatch.context() as patch:
-        header = webdataset._npy_header(Field("output", (2,), "float16")).replace(b"<f2", b"<i2")
-        patch.setattr(webdataset, "_npy_header", lambda field: header)
+        header = webdataset._npy_header("<i2", (2,))
+        patch.setattr(webdataset, "_npy_headers", lambda field: (header,))
         store = make(format="webdataset", dtype="float16")
     with pytest.raises(
         CorruptShard, match=r"is not the tar of its commit: noise is int16\[64, 2\], not float16\[64, 2\]"
