@@ -10,6 +10,7 @@ from tyro.conf import Positional, arg
 from diffusion.schedulers import Ignorable
 from storage_schemas.command_line import Config
 from storage_schemas.commit import MOST_QUARANTINED
+from storage_schemas.places import LocalName, Source, StorePlace, source
 
 DatasetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="name of the dataset in the store")]
 
@@ -56,7 +57,7 @@ Scales = Annotated[
     AfterValidator(_ascending),
 ]
 PrintJson = Annotated[bool, arg(name="json"), Field(description="print JSON")]
-StoreArgument = Annotated[Positional[str], Field(description="the store's URI")]
+StoreArgument = Annotated[Positional[StorePlace], Field(description="the store's URI")]
 
 MicroBatch = Annotated[
     Annotated[int, Field(ge=1)] | Literal["auto"],
@@ -69,6 +70,7 @@ ChainStart = Annotated[
         description="prior: trajectories from noise; data:IMAGES: segments of two ddim steps from noised real images, "
         "such as data:sklearn:digits",
     ),
+    AfterValidator(source),
 ]
 SolverName = Literal["ddim", "heun", "rk4", "ab2", "dpmpp_2m", "dpmpp_3m"]
 
@@ -109,7 +111,7 @@ class RayConfig(Config):
 class TeacherConfig(Config):
     """Whose samples, and in which numbers they are computed."""
 
-    teacher: str = Field(description="builtin:NAME, diffusers:SOURCE, python:MODULE:FACTORY, or a saved model")
+    teacher: Source = Field(description="builtin:NAME, diffusers:SOURCE, python:MODULE:FACTORY, or a saved model")
     ignore: tuple[Ignorable, ...] = Field(
         (), description="of a pipeline's scheduler: clip_sample, thresholding, which change samples and are in no ODE"
     )
@@ -154,7 +156,7 @@ class WorkerConfig(Config):
 class JobConfig(WorkerConfig):
     """Where samples go, how many, and what a job does on its way there."""
 
-    store: str = Field(description="where the dataset lies: a folder, s3://, gs:// or az://")
+    store: StorePlace = Field(description="where the dataset lies: a folder, s3://, gs:// or az://")
     count: int = Field(ge=1, description="train samples that the window holds at least")
     holdout: int = Field(2048, ge=0, description="holdout samples that the window holds at least")
     format: Literal["parquet", "webdataset"] = Field("parquet", description="file format of shards")
@@ -211,7 +213,7 @@ class GenerateConfig(JobConfig, TeacherConfig):
     solver: SolverConfig = SolverConfig()
     states: tuple[int, ...] = Field((), description="inner grid indices to store; noise (0) and output (N) always are")
     start: ChainStart = "prior"
-    calibration: str | None = Field(
+    calibration: LocalName | None = Field(
         None, description="JSON that calibrate wrote: checked against the recipe and kept among its notes"
     )
     with_weights: bool = Field(False, description="keep the teacher's weights in the store, for students to start from")
@@ -275,8 +277,8 @@ class CalibrateConfig(WorkerConfig, TeacherConfig):
     solver: GridConfig = GridConfig()
     reference_factor: int = Field(8, ge=2, description="the reference takes as many times the most steps, by rk4")
     micro_batch: int = Field(64, ge=1, description="samples solved together")
-    out: str | None = Field(None, description="JSON file for the measurement, for generate --calibration")
-    picture: str | None = Field(None, description="PNG file for a plot of error against network calls")
+    out: LocalName | None = Field(None, description="JSON file for the measurement, for generate --calibration")
+    picture: LocalName | None = Field(None, description="PNG file for a plot of error against network calls")
     as_json: PrintJson = False
 
     @model_validator(mode="after")
@@ -329,7 +331,9 @@ class SubmitConfig(Config):
 
     command: Annotated[Positional[tuple[str, ...]], Field(description="-- generate ..., or -- regenerate ...")]
     dashboard: str = Field("http://127.0.0.1:8265", description="address of the cluster's job server")
-    working_dir: str | None = Field(None, description="a folder that the job runs in; Ray copies it to the cluster")
+    working_dir: StorePlace | None = Field(
+        None, description="a folder that the job runs in; Ray copies it to the cluster"
+    )
     wait: bool = Field(False, description="wait for the job's end, show its output and end with its exit code")
     dry_run: bool = Field(False, description="print the submission id and the command, submit nothing")
     as_json: PrintJson = False
@@ -349,7 +353,7 @@ class ResolveConfig(Config):
     store: StoreArgument
     dataset: DatasetName = "main"
     manifest: int | None = Field(None, ge=1, description="number of a manifest; the latest by default")
-    teacher: str | None = Field(None, description="the recipe's teacher; what the store keeps, or the recipe's uri")
+    teacher: Source | None = Field(None, description="the recipe's teacher; what the store keeps, or the recipe's uri")
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$", description="auto, cpu, cuda, cuda:1, ..."
     )
@@ -417,9 +421,11 @@ class InspectConfig(Config):
     dataset: DatasetName = "main"
     manifest: int | None = Field(None, ge=1, description="number of a manifest; the latest by default")
     as_json: PrintJson = False
-    picture: str | None = Field(None, description="PNG file for a picture of a few trajectories")
+    picture: LocalName | None = Field(None, description="PNG file for a picture of a few trajectories")
     lineage: bool = Field(False, description="print the models and data behind it instead, back to the first teacher")
-    student: str | None = Field(None, description="lineage: folder of a saved student to begin with, not the dataset")
+    student: LocalName | None = Field(
+        None, description="lineage: folder of a saved student to begin with, not the dataset"
+    )
 
     @model_validator(mode="after")
     def _students_have_a_lineage(self) -> Self:

@@ -10,7 +10,7 @@ from pipeline.config import GenerateConfig
 from pipeline.guard import check_continues
 from pipeline.heartbeat import Pulse
 from pipeline.outcome import Outcome, What, names, tell
-from pipeline.plan import Aim, Goal, Nothing, Policy, Wanted, grow, missing_tasks
+from pipeline.plan import Aim, Goal, Nothing, Plans, Policy, Wanted, grow, missing_tasks
 from pipeline.prepare import Run, keep_recipe, prepare
 from pipeline.upkeep.keep import Lapsed, Place, StaleCommits, check_committed
 from pipeline.upkeep.recheck import still_there, whole
@@ -81,8 +81,10 @@ def carry_out(run: Run, aim: Aim, policy: Policy | None = None) -> Outcome:
 
 
 def _settle(run: Run, aim: Aim, policy: Policy | None, pulse: Pulse) -> Outcome:
+    plans = Plans(run.store)
     while True:
         parent = latest_manifest(run.store, run.config.dataset)
+        plans.begin(parent)
         if parent and (parent.recipe_id == run.recipe.id or not (run.config.new_recipe or policy == "recipe")):
             check_continues(run.store, parent, run.recipe, run.layout, policy)
         wanted = aim(parent, run.recipe.id)

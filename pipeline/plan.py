@@ -7,10 +7,11 @@ from datetime import datetime, timedelta
 from typing import Literal
 
 from storage_schemas.commit import Task, utc_now
-from storage_schemas.errors import UsageError
+from storage_schemas.errors import StoreError, UsageError
 from storage_schemas.job import Job
 from storage_schemas.layout import Layout
 from storage_schemas.manifest import Bounds, Manifest, ManifestDraft, Window
+from storage_schemas.store import Store
 
 Policy = Literal["grow", "refresh", "recipe"]
 
@@ -32,6 +33,26 @@ class Wanted:
 
 Aim = Callable[[Manifest | None, str], Wanted | Nothing]
 """(latest manifest, recipe id) -> what to bring about; asked again after a lost race."""
+
+
+class Plans:
+    """The plans of one run. Another manifest each time is progress; plans from the same one again and again are not."""
+
+    MOST = 8
+
+    def __init__(self, store: Store) -> None:
+        self._store, self._number, self._made = store, -1, 0
+
+    def begin(self, latest: Manifest | None) -> None:
+        """Count a plan from `latest`. StoreError where the store keeps showing what others have moved on from."""
+        number = latest.number if latest else 0
+        self._made = self._made + 1 if number == self._number else 1
+        self._number = number
+        if self._made > self.MOST:
+            raise StoreError(
+                f"planned {self.MOST} times from manifest {number}, the latest that {self._store.uri} shows: "
+                "another job keeps it from being sealed, or the storage hides new files; wait, or use another storage"
+            )
 
 
 @dataclass(frozen=True)

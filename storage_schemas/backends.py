@@ -20,7 +20,8 @@ from urllib.parse import unquote
 from fsspec.config import conf
 from fsspec.core import url_to_fs
 
-from storage_schemas.errors import StoreError, UsageError
+from storage_schemas.errors import StoreError, UsageError, usage_errors
+from storage_schemas.places import store_place
 
 LOCAL = ("file", "local")
 CONDITIONAL = ("memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
@@ -61,9 +62,10 @@ _memory = threading.Lock()  # memory:// lives in one process, where a lock makes
 
 def split_uri(uri: str) -> tuple[str, str, dict[str, str]]:
     """Protocol, uri without credentials, credentials as fsspec options; a local uri becomes an absolute path."""
-    protocol, separator, rest = uri.partition("://")
+    with usage_errors():
+        protocol, separator, rest = store_place(uri).partition("://")
     if not separator or protocol in LOCAL:
-        path = rest if separator else uri
+        path = rest if separator else protocol
         if not path:  # abspath would make it the working directory
             raise UsageError(f"{uri!r} names no store: give a folder, s3://, gs:// or az://")
         return "file", os.path.abspath(os.path.expanduser(path)), {}
@@ -78,10 +80,17 @@ def split_uri(uri: str) -> tuple[str, str, dict[str, str]]:
 def _credentials(protocol: str, rest: str) -> tuple[str, dict[str, str]]:
     match = re.match(r"([^/@:]+):([^@]+)@(.+)", rest)
     if match and protocol in ("s3", "s3a"):
-        return f"{protocol}://{match[3].rstrip('/')}", {"key": unquote(match[1]), "secret": unquote(match[2])}
+        return _whole(protocol, match[3]), {"key": unquote(match[1]), "secret": unquote(match[2])}
     if match or "@" in rest.partition("/")[0]:
         raise StoreError(f"{protocol} credentials can't be in the uri: give them by environment")
-    return f"{protocol}://{rest.rstrip('/')}", {}
+    return _whole(protocol, rest), {}
+
+
+def _whole(protocol: str, rest: str) -> str:
+    """The uri without empty parts: what is written under a//b, some list under a/b."""
+    if rest.startswith("/") and protocol in CONDITIONAL and protocol != "memory":
+        raise StoreError(f"{protocol}://{rest} names no bucket: write {protocol}://bucket/folder")
+    return f"{protocol}://{re.sub('//+', '/', rest).rstrip('/')}"
 
 
 def filesystem(protocol: str, uri: str, options: dict[str, str]) -> tuple[Any, str]:

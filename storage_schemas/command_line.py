@@ -22,6 +22,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from storage_schemas.errors import UsageError, UserError, without_credentials
+from storage_schemas.places import local_path
 
 
 class _PassedOn:
@@ -163,9 +164,9 @@ def _flag_name(word: str) -> str:
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(local_path(path), encoding="utf-8") as file:
             document = yaml.safe_load(file) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"--config {path}: {error}; name a readable YAML file") from error
     if not isinstance(document, dict):
         raise UsageError(f"--config {path}: holds a {type(document).__name__}; write field: value lines")

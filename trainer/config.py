@@ -1,13 +1,13 @@
 """What `python -m trainer fit` can be told."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from storage_schemas.command_line import Config
 from storage_schemas.images import KINDS
+from storage_schemas.places import LocalPath, Source, StorePlace
 from trainer.objectives.options import DISTRIBUTION_LEVEL, TWO_TIMES, ObjectiveConfig
 
 ProcessName = Literal["ve", "linear_vp", "cosine_vp", "rectified_flow"]
@@ -41,7 +41,7 @@ class CriticConfig(Config):
 class TeacherConfig(Config):
     """dmd, vsd, sid: the teacher's network beside the student."""
 
-    uri: str | None = Field(None, description="Its uri; what the store keeps, or the recipe's uri, unless told.")
+    uri: Source | None = Field(None, description="Its uri; what the store keeps, or the recipe's uri, unless told.")
     dtype: DtypeName = Field("float32", description="Its weights' dtype.")
     offload: bool = Field(False, description="Keep its weights on the CPU between its calls.")
 
@@ -74,13 +74,13 @@ def _refuse_options(objective: Any, process: str) -> None:
 class FitConfig(Config):
     """Fit a student on stored trajectories, or a teacher on images."""
 
-    out: Path = Field(description="Folder of this run: checkpoints, metrics, model.")
-    data: str | None = Field(None, description="Store to read trajectories from: a folder or s3://... URI.")
+    out: LocalPath = Field(description="Folder of this run: checkpoints, metrics, model.")
+    data: StorePlace | None = Field(None, description="Store to read trajectories from: a folder or s3://... URI.")
     dataset: str = Field("main", description="Name of the dataset in the store.")
     manifest: int | None = Field(None, ge=1, description="Number of the manifest; the latest one unless told.")
-    images: str | None = Field(None, description=f"Real images for denoising, or for dmd's discriminator: {KINDS}.")
+    images: Source | None = Field(None, description=f"Real images for denoising, or for dmd's discriminator: {KINDS}.")
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="What is fitted.")
-    init: str | None = Field(None, description="teacher, scratch or the folder of a saved model to start from.")
+    init: Source | None = Field(None, description="teacher, scratch or the folder of a saved model to start from.")
     network: NetworkConfig = Field(NetworkConfig(), description="The student's network.")
     critic: CriticConfig = Field(CriticConfig(), description="dmd, vsd, sid: the critic.")
     teacher: TeacherConfig = Field(TeacherConfig(), description="dmd, vsd, sid: the teacher beside the student.")
@@ -123,7 +123,7 @@ class FitConfig(Config):
     seed: int = Field(0, ge=0, lt=2**63, description="Of the order, the weights and every random choice.")
 
     checkpoint_every: int = Field(500, ge=1, description="Steps between checkpoints.")
-    checkpoints: str | None = Field(
+    checkpoints: StorePlace | None = Field(
         None, description="Folder or s3://... URI for checkpoints, with copies of the run's record, metrics and models."
     )
     keep_last: int = Field(2, ge=1, description="Checkpoints kept.")
@@ -152,7 +152,9 @@ class FitConfig(Config):
     on_corrupt: Literal["fail", "substitute"] = Field(
         "fail", description="What unreadable samples do: end the fit, or give way to others, counted."
     )
-    cache_folder: Path | None = Field(None, description="Disk cache of remote stores; ~/.cache/limbeck unless told.")
+    cache_folder: LocalPath | None = Field(
+        None, description="Disk cache of remote stores; ~/.cache/limbeck unless told."
+    )
     cache_gib: float = Field(32, gt=0, description="Most that the disk cache holds, GiB.")
     in_flight_mib: int = Field(256, ge=1, description="Stored bytes being fetched from a remote store at a time, MiB.")
     ahead_mib: int = Field(64, ge=1, description="Batches made ahead of the step, MiB.")

@@ -18,6 +18,7 @@ from storage_schemas.command_line import Config
 from storage_schemas.dataset import Dataset, open_dataset
 from storage_schemas.errors import UserError, usage_errors
 from storage_schemas.images import KINDS
+from storage_schemas.places import LocalPath, Source, StorePlace
 from storage_schemas.recipe import Recipe
 from storage_schemas.store import Store
 from trainer.contenders import Contender, recipe_nfe, students, teacher_solvers
@@ -37,8 +38,8 @@ _MOST = 2048
 class EvaluateConfig(Config):
     """Measure students and their teacher's own solvers at the same NFE, on noises that no student was fitted on."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]] = Field(description="Folders of fits, or of saved models.")
-    data: str = Field(description="Store whose holdout noises and outputs are used: a folder or s3://... URI.")
+    runs: tyro.conf.Positional[tuple[LocalPath, ...]] = Field(description="Folders of fits, or of saved models.")
+    data: StorePlace = Field(description="Store whose holdout noises and outputs are used: a folder or s3://... URI.")
     dataset: str = Field("main", description="Name of the dataset in the store.")
     manifest: int | None = Field(None, ge=1, description="Number of the manifest; the latest one unless told.")
     nfe: tuple[int, ...] = Field((), description="Numbers of network calls; all that the runs serve unless told.")
@@ -48,14 +49,14 @@ class EvaluateConfig(Config):
     sampling: Way | None = Field(
         None, description="jump or renoise: how students make several steps; as each was fitted unless told."
     )
-    images: str | None = Field(
+    images: Source | None = Field(
         None, description=f"Real images to compare with: {KINDS}; by the sample shape unless told."
     )
-    classifier: Path | None = Field(
+    classifier: LocalPath | None = Field(
         None, description="Folder of a classifier (python -m trainer classifier); the shipped one unless told."
     )
-    teacher: str | None = Field(None, description="Teacher's URI; from the store, or the recipe's, unless told.")
-    out: Path | None = Field(None, description="Folder for evaluation.json and .png; the first run's unless told.")
+    teacher: Source | None = Field(None, description="Teacher's URI; from the store, or the recipe's, unless told.")
+    out: LocalPath | None = Field(None, description="Folder for evaluation.json and .png; the first run's unless told.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = Field(
         False, description="Print evaluation.json instead of a table."

@@ -22,6 +22,7 @@ from diffusion.devices import pick_device
 from storage_schemas.command_line import Config
 from storage_schemas.errors import UsageError, usage_errors
 from storage_schemas.images import KINDS, num_classes
+from storage_schemas.places import LocalPath, Source
 from trainer.images import load_images
 
 _AT_ONCE = 1024
@@ -71,8 +72,8 @@ class Classifier(nn.Module):
 class ClassifierConfig(Config):
     """Fit the classifier in whose features evaluate measures the Frechet distance."""
 
-    out: Path = Field(description="Folder to write model.json and model.safetensors to.")
-    images: str = Field("sklearn:digits", description=f"Image source: {KINDS}.")
+    out: LocalPath = Field(description="Folder to write model.json and model.safetensors to.")
+    images: Source = Field("sklearn:digits", description=f"Image source: {KINDS}.")
     width: int = Field(32, ge=1, description="Channels of the first stage; the second has twice as many.")
     num_features: int = Field(64, ge=2, description="Size of the penultimate layer.")
     steps: int = Field(1500, ge=1, description="Optimiser steps.")

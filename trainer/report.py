@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from storage_schemas.command_line import Config
 from storage_schemas.errors import ManifestMismatch, UsageError
+from storage_schemas.places import LocalPath
 from trainer.plots import plot_quality
 from trainer.tables import markdown, show, terminal
 
@@ -25,10 +26,10 @@ _ROUNDING = 1e-3
 class ReportConfig(Config):
     """Put evaluations together: mean and spread of each contender's figures, by the name of its run's folder."""
 
-    evaluations: tyro.conf.Positional[tuple[Path, ...]] = Field(
+    evaluations: tyro.conf.Positional[tuple[LocalPath, ...]] = Field(
         description=f"Files {_FILE} of evaluate, or folders that hold one; of one recipe and one reference."
     )
-    out: Path = Field(description="Folder for report.json, .md and .png.")
+    out: LocalPath = Field(description="Folder for report.json, .md and .png.")
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = Field(
         False, description="Print report.json instead of a table."
     )

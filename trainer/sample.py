@@ -16,6 +16,7 @@ from diffusion.checkpoint import Checkpoint
 from diffusion.devices import pick_device
 from storage_schemas.command_line import Config
 from storage_schemas.errors import UsageError, usage_errors
+from storage_schemas.places import LocalPath
 from trainer.sampling import FewSteps, Way, few_steps, noises_of
 from trainer.student import check_finite, find_student, is_told_labels
 
@@ -27,11 +28,11 @@ _BATCH = 512
 class SampleConfig(Config):
     """Draw samples of a student: a PNG grid of images, and the tensors if asked."""
 
-    run: tyro.conf.Positional[Path] = Field(description="Folder of a fit, or of a saved model.")
+    run: tyro.conf.Positional[LocalPath] = Field(description="Folder of a fit, or of a saved model.")
     nfe: int = Field(ge=1, description="Network calls a sample: a number of steps that the student was fitted for.")
     count: int = Field(64, ge=1, description="Number of samples.")
-    out: Path | None = Field(None, description="PNG file for a grid of the images.")
-    tensors: Path | None = Field(None, description="Safetensors file for noise, output and condition.")
+    out: LocalPath | None = Field(None, description="PNG file for a grid of the images.")
+    tensors: LocalPath | None = Field(None, description="Safetensors file for noise, output and condition.")
     seed: int = Field(0, ge=0, lt=2**64, description="Seed of the noise; its holdout line is used.")
     label: int | None = Field(None, ge=0, description="One class for all; every class in turn unless told.")
     guidance: float | None = Field(

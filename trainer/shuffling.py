@@ -15,6 +15,7 @@ from storage_schemas.command_line import Config
 from storage_schemas.dataset import open_dataset
 from storage_schemas.errors import UsageError, usage_errors
 from storage_schemas.ids import IdSet, id_set
+from storage_schemas.places import StorePlace
 from storage_schemas.store import Store
 from trainer.blocks import Blocks
 from trainer.order import Ints, Lanes, default_block, default_lanes, default_window
@@ -23,7 +24,7 @@ from trainer.order import Ints, Lanes, default_block, default_lanes, default_win
 class ShuffleConfig(Config):
     """Measure how well an order shuffles, beside a full random shuffle: no sample is read."""
 
-    data: str | None = Field(None, description="Store whose train split is ordered: a folder or s3://... URI.")
+    data: StorePlace | None = Field(None, description="Store whose train split is ordered: a folder or s3://... URI.")
     dataset: str = Field("main", description="Name of the dataset in the store.")
     manifest: int | None = Field(None, ge=1, description="Number of the manifest; the latest one unless told.")
     rows: int | None = Field(None, ge=1, le=10**15, description="Instead of a store: so many samples.")

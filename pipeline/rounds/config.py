@@ -3,13 +3,13 @@
 import re
 import shlex
 from itertools import pairwise
-from pathlib import Path
 from typing import Self
 
 from pydantic import Field, model_validator
 
 from pipeline.config import ChainStart, DatasetName, GridConfig, JobConfig, TeacherConfig
 from storage_schemas.command_line import PassedOn
+from storage_schemas.places import LocalPath
 
 RAY_JOB = "ray-job"
 OURS = ("out", "data", "dataset", "manifest", "images", "objective.name", "objective.schedule", "resume", "no-resume")
@@ -19,7 +19,7 @@ OURS = ("out", "data", "dataset", "manifest", "images", "objective.name", "objec
 class ProgressiveConfig(JobConfig, TeacherConfig):
     """Progressive distillation: each round solves the last student, fits one of half its steps to that, promotes it."""
 
-    out: Path = Field(description="folder of the students, one a round, and of progressive.json")
+    out: LocalPath = Field(description="folder of the students, one a round, and of progressive.json")
     steps: int = Field(16, ge=2, description="steps N of the first teacher's ddim")
     schedule: tuple[int, ...] = Field(
         (), description="steps of each round's student; N/2, N/4, ... unless told, down to an odd number such as 1"

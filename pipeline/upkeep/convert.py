@@ -16,7 +16,7 @@ from pipeline.config import ConvertConfig
 from pipeline.generate import new_job
 from pipeline.heartbeat import Pulse
 from pipeline.outcome import DONE, QUARANTINED, described, lacks_samples
-from pipeline.plan import Goal
+from pipeline.plan import Goal, Plans
 from pipeline.progress import Progress
 from pipeline.upkeep.keep import Lapsed, Place, adoptable, check_committed
 from pipeline.upkeep.relayout import convert_tasks, grouped, new_tasks
@@ -73,9 +73,10 @@ def _carry_out(store: Store, config: ConvertConfig, job: str) -> tuple[Manifest,
 
 def _settle(store: Store, config: ConvertConfig, job: str, pulse: Pulse) -> tuple[Manifest, int]:
     """The manifest that shows the dataset in the layout, and the shards written; planned anew after a lost race."""
-    written = 0
+    written, plans = 0, Plans(store)
     while True:
         run = _planned(store, config, job)
+        plans.begin(run.parent)
         if run.parent is not None and _shows(run.parent, run):
             return run.parent, written
         try:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from pipeline.plan import Plans
 from pipeline.upkeep.keep import Kept, Place, Target, name_tasks, served
 from pipeline.upkeep.sweep import places
 from storage_schemas import paths
@@ -81,9 +82,11 @@ def set_floor(
     store: Store, dataset: str, number: int, *, writer: str, grace: timedelta, clock: Callable[[], datetime]
 ) -> Manifest:
     """The manifest that sets it: the content of the latest, whoever sealed that meanwhile."""
+    plans = Plans(store)
     while True:
         latest = latest_manifest(store, dataset)
         assert latest is not None  # the newest one is never deleted
+        plans.begin(latest)
         now = clock()
         times = (time.isoformat(timespec="seconds") for time in (now, now + grace))
         floor = Floor(number=max(number, latest.floor.number), sealed_at=next(times), sweep_at=next(times))

@@ -369,6 +369,17 @@ def test_who_loses_the_race_to_seal_plans_again_from_the_winner(generate, ids_of
     assert ids_of(tmp_path) == {"train": list(range(160)), "holdout": list(range(40))}
 
 
+def test_a_store_that_hides_what_is_sealed_ends_the_planning(generate, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline.generate, "latest_manifest", lambda store, dataset: None)
+    assert generate(tmp_path)[0] == 0
+    code, _, err = generate(tmp_path)
+    assert code == 1
+    assert err.count("planning again") == 8
+    assert err.splitlines()[-1].startswith(
+        f"pipeline: planned 8 times from manifest 0, the latest that {tmp_path} shows: another job keeps it from"
+    )
+
+
 def test_the_solvers_that_can_be_chosen_are_those_that_exist():
     assert set(get_args(SolverConfig.model_fields["name"].annotation)) == set(SOLVERS)
 

@@ -13,7 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from storage_schemas import backends
 from storage_schemas import store as store_module
-from storage_schemas.errors import StoreError
+from storage_schemas.errors import StoreError, UsageError
 from storage_schemas.paths import STORE
 from storage_schemas.store import Store
 
@@ -89,6 +89,30 @@ def test_what_is_no_store_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(StoreError, match="NotADirectoryError"):
         Store.create(str(tmp_path / "file" / "store"))
+
+
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [
+        ("s3://bucket//a", "s3://bucket/a"),
+        ("s3://bucket/a//b///", "s3://bucket/a/b"),
+        ("s3://KEY:secret//x@bucket//a", "s3://bucket/a"),
+        ("memory://a//b/", "memory://a/b"),
+    ],
+)
+def test_empty_parts_of_a_uri_are_left_out(uri: str, told: str) -> None:
+    assert Store(uri).uri == told
+
+
+@pytest.mark.parametrize("uri", ["s3:bucket/a", "s3:/bucket/a", "S3://bucket/a"])
+def test_a_misspelt_uri_makes_no_folder(uri: str) -> None:
+    with pytest.raises(UsageError, match=r"write s3://bucket/a$"):
+        Store(uri)
+
+
+def test_a_uri_without_a_bucket_is_refused() -> None:
+    with pytest.raises(StoreError, match="names no bucket"):
+        Store("s3:///folder")
 
 
 def test_other_protocols_need_a_single_writer() -> None:

@@ -1,12 +1,12 @@
 """What an objective can be told, each with options of its own."""
 
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
 from storage_schemas.command_line import Config
+from storage_schemas.places import LocalPath
 
 ObjectiveName = Literal[
     "knowledge", "progressive", "flow_map", "ctm", "consistency", "reflow", "dmd", "vsd", "sid", "denoising"
@@ -48,7 +48,7 @@ class ObjectiveConfig(Config):
         None, description="Distance to the target, where the objective has one; l2 unless told."
     )
     c: float | None = Field(None, gt=0, description="The width c of pseudo_huber, sqrt(|u|^2 + c^2) - c.")
-    lpips: Path | None = Field(
+    lpips: LocalPath | None = Field(
         None,
         description="TorchScript file of LPIPS, (a, b) in [-1, 1], [B, 3, H, W] -> one number a sample, such as "
         "torch.jit.trace(lpips.LPIPS(), (a, b)).save(FILE) writes.",
