@@ -2,9 +2,10 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+OLDEST := .venv-oldest/bin
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: venv demo test faults results lint bench clean
+.PHONY: venv demo test faults oldest results lint bench clean
 
 venv: .venv/installed
 
@@ -34,6 +35,23 @@ $(BIN)/kubectl: .venv/installed
 faults: venv
 	$(BIN)/python -m pytest -m "faults" --timeout 900
 
+# The quick tests of the programs with the oldest versions that pyproject.toml allows, then those of S3, whose s3fs takes
+# a newer fsspec: the names of those have s3 or bucket in them. Beside CI, for a change of a bound: it takes an environment of 2 GB and as long as the tests do.
+oldest: .venv-oldest/installed
+	$(OLDEST)/python -m pip uninstall --quiet --yes s3fs
+	$(OLDEST)/python -m pip install --quiet --constraint tests/oldest.txt fsspec
+	$(OLDEST)/python -m pytest -m "not faults and not gpu" -k "not s3 and not bucket" \
+	    tests/storage_schemas tests/diffusion tests/trainer tests/pipeline
+	$(OLDEST)/python -m pip install --quiet "$$(grep ^s3fs tests/oldest.txt)"
+	$(OLDEST)/python -m pytest -m "not faults and not gpu" -k "s3 or bucket" tests/storage_schemas tests/trainer
+
+.venv-oldest/installed: pyproject.toml tests/oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	$(OLDEST)/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/python -m pip install --quiet --constraint tests/oldest.txt --editable ".[pipeline,trainer,diffusers]" \
+	    lightning "moto[server]" pytest pytest-timeout hypothesis scipy
+	touch $@
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,4 +69,4 @@ bench: venv
 	$(BIN)/python -m tests.benchmarks.planning
 
 clean:
-	rm -rf .venv .venv-peers runs build *.egg-info
+	rm -rf .venv .venv-oldest .venv-peers runs build *.egg-info

@@ -5,6 +5,7 @@ loser; a finished temporary file and a hard link do neither. S3, GCS and Azure h
 """
 
 import errno
+import inspect
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import fsspec
 from fsspec.config import conf
 from fsspec.core import url_to_fs
 
@@ -134,6 +136,24 @@ def create(fs: Any, protocol: str, path: str, data: bytes) -> None:
             if error_code(error) in PRECONDITION:
                 raise FileExistsError(path) from error
             raise
+
+
+def check_creates(fs: Any, protocol: str, uri: str) -> None:
+    """Refuse a client without exclusive creates: it takes `mode` for any other option, and replaces what is there.
+
+    The code is asked and not the signature, since adlfs takes `mode` out of its keyword arguments.
+    """
+    if protocol not in CONDITIONAL:
+        return
+    code = inspect.unwrap(getattr(fs, "_pipe_file", None) or fs.pipe_file).__code__
+    if "mode" in code.co_varnames + code.co_consts:
+        return
+    package = type(fs).__module__.partition(".")[0]
+    wanted = "fsspec>=2024.12" if package == "fsspec" else f"fsspec>=2024.12 and the newest {package}"
+    raise StoreError(
+        f"{uri}: {type(fs).__name__} of fsspec {fsspec.__version__} ignores exclusive creates, "
+        f"so two writers could both win: install {wanted}"
+    )
 
 
 def _create_local(path: Path, data: bytes) -> None:

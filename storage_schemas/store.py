@@ -105,6 +105,8 @@ class Store:
         if data is not None:
             document = StoreDocument.from_bytes(data, f"{self.uri}/{paths.STORE}")
             self.single_writer = document.single_writer
+        if not self.single_writer:
+            backends.check_creates(self._fs, self.protocol, self.uri)
         return data is not None
 
     def _probe(self, ours: bytes) -> None:

@@ -1,16 +1,19 @@
 """What the repository says of itself holds: the README's commands, code, links and tables, and who imports what."""
 
+import itertools
 import random
 import re
 import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 
 from pipeline.__main__ import COMMANDS
 from storage_schemas.command_line import Command, main, parse
@@ -130,6 +133,16 @@ def test_the_trainer_needs_no_ray(package):
 def test_importing_the_pipeline_does_not_import_ray():
     program = "import sys, pipeline.__main__; sys.exit('ray' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_every_lower_bound_is_a_version_that_make_oldest_installs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = (project["optional-dependencies"][name] for name in ("pipeline", "trainer", "s3", "diffusers"))
+    named = itertools.chain(project["dependencies"], *extras)
+    bounds = {re.sub(r"\[.*]", "", each).replace(">=", " ") for each in named}
+    pins = re.findall(r"^(.+)==(.+)$", (ROOT / "tests/oldest.txt").read_text(), flags=re.MULTILINE)
+    oldest = {name: Version(version) for name, version in pins}
+    assert {name: Version(version) for name, version in map(str.split, bounds)} == oldest
 
 
 def test_the_shipped_models_are_small():

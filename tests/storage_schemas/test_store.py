@@ -1,5 +1,6 @@
 import os
 import pickle
+import secrets
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -82,8 +83,6 @@ def test_what_is_no_store_is_refused_in_one_line(tmp_path: Path) -> None:
         Store.open(str(tmp_path))
     with pytest.raises(StoreError, match="nosuch:// is unknown to fsspec"):
         Store.open("nosuch://x")
-    with pytest.raises(StoreError, match="names no bucket"):
-        Store.open("s3://")
     with pytest.raises(StoreError, match="chained"):
         Store.open("simplecache::s3://bucket/x")
     (tmp_path / "file").write_text("x")
@@ -110,9 +109,45 @@ def test_a_misspelt_uri_makes_no_folder(uri: str) -> None:
         Store(uri)
 
 
-def test_a_uri_without_a_bucket_is_refused() -> None:
+@pytest.mark.parametrize("uri", ["s3://", "s3:///folder"])
+def test_a_uri_without_a_bucket_is_refused(uri: str) -> None:
     with pytest.raises(StoreError, match="names no bucket"):
-        Store("s3:///folder")
+        Store(uri)
+
+
+def without_mode(self: object, path: str, value: bytes, **kwargs: object) -> None:
+    """As fsspec before 2024.12 wrote: a `mode` is one more option that it knows nothing of."""
+
+
+def with_mode_among_others(self: object, path: str, value: bytes, **kwargs: object) -> None:
+    """As adlfs writes, whose signature does not say it."""
+    kwargs.pop("mode", "")
+
+
+@pytest.mark.parametrize("opened", [Store.open, Store.create])
+def test_an_fsspec_that_ignores_exclusive_creates_is_refused(
+    opened: Callable[[str], Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, shared = (f"memory://{secrets.token_hex(6)}" for _ in range(2))
+    Store.create(shared)
+    Store.create(alone, single_writer=True)
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", without_mode)
+    with pytest.raises(StoreError, match=r"MemoryFileSystem of fsspec [\d.]+ ignores .*: install fsspec>=2024\.12$"):
+        opened(shared)
+    assert opened(alone).single_writer
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", with_mode_among_others)
+    assert opened(shared).uri == shared
+
+
+@pytest.mark.parametrize("opened", [Store.open, Store.create])
+def test_an_s3_client_that_ignores_exclusive_creates_is_refused(
+    opened: Callable[[str], Store], s3_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Store.create(s3_uri)
+    monkeypatch.setattr(fsspec.get_filesystem_class("s3"), "_pipe_file", without_mode)
+    said = r"S3FileSystem of fsspec [\d.]+ ignores .*: install fsspec>=2024\.12 and the newest s3fs$"
+    with pytest.raises(StoreError, match=said):
+        opened(s3_uri)
 
 
 def test_other_protocols_need_a_single_writer() -> None:

@@ -161,7 +161,7 @@ def test_near_chunks_share_a_request_and_cached_ones_need_none(memory_store, rea
     assert requests[1:] == [("a.bin", [(at[4], 5000)])], "only what the cache did not have"
 
 
-def test_a_long_run_is_fetched_by_regions_side_by_side(s3_store, s3, reading):
+def test_a_long_run_on_s3_is_fetched_by_regions_side_by_side(s3_store, s3, reading):
     """6 chunks that touch, of 5 MiB each: 4 begin in the first region, 2 in the second."""
     commit = make_shard(s3_store, "a.bin", [5 << 20] * 6)
     before = s3.seen["range"]

@@ -205,7 +205,7 @@ def test_files_that_are_something_else_are_named(tmp_path):
     deep = Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 100)
     for name, contents, found in (
         ("odd.webp", animated, "is animated"),
-        ("odd.png", encoded(deep), "mode I;16; save it with 8 bits"),
+        ("odd.png", encoded(deep), "pixels of mode I"),
         ("labels.csv", b"a,0", "is no PNG, JPEG or WebP file; move it"),
         ("odd.tiff", encoded(NOISE, "TIFF"), "is no PNG, JPEG or WebP file; move it"),
     ):

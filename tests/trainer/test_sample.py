@@ -53,7 +53,7 @@ def test_tensors_are_the_holdout_noise_the_labels_in_turn_and_the_students_jumps
 
 
 def test_a_sample_does_not_depend_on_how_many_are_drawn(run, tmp_path):
-    few, many = (drawn(tmp_path / "t.safetensors", run=run, nfe=1, count=count) for count in (600, 1100))
+    few, many = (drawn(tmp_path / f"{count}.safetensors", run=run, nfe=1, count=count) for count in (600, 1100))
     assert torch.equal(few["noise"], many["noise"][:600])
     torch.testing.assert_close(few["output"], many["output"][:600], rtol=1e-5, atol=1e-5)
 
