@@ -96,8 +96,9 @@ class Fit:
         self.warnings = self.plan.warnings_of(student)
         if found:
             tree = found.read(like={"stepper": self.stepper.state_dict()} if sharded else None)
-            self.stepper.load_state_dict(tree["stepper"])
-            self.stage, self.step, self.stream_state = tree["stage"], tree["step"], tree["stream"]
+            with found.told_of():
+                self.stepper.load_state_dict(tree["stepper"])
+                self.stage, self.step, self.stream_state = tree["stage"], tree["step"], tree["stream"]
             self.warnings += found.refused
 
     @property

@@ -126,8 +126,8 @@ class Stepper:
         """Everything that the next step depends on, but the stream.
 
         Plain tensors, the same on every rank; of sharded networks DTensors under their parameters' names, for
-        torch.distributed.checkpoint, which loads what other numbers of ranks have saved: into a `state_dict()`, in
-        place, and that is what `load_state_dict` takes.
+        saving/shards.py, which reads what other numbers of ranks have saved: into a `state_dict()`, in place, and that
+        is what `load_state_dict` takes.
         """
         return {name: part and part.state_dict() for name, part in self._parts().items()}
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from diffusion.flow_map import FlowMap
 from diffusion.spec import model_from_spec
@@ -30,6 +31,7 @@ from trainer.objectives.progressive import Progressive
 from trainer.objectives.reflow import Reflow
 from trainer.objectives.weights import Uncertainty, Weighting
 from trainer.parallel import Ranks, alone, ranks
+from trainer.saving.trees import read_tree, write_tree
 from trainer.stream import Batch
 
 ROWS, SHAPE = 32, (1, 4, 4)
@@ -147,21 +149,12 @@ def look(stepper: Stepper) -> float:
 
 
 def save(stepper: Stepper, folder: Path) -> None:
-    state = stepper.state_dict()
-    if stepper.sharded:
-        dcp.save(state, checkpoint_id=folder)
-    elif stepper.ranks.is_first:
-        folder.mkdir()
-        torch.save(state, folder / "state.pt")
+    folder.mkdir(exist_ok=True)
+    write_tree(stepper.state_dict(), folder, rank=stepper.ranks.rank, world_size=stepper.ranks.world_size)
 
 
 def load(stepper: Stepper, folder: Path) -> None:
-    if stepper.sharded:
-        state = stepper.state_dict()
-        dcp.load(state, checkpoint_id=folder)
-    else:
-        state = torch.load(folder / "state.pt", weights_only=True)
-    stepper.load_state_dict(state)
+    stepper.load_state_dict(read_tree(folder, like=stepper.state_dict() if stepper.sharded else None))
 
 
 def _digest(weights: dict[str, torch.Tensor]) -> str:
@@ -189,11 +182,66 @@ def tell_each_other(ranks: Ranks) -> dict[str, Any]:
     return {"answers": ranks.gather(answers)}
 
 
+def tensors() -> dict[str, torch.Tensor]:
+    """Known ones of every kind that a sharded tree may hold; `spread` says how each is sharded."""
+    torch.manual_seed(7)
+    return {
+        "even": torch.randn(8, 3),
+        "uneven": torch.randn(5, 2, 3),
+        "fewer rows than ranks": torch.randn(1, 6).to(torch.bfloat16),
+        "columns": torch.randn(2, 7),
+        "none": torch.empty(0, 4),
+        "replicated": torch.randn(3, 3, dtype=torch.float64),
+        "both": torch.randn(5, 7),
+        "twice": torch.randn(9, 2),
+        "rows in each half": torch.randn(3, 4),
+        "plain": torch.arange(5),
+        "scalar": torch.tensor(2.5),
+    }
+
+
+def spread(ranks: Ranks, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each as this process holds it: on one mesh of all, or on a mesh of two dimensions."""
+    line = init_device_mesh("cpu", (ranks.world_size,))
+    rows = 2 if ranks.world_size % 2 == 0 else 1
+    sheet = init_device_mesh("cpu", (rows, ranks.world_size // rows))
+    ways = {
+        **dict.fromkeys(("even", "uneven", "fewer rows than ranks", "none"), (line, (Shard(0),))),
+        "columns": (line, (Shard(1),)),
+        "replicated": (line, (Replicate(),)),
+        "both": (sheet, (Shard(0), Shard(1))),
+        "twice": (sheet, (Shard(0), Shard(0))),
+        "rows in each half": (sheet, (Replicate(), Shard(0))),
+    }
+    held = {name: distribute_tensor(values[name], *way) for name, way in ways.items()}
+    return {name: held.get(name, value.clone()) for name, value in values.items()}
+
+
+def through_the_disk(ranks: Ranks, told: dict[str, Any]) -> list[str]:
+    """Write the known tensors to one folder, read them from others; the names of those that came back other."""
+    if "write" in told:
+        write_tree({"t": spread(ranks, tensors())}, Path(told["write"]), rank=ranks.rank, world_size=ranks.world_size)
+        ranks.barrier()
+    wrong = []
+    for folder in told["read"]:
+        like = {"t": spread(ranks, {name: torch.zeros_like(value) for name, value in tensors().items()})}
+        found, want = read_tree(Path(folder), like=like)["t"], spread(ranks, tensors())
+        for name, there in want.items():
+            here = found[name]
+            pair = [one.to_local() if isinstance(one, DTensor) else one for one in (here, there)]
+            if type(here) is not type(there) or here.shape != there.shape or not torch.equal(*pair):
+                wrong.append(f"{name} of {folder} on rank {ranks.rank}")
+    return [one for part in ranks.gather(wrong) for one in part]
+
+
 def main() -> None:
     torch.set_num_threads(1)
     cases = json.loads(Path(sys.argv[1]).read_text())
     with ranks(sys.argv[3]) as mine:
+        trees = cases.pop("trees", None)
         told = {name: run_case(case, alone(mine.device) if case.get("plain") else mine) for name, case in cases.items()}
+        if trees:
+            told["trees"] = {"wrong": through_the_disk(mine, trees)}
         told["told"] = tell_each_other(mine)
         if mine.is_first:
             torch.save(told, sys.argv[2])

@@ -4,7 +4,6 @@ import errno
 import json
 import math
 import struct
-from traceback import StackSummary
 
 import pytest
 import torch
@@ -167,29 +166,26 @@ def test_where_all_are_damaged_nothing_is_begun_anew_in_silence(tmp_path):
     saved(tmp_path, 1, 2)
     for step in (1, 2):
         damage(tmp_path, step, "flipped")
-    with pytest.raises(StoreError, match=r"step-00000002-.* no other is whole: start anew by --no-resume$"):
+    with pytest.raises(StoreError, match=r"step-00000002-.* no other is whole: start again by --no-resume$"):
         last(tmp_path)
 
 
 def test_a_sharded_one_that_finds_no_room_is_told_in_a_line_and_leaves_nothing(tmp_path, monkeypatch):
-    from torch.distributed import checkpoint
-
-    def full(tensors, *, storage_writer):
-        (storage_writer.path / "__0_0.distcp").write_bytes(b"half")
-        problem = OSError(errno.ENOSPC, "No space left on device")
-        raise checkpoint.CheckpointException("write", {rank: (problem, StackSummary()) for rank in (0, 1)})
+    def full(tensors, folder, *, rank, world_size):
+        (folder / "shard-00001-of-00001.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     saved(tmp_path, 1)
-    monkeypatch.setattr("trainer.saving.trees._is_sharded", lambda tensors: True)
-    monkeypatch.setattr(checkpoint, "save", full)
-    with pytest.raises(StoreError, match=r"checkpoint can't be written: rank 0: .*No space left.*; rank 1: .*device$"):
+    monkeypatch.setattr("trainer.saving.shards.is_sharded", lambda tensors: True)
+    monkeypatch.setattr("trainer.saving.shards.write", full)
+    with pytest.raises(StoreError, match=r"checkpoint can't be written: .*No space left on device$"):
         saved(tmp_path, 2)
     assert markers(tmp_path) == folders(tmp_path) == [1]
 
 
 def test_those_of_an_earlier_release_are_refused(tmp_path):
     (tmp_path / FOLDER / "step-00000500").mkdir(parents=True)
-    with pytest.raises(StoreError, match="was written by an earlier release: go on with that one, or start anew"):
+    with pytest.raises(StoreError, match="was written by an earlier release: go on with that one, or start again"):
         last(tmp_path)
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import distributed as dist
 
 from storage_schemas.errors import UsageError
-from tests.trainer.on_ranks import ROWS, config, run_case, student
+from tests.trainer.on_ranks import ROWS, config, run_case, student, tensors
 from trainer.parallel import LostRank, _told_once, alone, ranks
+from trainer.saving.trees import read_tree, write_tree
 from trainer.start import check_launch
 
 REPOSITORY = Path(__file__).parents[2]
@@ -51,6 +52,15 @@ def the_cases(folder: Path) -> Cases:
     return cases
 
 
+def check_whole(folder: Path) -> None:
+    """What ranks wrote together, read by this process alone."""
+    whole = read_tree(folder)["t"]
+    assert whole.keys() == tensors().keys()
+    for name, there in tensors().items():
+        assert (whole[name].dtype, whole[name].shape) == (there.dtype, there.shape), name
+        assert torch.equal(whole[name], there), name
+
+
 def reference(case: dict[str, Any]) -> dict[str, Any]:
     """The case on this process alone."""
     return run_case({key: value for key, value in case.items() if key not in ("sharded", "save", "save_at")}, ALONE)
@@ -76,7 +86,11 @@ def distance(found: dict[str, Any], want: dict[str, Any]) -> float:
 def check_same(folder: Path, number: int) -> None:
     """Every case on so many ranks against one process, to 8 times what another order of one process's sums changes."""
     cases = the_cases(folder / "saved")
-    told = on_ranks(folder / "run", number, cases)
+    trees = folder / "trees"
+    trees.mkdir(parents=True)
+    told = on_ranks(folder / "run", number, {**cases, "trees": {"write": str(trees), "read": [str(trees)]}})
+    assert told["trees"]["wrong"] == []
+    check_whole(trees)
     check_told(told["told"]["answers"], number)
     for name, case in cases.items():
         found, want, tolerance = told[name], reference(case), 8 * rounding(case)
@@ -116,6 +130,21 @@ def test_a_checkpoint_goes_on_bit_for_bit_on_as_many_ranks_and_to_rounding_on_ot
     for other, tolerance in [(number, 0.0), *((other, 8 * rounding(saving)) for other in others)]:
         found = on_ranks(tmp_path / f"on {other}", other, {"": going_on})[""]
         assert distance(found, rest) <= tolerance, other
+
+
+@pytest.mark.faults
+def test_shards_are_read_by_any_number_of_ranks_and_so_is_a_whole_tree(tmp_path):
+    whole, by_four = tmp_path / "whole", tmp_path / "by four"
+    for folder in (whole, by_four):
+        folder.mkdir()
+    write_tree({"t": tensors()}, whole)
+    on_ranks(tmp_path / "four", 4, {"trees": {"write": str(by_four), "read": []}})
+    names = [f"shard-{rank + 1:05d}-of-00004.safetensors" for rank in range(4)]
+    assert sorted(path.name for path in by_four.iterdir()) == [*names, "tree.json"]
+    check_whole(by_four)
+    for number in (1, 2, 3, 4):
+        told = on_ranks(tmp_path / f"on {number}", number, {"trees": {"read": [str(by_four), str(whole)]}})
+        assert told["trees"]["wrong"] == [], number
 
 
 @pytest.mark.faults

@@ -1,10 +1,13 @@
 """A run's checkpoints in a folder or bucket: files first, then the marker that makes them a checkpoint.
 
-    checkpoints/step-00000500-<attempt>/tree.json, tensors.safetensors     or torch's own shards, of a sharded run
+    checkpoints/step-00000500-<attempt>/tree.json, tensors.safetensors     or a shard of each rank, of a sharded run
     checkpoints/step-00000500.json                                         the marker: files, bytes, xxh3
 
 A writer that is killed leaves a folder that no marker names, which the writer of the next checkpoint removes. A place
 is one run's: the record beside the folder says whose. Every rank calls every method; rank 0 decides.
+
+What is read may be anybody's. A marker names a folder of its own step and files of our own names in it, whose sizes are
+held against what is there before a byte is fetched; nothing is read, written or removed through a link.
 """
 
 import re
@@ -14,43 +17,68 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import xxhash
+from pydantic import Field, field_validator, model_validator
 from safetensors import SafetensorError
 
 from storage_schemas import paths
 from storage_schemas.backends import sync_path
 from storage_schemas.documents import Document
-from storage_schemas.errors import StoreError
+from storage_schemas.errors import StoreError, UserError
 from storage_schemas.store import Store
 from trainer.parallel import Ranks
-from trainer.saving.trees import read_plain, read_tree, write_tree
+from trainer.saving.shards import NAME
+from trainer.saving.trees import TENSORS, TREE, read_plain, read_tree, write_tree
 
 FOLDER = "checkpoints"
 _PIECE = 64 << 20  # bytes of a file that are read at a time
-_MARKER, _OURS = re.compile(r"step-\d{8,}\.json"), re.compile(r"step-\d{8,}-[0-9a-f]{16}")
+_MARKER, _OURS = re.compile(r"step-\d{8,12}\.json"), re.compile(r"step-\d{8,12}-[0-9a-f]{16}")
 _EARLIER = re.compile(r"step-\d{8,}")
+_UNFINISHED = re.compile(r"\.step-\d{8,12}\.json\.[0-9a-f]{1,32}\.tmp")
+_TORCHS_OWN = re.compile(r"\.metadata|__\d+_\d+\.distcp")
+"""Files of a sharded checkpoint of release 0.1: reading them would run what they hold."""
+
+
+class EarlierRelease(UserError):
+    """A checkpoint that only the release which wrote it can read."""
 
 
 class File(Document):
     """A file of a checkpoint."""
 
-    name: str
-    bytes: int
-    xxh3: str
+    name: Annotated[str, Field(max_length=99)]
+    bytes: Annotated[int, Field(ge=0, lt=1 << 50)]
+    xxh3: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+
+    @field_validator("name")
+    @classmethod
+    def _is_ours(cls, name: str) -> str:
+        if name not in (TREE, TENSORS) and not NAME.fullmatch(name) and not _TORCHS_OWN.fullmatch(name):
+            raise ValueError(f"{name!r} is no file of a checkpoint")
+        return name
 
 
 class Marker(Document):
     """What makes a checkpoint exist. holdout_error: where it was measured; the best is the least of its stage."""
 
     format: Literal[1] = 1
-    step: int
-    stage: int
+    step: Annotated[int, Field(ge=0, lt=10**12)]
+    stage: Annotated[int, Field(ge=0)]
     folder: str
     files: tuple[File, ...]
     holdout_error: float | None
-    world_size: int
+    world_size: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _names_its_own(self) -> Self:
+        folder = self.folder.removeprefix(f"{FOLDER}/")
+        if not _OURS.fullmatch(folder) or not folder.startswith(f"step-{self.step:08d}-"):
+            raise ValueError(f"{self.folder!r} is no folder of step {self.step}")
+        if len({file.name for file in self.files}) < len(self.files):
+            raise ValueError("it names a file twice")
+        return self
 
     @property
     def name(self) -> str:
@@ -75,6 +103,18 @@ class Found:
         """The same tree with None for tensors."""
         return read_plain(self.folder)
 
+    @contextmanager
+    def told_of(self) -> Iterator[None]:
+        """What a tree lacks of a fit's state, or holds of another shape or kind, is a StoreError in one line."""
+        try:
+            yield
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if "gloo" in str(error):  # another rank is lost
+                raise
+            reason = " ".join(str(error).split())[:200]
+            told = f"checkpoint {self.marker.folder} holds no state of this fit ({type(error).__name__}: {reason})"
+            raise StoreError(f"{told}: restore it, or start again by --no-resume") from error
+
 
 class Checkpoints:
     """The checkpoints of one run in one place."""
@@ -88,7 +128,7 @@ class Checkpoints:
         name = self._ranks.broadcast(f"step-{step:08d}-{paths.new_attempt()}")
         folder, rank = f"{FOLDER}/{name}", self._ranks.rank
         with _to_fill(self.place, folder) as local:
-            write_tree(tree, local, rank=rank)
+            write_tree(tree, local, rank=rank, world_size=self._ranks.world_size)
             mine = [_published(self.place, path, folder) for path in sorted(local.iterdir()) if _writes(rank, path)]
         files = tuple(file for part in self._ranks.gather(mine) for file in part)
         marker = Marker(
@@ -121,7 +161,7 @@ class Checkpoints:
                     return
             refused.append(f"{problems[0]}: going on from the checkpoint before")
         if refused:
-            raise StoreError(f"{refused[0].rpartition(': ')[0]}, and no other is whole: start anew by --no-resume")
+            raise StoreError(f"{refused[0].rpartition(': ')[0]}, and no other is whole: start again by --no-resume")
         yield None
 
     def __bool__(self) -> bool:
@@ -132,23 +172,36 @@ class Checkpoints:
         """(the checkpoint of a marker, None) or (None, what is wrong with it)."""
         path = f"{FOLDER}/{name}"
         try:
-            marker = Marker.from_bytes(self.place.read(path) or b"", f"{self.place.uri}/{path}")
-            local = self.place.local_path(marker.folder)
-            folder = Path(local) if local else scratch
+            marker = self._read(name, self.place.read(path) or b"")
+            _refuse_torchs_own(marker, f"{self.place.uri}/{marker.folder}")
+            local = own_folder(self.place, marker.folder)
+            folder = local or scratch
             for file in marker.files:
+                told = f"{self.place.uri}/{marker.folder}/{file.name}"
                 if not local:
-                    _download(self.place, f"{marker.folder}/{file.name}", file.bytes, folder / file.name)
-                _check(folder / file.name, file, f"{self.place.uri}/{marker.folder}/{file.name}")
+                    _download(self.place, f"{marker.folder}/{file.name}", file, folder / file.name)
+                _check(folder / file.name, file, told)
+            _check_no_others(folder, marker, f"{self.place.uri}/{marker.folder}")
+        except OSError as error:
+            return None, f"{self.place.uri}/{path} can't be fetched ({error})"
         except StoreError as error:
             return None, str(error)
         return Found(marker, folder, refused), None
+
+    def _read(self, name: str, data: bytes) -> Marker:
+        """The marker in a file. StoreError for what is no marker, or that of another step."""
+        source = f"{self.place.uri}/{FOLDER}/{name}"
+        marker = Marker.from_bytes(data, source)
+        if marker.name != name:
+            raise StoreError(f"{source} is the marker of step {marker.step}: restore it")
+        return marker
 
     def _names(self) -> list[str]:
         """Names of the markers, by their steps."""
         names = self.place.list(FOLDER)
         for name in filter(_EARLIER.fullmatch, names):
             told = f"{self.place.uri}/{FOLDER}/{name} was written by an earlier release"
-            raise StoreError(f"{told}: go on with that one, or start anew by --no-resume")
+            raise StoreError(f"{told}: go on with that one, or start again by --no-resume")
         return sorted(filter(_MARKER.fullmatch, names), key=lambda name: int(name[5:-5]))
 
     def _markers(self) -> dict[str, Marker]:
@@ -156,7 +209,7 @@ class Checkpoints:
         names, found = self._names(), {}
         for name, data in zip(names, self.place.read_many([f"{FOLDER}/{name}" for name in names]), strict=True):
             try:
-                found[name] = Marker.from_bytes(data or b"", name)
+                found[name] = self._read(name, data or b"")
             except StoreError:
                 continue
         return found
@@ -165,7 +218,8 @@ class Checkpoints:
         """Remove what isn't kept, markers first, and what killed writers left."""
         kept = {marker.name: marker for marker in self._kept(newest)}
         listed = self.place.list(FOLDER)
-        left = [one.name for one in self.place.list_details(FOLDER, unfinished=True) if one.name.startswith(".step-")]
+        hidden = [one.name for one in self.place.list_details(FOLDER, unfinished=True)]
+        left = list(filter(_UNFINISHED.fullmatch, hidden))
         for name in [name for name in listed if _MARKER.fullmatch(name) and name not in kept] + left:
             self.place.remove(f"{FOLDER}/{name}")
         named = {marker.folder for marker in kept.values()}
@@ -184,16 +238,17 @@ class Checkpoints:
 
 
 def _writes(rank: int, path: Path) -> bool:
-    """Whether a file is this rank's: torch names a rank's shards __<rank>_<n>.distcp."""
-    return path.name.startswith(f"__{rank}_") or (rank == 0 and not path.name.startswith("__"))
+    """Whether a file is this rank's: shards are named by their rank, the rest is the first one's."""
+    shard = NAME.fullmatch(path.name)
+    return int(shard[1]) == rank + 1 if shard else rank == 0
 
 
 @contextmanager
 def _to_fill(place: Store, folder: str) -> Iterator[Path]:
     """Where to write the files of a folder: the folder itself, or one to upload from."""
-    local = place.local_path(folder)
+    local = own_folder(place, folder)
     with tempfile.TemporaryDirectory(prefix="limbeck-checkpoint-") as scratch:
-        target = Path(local) if local else Path(scratch)
+        target = local or Path(scratch)
         target.mkdir(parents=True, exist_ok=True)
         try:
             yield target
@@ -213,13 +268,40 @@ def _published(place: Store, path: Path, folder: str) -> File:
     return file
 
 
+def own_folder(place: Store, folder: str) -> Path | None:
+    """A folder's own path in a local place, None elsewhere. StoreError where a link is on the way to it."""
+    local = place.local_path(folder)
+    if local is None:
+        return None
+    for path in (Path(local), *Path(local).parents[: folder.count("/")]):
+        if path.is_symlink():
+            raise StoreError(f"{path} is a link, which a run's files are not kept behind: name its target itself")
+    return Path(local)
+
+
+def _refuse_torchs_own(marker: Marker, told: str) -> None:
+    if any(_TORCHS_OWN.fullmatch(file.name) for file in marker.files):
+        raise EarlierRelease(
+            f"{told} holds shards as release 0.1 wrote them, which may run code when they are read: go on with that "
+            "release, or start again by --no-resume"
+        )
+
+
 def _check(path: Path, file: File, told: str) -> None:
-    if not path.is_file():
+    if path.is_symlink() or not path.is_file():
         raise StoreError(f"{told} is missing")
     if path.stat().st_size != file.bytes:
         raise StoreError(f"{told} has {path.stat().st_size} bytes, its marker says {file.bytes}")
     if _xxh3(path) != file.xxh3:
         raise StoreError(f"{told} does not match its checksum")
+
+
+def _check_no_others(folder: Path, marker: Marker, told: str) -> None:
+    """Refuse a file that would be read with the others, though nothing says what it should hold."""
+    named = {file.name for file in marker.files}
+    for path in sorted(folder.iterdir()):
+        if path.name not in named and (path.name in (TREE, TENSORS) or NAME.fullmatch(path.name)):
+            raise StoreError(f"{told}/{path.name} is not in its marker")
 
 
 def _xxh3(path: Path) -> str:
@@ -230,17 +312,25 @@ def _xxh3(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _download(place: Store, path: str, size: int, target: Path) -> None:
+def _download(place: Store, path: str, told: File, target: Path) -> None:
+    size = place.size(path)
+    if size != told.bytes:
+        has = "is missing" if size is None else f"has {size} bytes, its marker says {told.bytes}"
+        raise StoreError(f"{place.uri}/{path} {has}")
     with open(target, "wb") as file:
         for start in range(0, size, _PIECE):
             file.write(place.read_range(path, start, min(_PIECE, size - start)))
 
 
 def remove_folder(place: Store, folder: str) -> None:
-    """Remove a folder's files, and in a local place the folder with all that it holds."""
+    """Remove a folder's files, and in a local place the folder with all that it holds. What is behind a link stays."""
     local = place.local_path(folder)
     if local:
-        shutil.rmtree(local, ignore_errors=True)
+        try:
+            own_folder(place, folder)
+        except StoreError:
+            return
+        shutil.rmtree(local, ignore_errors=True)  # which follows no link
         return
     names: Sequence[str] = [*place.list(folder), *(one.name for one in place.list_details(folder, unfinished=True))]
     for name in names:
