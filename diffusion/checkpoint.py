@@ -2,21 +2,27 @@
 
 model.json holds the spec (spec.py), the sha256 of the weights' file, and for a student the time grids it was fitted
 for, by their number of steps. A model that needs no weights (a closed form) has an empty weights file.
+
+A folder may be anybody's. Its description is held against the header of its weights before a network is built for real:
+what costs memory or time is at most what lies there in bytes.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from diffusion.spec import model_from_spec
+from diffusion.description import described
+from diffusion.header import check_holds, names_of, shapes_in
+from diffusion.spec import CLOSED_FORMS, model_from_spec
 
 MODEL_FILE, WEIGHTS_FILE = "model.json", "model.safetensors"
 
@@ -26,12 +32,14 @@ class Checkpoint:
     """A model on disk: its spec, its weights as safetensors bytes, and what else is worth knowing of it.
 
     grids: float64 times of the n-step sampler that a student was fitted for, by n. about: figures, licence, lineage.
+    source: where it lies, for messages.
     """
 
     model: dict[str, Any]
     weights: bytes
     grids: Mapping[int, Sequence[float]] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+    source: str = field(default="the model", compare=False)
 
     @property
     def weights_sha256(self) -> str:
@@ -43,11 +51,25 @@ class Checkpoint:
         return {"model": self.model, "weights_sha256": self.weights_sha256, "grids": grids, "about": self.about}
 
     def build(self, *, device: str | torch.device = "cpu") -> nn.Module:
-        """The denoiser with these weights, in float32, in evaluation mode."""
-        module = model_from_spec(self.model)
-        state = safetensors.torch.load(self.weights) if self.weights else {}
-        module.load_state_dict(state)
-        return module.to(device).eval()
+        """The denoiser with these weights, in float32, in evaluation mode. ValueError where they are another's."""
+        return filled(lambda: model_from_spec(self.model), self).to(device).eval()
+
+
+def filled(make: Callable[[], nn.Module], saved: Checkpoint) -> nn.Module:
+    """What `make` gives for a checkpoint's description, with its weights. ValueError where these are another's."""
+    source = f"{saved.source}: {WEIGHTS_FILE}"
+    shapes = shapes_in(saved.weights, source)
+    if saved.model["kind"] not in CLOSED_FORMS:
+        check_holds(saved.model, shapes, source)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        names = names_of(make(), shapes, source)
+    module = make()
+    try:
+        state = safetensors.torch.load(saved.weights) if saved.weights else {}
+    except SafetensorError as error:
+        raise ValueError(f"{source} is damaged ({error}): fetch the model again") from error
+    module.load_state_dict({names[name]: tensor for name, tensor in state.items()})
+    return module
 
 
 def pack(module: nn.Module, *, dtype: torch.dtype = torch.float32) -> bytes:
@@ -88,26 +110,26 @@ def save(checkpoint: Checkpoint, folder: str | Path) -> None:
 
 def load(folder: str | Path) -> Checkpoint:
     """The checkpoint in `folder`. Raises FileNotFoundError where there is none, ValueError where it is damaged."""
-    folder = Path(folder)
-    if not (folder / MODEL_FILE).is_file():
+    description, weights = Path(folder, MODEL_FILE), Path(folder, WEIGHTS_FILE)
+    if not description.is_file():
         raise FileNotFoundError(f"{folder} holds no {MODEL_FILE}: name the folder of a saved model")
-    return unpack(json.loads((folder / MODEL_FILE).read_text()), (folder / WEIGHTS_FILE).read_bytes())
+    if not weights.is_file():
+        raise FileNotFoundError(f"{folder} holds no {WEIGHTS_FILE}: fetch the model again")
+    return unpack(description.read_bytes(), weights.read_bytes(), source=str(folder))
 
 
-def unpack(document: Mapping[str, Any], weights: bytes) -> Checkpoint:
-    """A checkpoint from the contents of its two files, whose hash must agree."""
-    try:
-        grids = {int(steps): tuple(times) for steps, times in document["grids"].items()}
-        checkpoint = Checkpoint(document["model"], weights, grids, document["about"])
-        weights_sha256 = document["weights_sha256"]
-    except (KeyError, TypeError, AttributeError) as error:
+def unpack(description: bytes, weights: bytes, *, source: str) -> Checkpoint:
+    """A checkpoint from the bytes of its two files, whose hash must agree. ValueError where they are damaged."""
+    document = described(description, f"{source}: {MODEL_FILE}")
+    grids = {int(steps): tuple(map(float, times)) for steps, times in document["grids"].items()}
+    found = Checkpoint(document["model"], weights, grids, document["about"], source=source)
+    shapes_in(weights, f"{source}: {WEIGHTS_FILE}")
+    if found.weights_sha256 != document["weights_sha256"]:
+        told, has = document["weights_sha256"][:12], found.weights_sha256[:12]
         raise ValueError(
-            f"{MODEL_FILE} is not one of ours ({error!r}): name the folder of a model saved here"
-        ) from error
-    if checkpoint.weights_sha256 != weights_sha256:
-        told, found = weights_sha256[:12], checkpoint.weights_sha256[:12]
-        raise ValueError(f"{WEIGHTS_FILE} has sha256 {found}..., {MODEL_FILE} says {told}...: fetch the model again")
-    return checkpoint
+            f"{source}: {WEIGHTS_FILE} has sha256 {has}..., {MODEL_FILE} says {told}...: fetch the model again"
+        )
+    return found
 
 
 def _cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -5,12 +5,13 @@
      "network": {"name": "residual_mlp", "width": 256}}
 
 or, in closed form, {"kind": "gaussian" | "mixture", "sample_shape": ..., "process": ..., and its parameters}.
-Unknown names and fields are refused with a ValueError that lists what there is.
+Unknown names and fields are refused with a ValueError that lists what there is, and so is all that can't be meant.
 """
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,8 @@ from diffusion.prediction import PREDICTIONS, Prediction
 from diffusion.process import VE, CosineVP, DiscreteVP, LinearVP, Process, RectifiedFlow
 
 Spec = Mapping[str, Any]
+CLOSED_FORMS = ("gaussian", "mixture")
+"""Kinds of models that have no weights."""
 
 PROCESSES: dict[str, type[LinearVP | CosineVP | VE | RectifiedFlow | DiscreteVP]] = {
     "linear_vp": LinearVP,
@@ -32,9 +35,20 @@ PROCESSES: dict[str, type[LinearVP | CosineVP | VE | RectifiedFlow | DiscreteVP]
 }
 
 
+@contextmanager
+def usable(what: str) -> Iterator[None]:
+    """Whatever a description of other types or sizes than ours leads to is a ValueError in one line."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{what} can't be built as described ({type(error).__name__}: {reason})") from error
+
+
 def process_from_spec(spec: Spec) -> Process:
     """{"name": "ve", "sigma_max": 80.0} -> VE(sigma_max=80.0)."""
-    return _build("process", PROCESSES, spec)
+    with usable("the process"):
+        return _build("process", PROCESSES, spec)
 
 
 def process_spec(process: Process) -> dict[str, Any]:
@@ -44,16 +58,18 @@ def process_spec(process: Process) -> dict[str, Any]:
 
 def prediction_from_spec(spec: Spec) -> Prediction:
     """{"name": "edm", "sigma_data": 0.5} -> EDM(sigma_data=0.5)."""
-    return _build("prediction", PREDICTIONS, spec)
+    with usable("the prediction"):
+        return _build("prediction", PREDICTIONS, spec)
 
 
 def model_from_spec(spec: Spec) -> nn.Module:
     """The denoiser (x_t, t, condition) -> x_0 that `spec` describes, with fresh weights where it has any."""
     builders = {"network": _network_denoiser, "gaussian": _gaussian, "mixture": _mixture}
-    kind = spec.get("kind", "")
-    if kind not in builders:
-        raise ValueError(f"model kind {kind!r} is unknown; use one of {', '.join(builders)}")
-    return builders[kind](spec)
+    with usable("the model"):
+        kind = spec.get("kind", "")
+        if kind not in builders:
+            raise ValueError(f"model kind {kind!r} is unknown; use one of {', '.join(builders)}")
+        return builders[kind](spec)
 
 
 def _network_denoiser(spec: Spec) -> Denoiser:
@@ -91,6 +107,9 @@ def _build(what: str, table: Mapping[str, Any], spec: Spec) -> Any:
     if unknown:
         raise ValueError(f"{what} {name} has no field {unknown[0]!r}; its fields are: {', '.join(allowed) or 'none'}")
     values = {key: tuple(spec[key]) if isinstance(spec[key], list) else spec[key] for key in allowed if key in spec}
+    for key, value in values.items():
+        if not all(type(number) in (int, float) for number in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"{what} {name} has {key} {str(value)[:40]!r}: give numbers")
     return table[name](**values)
 
 

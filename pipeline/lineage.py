@@ -4,14 +4,14 @@ Newest first: after a model comes the one that its weights began as, if it began
 that; then the data that it was fitted to, and the model that made those. No data are told twice.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusion import checkpoint
+from diffusion.description import described
 from storage_schemas import paths
-from storage_schemas.errors import UsageError
+from storage_schemas.errors import UsageError, usage_errors
 from storage_schemas.recipe import DataStart, Recipe
 from storage_schemas.store import Store
 
@@ -32,7 +32,8 @@ def lineage_of_student(store: Store, folder: str) -> Iterator[Link]:
     file = Path(folder) / checkpoint.MODEL_FILE
     if not file.is_file():
         raise UsageError(f"{folder} holds no {checkpoint.MODEL_FILE}: name the folder of a saved student")
-    document = json.loads(file.read_text())
+    with usage_errors():
+        document = described(file.read_bytes(), str(file))
     return _behind_model(store, document, folder, document["weights_sha256"], set())
 
 
@@ -52,9 +53,11 @@ def _behind_data(store: Store, recipe_id: str, dataset: str, met: set[str]) -> I
         yield link | {"missing": "the recipe is not in this store"}
         return
     yield link | _made(recipe)
-    found = store.read(f"{paths.weights_folder(recipe.id)}/{checkpoint.MODEL_FILE}")
-    teacher = recipe.teacher
-    yield from _behind_model(store, json.loads(found) if found else None, teacher.uri, teacher.weights_sha256, met)
+    path = f"{paths.weights_folder(recipe.id)}/{checkpoint.MODEL_FILE}"
+    found, teacher = store.read(path), recipe.teacher
+    with usage_errors():
+        document = described(found, f"{store.uri}/{path}") if found else None
+    yield from _behind_model(store, document, teacher.uri, teacher.weights_sha256, met)
 
 
 def _behind_model(

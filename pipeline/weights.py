@@ -34,6 +34,6 @@ def kept_weights(store: Store, recipe_id: str) -> Checkpoint | None:
     if document is None or weights is None:
         return None
     try:
-        return checkpoint.unpack(json.loads(document), weights)
+        return checkpoint.unpack(document, weights, source=f"{store.uri}/{folder}")
     except ValueError as error:
-        raise StoreError(f"{store.uri}/{folder}: {error}") from None
+        raise StoreError(str(error)) from None

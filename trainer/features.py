@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from diffusion import checkpoint
 from diffusion.checkpoint import Checkpoint
 from diffusion.devices import pick_device
+from diffusion.spec import usable
 from storage_schemas.command_line import Config
 from storage_schemas.errors import UsageError, usage_errors
 from storage_schemas.images import KINDS, num_classes
@@ -140,8 +140,8 @@ def load_classifier(folder: str | Path) -> tuple[Classifier, Checkpoint]:
     saved = checkpoint.load(folder)
     if saved.model.get("kind") != "classifier":
         raise UsageError(f"{folder} is a {saved.model.get('kind')!r} model; name one of python -m trainer classifier")
-    classifier = _build(saved.model)
-    classifier.load_state_dict(safetensors.torch.load(saved.weights))
+    classifier = checkpoint.filled(lambda: _build(saved.model), saved)
+    assert isinstance(classifier, Classifier)
     return classifier.eval().requires_grad_(False), saved
 
 
@@ -164,12 +164,13 @@ def _shipped() -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def _build(spec: dict[str, Any]) -> Classifier:
-    return Classifier(
-        sample_shape=tuple(spec["sample_shape"]),
-        num_classes=spec["num_classes"],
-        width=spec["width"],
-        num_features=spec["num_features"],
-    )
+    with usable("the classifier"):
+        return Classifier(
+            sample_shape=tuple(spec["sample_shape"]),
+            num_classes=spec["num_classes"],
+            width=spec["width"],
+            num_features=spec["num_features"],
+        )
 
 
 def _lineage(config: ClassifierConfig) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The teacher of a recipe: from the store that keeps its weights, else from its uri, and only if its hash agrees."""
 
-import json
 from typing import Any
 
 import torch
@@ -59,7 +58,7 @@ def stored_checkpoint(store: Store, recipe: Recipe) -> Checkpoint | None:
     if document is None or weights is None:
         return None
     with usage_errors():
-        saved = checkpoint.unpack(json.loads(document), weights)
+        saved = checkpoint.unpack(document, weights, source=f"{store.uri}/{folder}")
     _check(recipe, f"{store.uri}/{folder}", saved.model, saved.weights_sha256, recipe.teacher.source_sha256)
     return saved
 

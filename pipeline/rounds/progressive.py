@@ -14,6 +14,7 @@ from typing import Any
 
 from diffusion import checkpoint
 from diffusion.denoiser import Guided
+from diffusion.description import described
 from pipeline.config import GenerateConfig
 from pipeline.generate import bring_about
 from pipeline.outcome import FAILED, QUARANTINED
@@ -232,7 +233,8 @@ def _is_told(model: Path) -> bool:
 def _document(model: Path) -> dict[str, Any] | None:
     """model.json of a saved model."""
     file = model / checkpoint.MODEL_FILE
-    return dict(json.loads(file.read_text())) if file.is_file() else None
+    with usage_errors():
+        return described(file.read_bytes(), str(file)) if file.is_file() else None
 
 
 def _say(line: str) -> None:
