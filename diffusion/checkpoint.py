@@ -9,8 +9,10 @@ what costs memory or time is at most what lies there in bytes.
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from diffusion.description import described
+from diffusion.description import check_model, described
 from diffusion.header import check_holds, names_of, shapes_in
 from diffusion.spec import CLOSED_FORMS, model_from_spec
 
@@ -60,8 +62,9 @@ def filled(make: Callable[[], nn.Module], saved: Checkpoint) -> nn.Module:
     source = f"{saved.source}: {WEIGHTS_FILE}"
     shapes = shapes_in(saved.weights, source)
     if saved.model["kind"] not in CLOSED_FORMS:
-        check_holds(saved.model, shapes, source)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        numbers = sum(math.prod(one.shape) for one in shapes.values())
+        check_holds(saved.model, tensors=len(shapes), numbers=numbers, source=source)
+    with _on_meta():
         names = names_of(make(), shapes, source)
     module = make()
     try:
@@ -70,6 +73,23 @@ def filled(make: Callable[[], nn.Module], saved: Checkpoint) -> nn.Module:
         raise ValueError(f"{source} is damaged ({error}): fetch the model again") from error
     module.load_state_dict({names[name]: tensor for name, tensor in state.items()})
     return module
+
+
+def check_size(model: dict[str, Any], *, tensors: int, numbers: int, source: str) -> None:
+    """Refuse to build a network whose weights `source`, which has so many tensors and numbers, can't hold."""
+    check_model(model)
+    check_holds(model, tensors=tensors, numbers=numbers, source=source)
+    with _on_meta():
+        needed = sum(tensor.numel() for tensor in model_from_spec(model).state_dict().values())
+    if needed > numbers:
+        raise ValueError(f"{source} holds at most {numbers} numbers, its description says {needed}: restore it")
+
+
+@contextmanager
+def _on_meta() -> Iterator[None]:
+    """Modules that are built in here have no memory, and draw nothing from torch's seed."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        yield
 
 
 def pack(module: nn.Module, *, dtype: torch.dtype = torch.float32) -> bytes:

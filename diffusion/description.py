@@ -36,7 +36,7 @@ def described(data: bytes, source: str) -> dict[str, Any]:
 def _check(document: Any) -> None:
     _must_be(document, dict, "it")
     _must_be(document.get("model"), dict, "model")
-    _check_model(document["model"])
+    check_model(document["model"])
     _check_known(document)
 
 
@@ -60,7 +60,8 @@ def _check_known(document: dict[str, Any]) -> None:
         _check_known(about["init"])
 
 
-def _check_model(model: dict[str, Any]) -> None:
+def check_model(model: dict[str, Any]) -> None:
+    """Refuse a spec whose outer fields are of other types than ours: a ValueError in one line."""
     _must_be(model.get("kind"), str, "model.kind")
     for name in _SPEC.get(model["kind"], ()):
         _must_be(model.get(name), dict, f"model.{name}")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from diffusion.checkpoint import Checkpoint, pack
@@ -10,19 +11,30 @@ from diffusion.schedulers import check_class, check_fields
 from diffusion.spec import model_from_spec, process_spec
 from diffusion.unet import import_diffusers
 
+_PATIENCE = 5.0
+"""Seconds for the hub's first answer."""
+
 
 def pipeline_checkpoint(source: str, *, ignore: Collection[str] = ()) -> Checkpoint:
     """The UNet2DModel and the scheduler of a pipeline, in a folder or under a hub id, with `unet` and `scheduler`.
 
     The process is DiscreteVP over the scheduler's betas, the prediction its prediction_type. Raises ValueError for
     another kind of pipeline, for a scheduler that schedulers.py doesn't know as such but for fields to ignore, and for
-    class labels: a UNet2DModel does not say which label is null.
+    class labels: a UNet2DModel does not say which label is null. A folder is never looked for on a network, and a hub
+    that can't be asked is asked once. Weights are safetensors, or refused.
     """
     diffusers = import_diffusers()
+    unasked = "" if Path(source).is_dir() else _unasked(source)
+    offline = {"local_files_only": unasked is not None}
     try:
-        unet = diffusers.UNet2DModel.from_pretrained(source, subfolder="unet", low_cpu_mem_usage=False)
-        written = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler")
+        unet = diffusers.UNet2DModel.from_pretrained(
+            source, subfolder="unet", low_cpu_mem_usage=False, use_safetensors=True, **offline
+        )
+        written = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **offline)
     except (OSError, ValueError, TypeError) as error:
+        if unasked:
+            told = f"diffusers:{source} is no folder, not among what was fetched before, and the hub can't be asked"
+            raise ValueError(f"{told} ({unasked}): name a folder, or mend the network") from error
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"diffusers:{source} is no pipeline of a UNet2DModel and a scheduler ({reason})") from error
     scheduler = _table_of_betas(source, written, ignore)
@@ -57,3 +69,14 @@ def _table_of_betas(source: str, written: dict[str, Any], ignore: Collection[str
     except (ValueError, ImportError, TypeError, NotImplementedError) as error:
         raise ValueError(f"diffusers:{source}: {' '.join(str(error).split())}") from error
     return scheduler
+
+
+def _unasked(source: str) -> str | None:
+    """Why the hub can't be asked for a name, None where it answers: one request, without the client's many tries."""
+    from huggingface_hub import model_info
+
+    try:
+        model_info(source, timeout=_PATIENCE)
+    except Exception as error:  # of the client's own, of its transport's, of the name's form
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    return None

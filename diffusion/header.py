@@ -53,17 +53,14 @@ def _held(entry: Mapping[str, Any]) -> Held:
     return Held(tuple(shape), "F" in entry["dtype"])
 
 
-def check_holds(model: Mapping[str, Any], held: Mapping[str, Held], source: str) -> None:
+def check_holds(model: Mapping[str, Any], *, tensors: int, numbers: int, source: str) -> None:
     """Refuse a description that tells of more layers than there are tensors, or of more width than numbers."""
-    numbers = sum(math.prod(one.shape) for one in held.values())
     for name, value in _sizes({key: value for key, value in model.items() if key not in ("process", "sample_shape")}):
         layers = "depth" in name or "layers" in name or name.startswith("the length")
-        most = len(held) if layers else max(numbers, 1)
-        if value > most:
-            what = f"{len(held)} tensors" if layers else f"{numbers} numbers"
-            raise ValueError(
-                f"{source} holds {what}, its description says {name} {value}"[:300] + ": fetch the model again"
-            )
+        if value > (tensors if layers else max(numbers, 1)):
+            what = f"{tensors} tensors" if layers else f"{numbers} numbers"
+            told = f"{source} holds {what}, its description says {name} {value}"[:300]
+            raise ValueError(f"{told}: restore it, or fetch the model again")
 
 
 def _sizes(value: Any, name: str = "") -> Iterator[tuple[str, int]]:

@@ -66,6 +66,20 @@ def load_teacher(uri: str, *, device: str | torch.device = "cpu", ignore: Collec
     return from_checkpoint(uri, load_checkpoint(uri, ignore=ignore), device=device)
 
 
+def check_unasked(uri: str, *, flag: str) -> None:
+    """Refuse a teacher that a recipe names and the user doesn't. A recipe may come from anybody.
+
+    So code runs, a folder is opened and a network is asked only for a uri that the user gives too, by `flag`; what this
+    package ships is used unasked. ValueError in one line.
+    """
+    scheme = uri.partition(":")[0]
+    if scheme == "python":
+        raise ValueError(f"the teacher {uri} is code and isn't in the store: allow it to run by {flag} {uri}")
+    if scheme != "builtin":
+        told = f"the teacher {uri} isn't in the store, and what a recipe names is used only if you name it, too"
+        raise ValueError(f"{told}: give {flag} {uri}")
+
+
 def load_checkpoint(uri: str, *, ignore: Collection[str] = ()) -> Checkpoint:
     """The model behind any URI but python:. Raises ValueError or FileNotFoundError in one line where there is none."""
     scheme, _, rest = uri.partition(":")
@@ -94,8 +108,8 @@ def builtin_checkpoint(name: str) -> Checkpoint:
     if name in _CLOSED_FORMS:
         spec = {"sample_shape": [2], "num_classes": None, "process": process_spec(VE()), **_CLOSED_FORMS[name]}
         return Checkpoint(spec, b"")
-    if not (_BUILTIN / name / checkpoint.MODEL_FILE).is_file():
-        known = sorted(path.parent.name for path in _BUILTIN.glob(f"*/{checkpoint.MODEL_FILE}"))
+    known = sorted(path.parent.name for path in _BUILTIN.glob(f"*/{checkpoint.MODEL_FILE}"))
+    if name not in known:
         raise ValueError(
             f"builtin:{name} is not shipped; use one of builtin:{', builtin:'.join([*known, *_CLOSED_FORMS])}"
         )

@@ -5,12 +5,11 @@ about the mean of the two, so of the holdout error H beside the training error E
 pairs: a tenth where H/E = 1.25. tests/benchmarks/pairs.py measures it.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.saving.place import METRICS
+from trainer.saving.place import METRICS, lines_of
 
 ADVISED = ("knowledge", "progressive", "flow_map", "ctm", "consistency")
 """Objectives whose student is to reproduce the stored outputs: what others are to do, the error does not tell."""
@@ -36,9 +35,7 @@ def advice(*, train_error: float, holdout_error: float, earlier: float | None = 
 
 def advice_of(run: Path) -> str | None:
     """The advice at the end of a run, from its metrics: None before its end, or where its errors were not measured."""
-    if not (run / METRICS).is_file():
-        return None
-    lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    lines = lines_of(run / METRICS)
     if not lines or not {"train_error", "holdout_error", "stage"} <= lines[-1].keys():
         return None
     errors = {name: lines[-1][name] for name in ("train_error", "holdout_error")}

@@ -39,9 +39,9 @@ class CriticConfig(Config):
 
 
 class TeacherConfig(Config):
-    """dmd, vsd, sid: the teacher's network beside the student."""
+    """The teacher's network: what --init teacher starts from, and dmd, vsd, sid have beside the student."""
 
-    uri: Source | None = Field(None, description="Its uri; what the store keeps, or the recipe's uri, unless told.")
+    uri: Source | None = Field(None, description="Its uri, where neither the store keeps it nor this package.")
     dtype: DtypeName = Field("float32", description="Its weights' dtype.")
     offload: bool = Field(False, description="Keep its weights on the CPU between its calls.")
 
@@ -208,7 +208,8 @@ class FitConfig(Config):
     def _check_others(self) -> None:
         """What belongs to the networks beside the student, and to data of several scales."""
         if self.objective.name not in DISTRIBUTION_LEVEL:
-            for name in ("critic", "teacher"):
+            begins = self.init == "teacher" and self.teacher == TeacherConfig(uri=self.teacher.uri)
+            for name in ("critic",) if begins else ("critic", "teacher"):
                 if getattr(self, name) != FitConfig.model_fields[name].default:
                     raise ValueError(f"{name}: {self.objective.name} has none; leave it out, or fit dmd, vsd or sid")
         if (self.objective.critic_steps or 1) > self.steps:

@@ -1,17 +1,17 @@
 """What a student took, from what its run has written: seconds of training, and of its teacher's time before."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from storage_schemas.backends import split_uri
 from storage_schemas.commit import Commit
 from storage_schemas.dataset import open_dataset
 from storage_schemas.errors import UserError
 from storage_schemas.store import Store
 from trainer.run import RunRecord
-from trainer.saving.place import METRICS, RECORD
+from trainer.saving.place import METRICS, RECORD, lines_of
 from trainer.student import find_student, saved_model
 
 _AT_ONCE = 1024
@@ -32,8 +32,18 @@ class Costs:
     memory_mib: float | None
 
 
-def student_costs(run_or_model: Path, steps: int) -> Costs | None:
-    """Those of the student that samples in `steps` jumps; None for a model without its run."""
+def student_costs(run_or_model: Path, steps: int, data: str) -> Costs | None:
+    """Those of the student that samples in `steps` jumps; None for a model without its run.
+
+    data: the store that the user names. No other is asked, whatever a run's record says.
+    """
+    try:
+        return _costs(run_or_model, steps, data)
+    except (UserError, OSError, LookupError, TypeError, ValueError, ArithmeticError):
+        return None  # of records and metrics that are not as a fit leaves them
+
+
+def _costs(run_or_model: Path, steps: int, data: str) -> Costs | None:
     runs = list(_lineage(run_or_model, find_student(run_or_model, steps).about))
     if not runs or not runs[0].lines:
         return None
@@ -41,7 +51,7 @@ def student_costs(run_or_model: Path, steps: int) -> Costs | None:
     memory = [line["memory_mib"] for line in own.lines if "memory_mib" in line]
     return Costs(
         train_seconds=sum(run.seconds for run in runs),
-        teacher_seconds=_teacher_seconds(runs),
+        teacher_seconds=_teacher_seconds(runs, data),
         samples_per_s=own.samples / own.seconds,
         data_wait=sum(line["data_wait"] * spent for line, _, spent in own.spans) / own.seconds,
         memory_mib=max(memory, default=None),
@@ -87,23 +97,26 @@ def _lineage(model: Path, about: Mapping[str, Any]) -> Iterator[_Run]:
     record = RunRecord.from_bytes((folder / RECORD).read_bytes(), str(folder / RECORD))
     if record is None or "manifest" not in record.reads:
         return
-    text = (folder / METRICS).read_text() if (folder / METRICS).is_file() else ""
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines = lines_of(folder / METRICS)
     upto = about.get("steps", lines[-1]["step"] if lines else 0)
     yield _Run(record, about, [line for line in lines if "samples_per_s" in line and line["step"] <= upto])
-    before = Path(record.config["init"])
-    if record.config["init"] not in ("teacher", "scratch") and before.is_dir():
+    before = Path(str(record.config.get("init")))
+    if before.is_dir() and before.resolve().is_relative_to(
+        folder.resolve().parent
+    ):  # a run beside it: no other is asked
         yield from _lineage(before, saved_model(before).about)
 
 
-def _teacher_seconds(runs: Sequence[_Run]) -> float | None:
-    """Of every shard that one of the runs read, once."""
+def _teacher_seconds(runs: Sequence[_Run], data: str) -> float | None:
+    """Of every shard that one of the runs read, once; None where one has read another store than `data`."""
     found: dict[tuple[str, str], float] = {}
     try:
         for run in runs:
             if set(run.about.get("columns", ["output"])) - {"noise"}:
+                if split_uri(run.record.reads["data"])[:2] != split_uri(data)[:2]:
+                    return None
                 for number in run.manifests:
-                    found |= _solved(run.record.reads["data"], run.record.reads["dataset"], number)
+                    found |= _solved(data, run.record.reads["dataset"], number)
     except (UserError, OSError):
         return None
     return sum(found.values())

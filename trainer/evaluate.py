@@ -55,7 +55,9 @@ class EvaluateConfig(Config):
     classifier: LocalPath | None = Field(
         None, description="Folder of a classifier (python -m trainer classifier); the shipped one unless told."
     )
-    teacher: Source | None = Field(None, description="Teacher's URI; from the store, or the recipe's, unless told.")
+    teacher: Source | None = Field(
+        None, description="Teacher's URI; the store's own, or one that is shipped, unless told."
+    )
     out: LocalPath | None = Field(None, description="Folder for evaluation.json and .png; the first run's unless told.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = Field(
@@ -215,7 +217,11 @@ def _rows(
     for contender in contenders:
         outputs = contender.outputs(pairs, batch=dataset.recipe.micro_batch, device=device)
         figures = holdout_error(outputs, pairs.output), reference.distances(outputs)
-        costs = student_costs(Path(contender.name), contender.steps) if contender.kind == "student" else None
+        costs = (
+            student_costs(Path(contender.name), contender.steps, dataset.store.uri)
+            if contender.kind == "student"
+            else None
+        )
         yield Row(contender.name, contender.kind, contender.steps, contender.nfe, *figures, costs)
 
 

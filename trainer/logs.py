@@ -11,7 +11,7 @@ from typing import Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trainer.saving.place import METRICS, write_whole
+from trainer.saving.place import METRICS, lines_of, write_whole
 
 Figures = Mapping[str, float | int | str]
 
@@ -29,13 +29,18 @@ class RunLog:
 
     def __init__(self, run: Path, *, step: int, total: int) -> None:
         path = run / METRICS
-        write_whole(path, "".join(_lines_up_to(path, step)).encode())
+        lines = lines_of(path)
+        self._lost = (path.read_bytes().count(b"\n") if path.is_file() else 0) - len(lines)
+        kept = [line for line in lines if line["step"] <= step]
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed in __exit__
         self._board = _board(run / "tensorboard", purge_step=step + 1)
         self._display: _Display = _Bar(total) if sys.stderr.isatty() else _Lines(total)
 
     def __enter__(self) -> Self:
         self._display.start()
+        if self._lost:
+            self.say(f"warning: {METRICS} had {self._lost} lines that are no figures, which are left out")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -133,14 +138,6 @@ def _summary(figures: Figures) -> str:
 
 def _short(value: float | int | str) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _lines_up_to(path: Path, step: int) -> list[str]:
-    """Whole lines of an earlier metrics file that are not past `step`."""
-    if not path.is_file():
-        return []
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return [line for line in lines if json.loads(line)["step"] <= step]
 
 
 def _board(folder: Path, *, purge_step: int) -> _Board | None:

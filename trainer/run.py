@@ -2,11 +2,14 @@
 
 import json
 import secrets
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, TypeAdapter
+
+from diffusion.description import LONGEST
 from storage_schemas.errors import UsageError, without_credentials
 from storage_schemas.locks import only_one
 from storage_schemas.store import Store
@@ -15,6 +18,7 @@ from trainer.order import default_lanes
 from trainer.saving.place import RECORD, Place, write_whole
 
 _LOCK = ".lock"
+_NAME = r"^[^/\\\x00-\x1f\x7f]+\z"  # which names pins, too
 # Where, how and how often, not what: these may differ when a run goes on. That `data` is still the same samples, maybe
 # in another place or format, is known by their digest, as the teacher's weights are.
 _FREE: dict[str, Any] = dict.fromkeys((
@@ -41,7 +45,7 @@ class RunRecord:
     place: where its checkpoints are, None for the folder itself. init: the saved model that it starts from, if it does.
     """
 
-    name: str
+    name: Annotated[str, Field(pattern=_NAME, max_length=255)]
     config: dict[str, Any]
     reads: dict[str, Any]
     model: dict[str, Any]
@@ -57,10 +61,13 @@ class RunRecord:
         if data is None:
             return None
         try:
+            if len(data) > LONGEST:
+                raise ValueError("too long")
             entries = json.loads(data)
             entries.pop("block", None)  # of runs that an earlier release began
+            TypeAdapter(cls).validate_python(entries)
             return cls(**entries)
-        except (TypeError, ValueError, AttributeError):
+        except (TypeError, ValueError, AttributeError, RecursionError):
             told = f"{source} is not a record of this release's"
             raise UsageError(f"{told}; go on with the one that wrote it, or start anew by --no-resume") from None
 
@@ -95,8 +102,10 @@ def new_record(
 ) -> RunRecord:
     """The record of a run that starts now; in the place of one before, by its name, so that it takes over the pins."""
     name = f"{config.out.name}-{secrets.token_hex(4)}"
-    for data in (place.store.read(RECORD), Store(str(config.out)).read(RECORD)):
-        name = json.loads(data)["name"] if data else name
+    for store in (place.store, Store(str(config.out))):
+        with suppress(UsageError):  # what is no record names nothing that could be taken over
+            before = RunRecord.from_bytes(store.read(RECORD), store.uri)
+            name = before.name if before else name
     return RunRecord(name, plain(config), reads, model, place.store.uri if place.elsewhere else None, init)
 
 

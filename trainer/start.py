@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from diffusion.activations import checkpoint_activations
-from diffusion.checkpoint import Checkpoint, widened
+from diffusion.checkpoint import Checkpoint, check_size, widened
 from diffusion.denoiser import Denoiser
 from diffusion.flow_map import FlowMap
 from diffusion.spec import model_from_spec
@@ -125,6 +125,8 @@ def start_or_go_on(
 ) -> tuple[RunRecord, Denoiser]:
     """The record and the student of the earlier run; of a new one where there is no checkpoint to go on from."""
     if earlier and found:
+        tensors, numbers = found.holds
+        check_size(earlier.model, tensors=tensors, numbers=numbers, source=f"checkpoint {found.marker.folder}")
         return earlier, built(earlier.model)
     if earlier:
         check_place(earlier, place, config.out)

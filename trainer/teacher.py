@@ -7,7 +7,7 @@ import torch
 from diffusion import checkpoint
 from diffusion.checkpoint import Checkpoint
 from diffusion.schedulers import IGNORABLE
-from diffusion.teachers import Teacher, from_checkpoint, load_checkpoint, load_teacher
+from diffusion.teachers import Teacher, check_unasked, from_checkpoint, load_checkpoint, load_teacher
 from storage_schemas import paths
 from storage_schemas.errors import UsageError, usage_errors
 from storage_schemas.recipe import Recipe
@@ -15,38 +15,41 @@ from storage_schemas.store import Store
 
 
 def recipe_teacher(
-    store: Store, recipe: Recipe, *, uri: str | None = None, device: str | torch.device = "cpu"
+    store: Store, recipe: Recipe, *, uri: str | None = None, flag: str = "--teacher", device: str | torch.device = "cpu"
 ) -> Teacher:
     """The teacher that made a dataset, at `uri` if one is given. Raises UsageError in one line where it can't be had.
 
-    A recipe may come from anybody, so the code that a `python:` teacher names runs only if the user names it too.
+    flag: of the command line, by which the user gives a uri.
     """
     kept = None if uri else stored_checkpoint(store, recipe)
-    if kept is not None:
-        return from_checkpoint(recipe.teacher.uri, kept, device=device)
     source = uri or recipe.teacher.uri
-    if uri is None and source.startswith("python:"):
-        raise UsageError(f"the teacher {source} is code and isn't in the store; allow it to run by --teacher {source}")
     with usage_errors():
+        if kept is not None:
+            return from_checkpoint(recipe.teacher.uri, kept, device=device)
+        if uri is None:
+            check_unasked(source, flag=flag)
         teacher = load_teacher(source, device=device, ignore=IGNORABLE)
     _check(recipe, source, teacher.model, teacher.weights_sha256, teacher.source_sha256)
     return teacher
 
 
-def recipe_checkpoint(store: Store, recipe: Recipe) -> Checkpoint:
+def recipe_checkpoint(store: Store, recipe: Recipe, *, uri: str | None = None) -> Checkpoint:
     """The teacher's spec and weights, for a student to start from. Raises UsageError where they can't be had."""
-    kept = stored_checkpoint(store, recipe)
+    kept = None if uri else stored_checkpoint(store, recipe)
     if kept is not None:
         return kept
-    uri = recipe.teacher.uri
-    if uri.startswith("python:"):
-        raise UsageError(f"the teacher {uri} is code, not a saved model; use --init scratch or the folder of a model")
+    source = uri or recipe.teacher.uri
+    if source.startswith("python:"):
+        raise UsageError(
+            f"the teacher {source} is code, not a saved model; use --init scratch or the folder of a model"
+        )
     try:
-        saved = load_checkpoint(uri, ignore=IGNORABLE)
+        if uri is None:
+            check_unasked(source, flag="--teacher.uri")
+        saved = load_checkpoint(source, ignore=IGNORABLE)
     except (ValueError, FileNotFoundError) as error:
-        told = f"the teacher's weights are neither in the store nor at {uri} ({error})"
-        raise UsageError(f"{told}; generate --with-weights, or use --init scratch or a folder") from error
-    _check(recipe, uri, saved.model, saved.weights_sha256, None)
+        raise UsageError(f"{error}; or generate --with-weights, or use --init scratch") from error
+    _check(recipe, source, saved.model, saved.weights_sha256, None)
     return saved
 
 

@@ -60,7 +60,9 @@ def plan_trajectories(config: FitConfig, *, number: int | None) -> Plan:
         warnings=_rounding_warnings(recipe, process, planned, rms),
         store=store,
         labels=recipe.condition.kind != "none",
-        teacher=lambda device: recipe_teacher(store, recipe, uri=config.teacher.uri, device=device),
+        teacher=lambda device: recipe_teacher(
+            store, recipe, flag="--teacher.uri", uri=config.teacher.uri, device=device
+        ),
         made_by=recipe.teacher,
         guidance=recipe.guidance.scales,
     )
@@ -98,7 +100,7 @@ def start_student(config: FitConfig, dataset: Dataset, shape: Shape, first_time:
     if config.init == "scratch":
         start = scratch(config, shape)
     elif config.init == "teacher":
-        start = recipe_checkpoint(dataset.store, dataset.recipe)
+        start = recipe_checkpoint(dataset.store, dataset.recipe, uri=config.teacher.uri)
     else:
         start = saved_model(config.init or "")
     name = dataset.recipe.teacher.uri if config.init == "teacher" else str(config.init)

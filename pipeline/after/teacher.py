@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from diffusion.schedulers import IGNORABLE
-from diffusion.teachers import Teacher, from_checkpoint, load_teacher
+from diffusion.teachers import Teacher, check_unasked, from_checkpoint, load_teacher
 from pipeline.weights import kept_weights, teacher_differs
 from storage_schemas.errors import StoreError, UserError
 from storage_schemas.recipe import Recipe
@@ -25,24 +25,25 @@ class TeacherSource:
     uri: str | None = None
 
     def load(self, *, device: str | torch.device = "cpu") -> Teacher:
-        """The teacher, if it is the recipe's. Raises NoTeacher in one line.
-
-        A recipe may come from anybody, so the code that a `python:` teacher names runs only if the user names it too.
-        """
+        """The teacher, if it is the recipe's. Raises NoTeacher in one line."""
         source = self.uri or self.recipe.teacher.uri
         kept = None if self.uri else self._kept(device)
-        if kept is None and self.uri is None and source.startswith("python:"):
-            raise NoTeacher(
-                f"the teacher {source} is code and isn't in the store: allow it to run by --teacher {source}"
-            )
+        if kept is None and self.uri is None:
+            self._check_unasked(source)
         return self._same(source, kept or _loaded(source, device))
+
+    def _check_unasked(self, source: str) -> None:
+        try:
+            check_unasked(source, flag="--teacher")
+        except ValueError as error:
+            raise NoTeacher(str(error)) from None
 
     def _kept(self, device: str | torch.device) -> Teacher | None:
         try:
             saved = kept_weights(self.store, self.recipe.id)
-        except StoreError as error:
+            return None if saved is None else from_checkpoint(self.recipe.teacher.uri, saved, device=device)
+        except (StoreError, ValueError) as error:
             raise NoTeacher(str(error)) from None
-        return None if saved is None else from_checkpoint(self.recipe.teacher.uri, saved, device=device)
 
     def _same(self, source: str, teacher: Teacher) -> Teacher:
         if differs := teacher_differs(self.recipe, teacher, source):

@@ -1,5 +1,7 @@
 """A saved diffusers pipeline is a teacher: the same answers as its own scheduler, and students start from it."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -59,3 +61,51 @@ def test_a_grid_stays_on_the_table(saved):
 def test_a_folder_of_something_else_is_told(tmp_path):
     with pytest.raises(ValueError, match="is no pipeline of a UNet2DModel and a scheduler"):
         load_teacher(f"diffusers:{tmp_path}")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """A hub that can't be reached; what was asked of it."""
+    import huggingface_hub
+
+    names = []
+
+    def unreachable(name, **more):
+        names.append(name)
+        raise ConnectionError("Name or service\nnot known")
+
+    monkeypatch.setattr(huggingface_hub, "model_info", unreachable)
+    return names
+
+
+@pytest.mark.parametrize("name", ["owner/model", "/nowhere/at/all", "http://127.0.0.1:9/x", "a b"])
+def test_a_hub_that_is_not_there_is_asked_once(asked, monkeypatch, name):
+    told = []
+
+    def from_pretrained(source, **more):
+        told.append(more["local_files_only"])
+        raise OSError("not here")
+
+    monkeypatch.setattr(diffusers.UNet2DModel, "from_pretrained", from_pretrained)
+    with pytest.raises(
+        ValueError, match=r"and the hub can't be asked \(ConnectionError: Name .* not known\)"
+    ) as refused:
+        load_teacher(f"diffusers:{name}")
+    assert "\n" not in str(refused.value)
+    assert (asked, told) == ([name], [True])
+
+
+def test_a_folder_is_not_looked_for_on_a_network(asked, saved, tmp_path):
+    load_teacher(f"diffusers:{saved}")
+    with pytest.raises(ValueError, match="is no pipeline"):
+        load_teacher(f"diffusers:{tmp_path}")
+    assert asked == []
+
+
+def test_pickled_weights_are_refused(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "old")
+    weights = tmp_path / "old/unet/diffusion_pytorch_model.safetensors"
+    torch.save(diffusers.UNet2DModel.from_pretrained(saved, subfolder="unet").state_dict(), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(ValueError, match="is no pipeline"):
+        load_teacher(f"diffusers:{tmp_path}/old")

@@ -46,7 +46,7 @@ def test_seconds_follow_from_the_lines_of_steps(store, tmp_path):
         {"step": 12, "holdout_error": 1.0},
         line(15, 40.0, 0.4, memory_mib=200.0),
     ]
-    costs = student_costs(make_run(tmp_path / "run", store, lines), 1)
+    costs = student_costs(make_run(tmp_path / "run", store, lines), 1, store.uri)
     assert costs.train_seconds == pytest.approx(6)
     assert costs.samples_per_s == pytest.approx(15 * BATCH / 6)
     assert costs.data_wait == pytest.approx((0.1 * 2 + 0.4 * 4) / 6)
@@ -59,15 +59,15 @@ def test_a_stages_student_took_the_steps_up_to_its_end(store, tmp_path):
     model = checkpoint.load(run / "model")
     staged = replace(model, about={"steps": 10}, grids={2: [80.0, 1.0, 0.0]})
     checkpoint.save(staged, run / "stages/2-step")
-    assert student_costs(run, 2).train_seconds == pytest.approx(2)
-    assert student_costs(run / "stages/2-step", 2).train_seconds == pytest.approx(2)
-    assert student_costs(run, 1).train_seconds == pytest.approx(4)
+    assert student_costs(run, 2, store.uri).train_seconds == pytest.approx(2)
+    assert student_costs(run / "stages/2-step", 2, store.uri).train_seconds == pytest.approx(2)
+    assert student_costs(run, 1, store.uri).train_seconds == pytest.approx(4)
 
 
 def test_a_warm_start_pays_for_the_student_before_and_for_shared_shards_once(store, tmp_path):
     first = make_run(tmp_path / "first", store, [line(10, 160.0)])
     second = make_run(tmp_path / "second", store, [line(10, 80.0)], init=first)
-    costs = student_costs(second, 1)
+    costs = student_costs(second, 1, store.uri)
     assert costs.train_seconds == pytest.approx(2 + 4)
     assert costs.samples_per_s == pytest.approx(80)
     assert costs.teacher_seconds == pytest.approx(0.2)
@@ -75,9 +75,9 @@ def test_a_warm_start_pays_for_the_student_before_and_for_shared_shards_once(sto
 
 def test_noise_alone_costs_no_teacher(store, tmp_path):
     lines = [line(10, 160.0)]
-    assert student_costs(make_run(tmp_path / "sid", store, lines, columns=["noise"]), 1).teacher_seconds == 0
+    assert student_costs(make_run(tmp_path / "sid", store, lines, columns=["noise"]), 1, store.uri).teacher_seconds == 0
     pairs = make_run(tmp_path / "dmd", store, lines, columns=["noise", "output"])
-    assert student_costs(pairs, 1).teacher_seconds == pytest.approx(0.2)
+    assert student_costs(pairs, 1, store.uri).teacher_seconds == pytest.approx(0.2)
 
 
 def test_every_window_that_a_run_followed_is_paid(store, tmp_path):
@@ -89,17 +89,17 @@ def test_every_window_that_a_run_followed_is_paid(store, tmp_path):
     )  # fmt: skip
     seal(store, draft, parent.table)
     stayed = make_run(tmp_path / "stayed", store, [line(10, 160.0)], manifest=2)
-    assert student_costs(stayed, 1).teacher_seconds == pytest.approx(0.1)
+    assert student_costs(stayed, 1, store.uri).teacher_seconds == pytest.approx(0.1)
     followed = make_run(tmp_path / "followed", store, [line(10, 160.0, manifest=1)], manifest=2)
-    assert student_costs(followed, 1).teacher_seconds == pytest.approx(0.2)
+    assert student_costs(followed, 1, store.uri).teacher_seconds == pytest.approx(0.2)
 
 
 def test_what_is_gone_is_not_made_up(store, tmp_path):
     save_student(builtin_checkpoint("gaussian"), tmp_path / "model-alone", 1)
-    assert student_costs(tmp_path / "model-alone", 1) is None
+    assert student_costs(tmp_path / "model-alone", 1, store.uri) is None
     gone = make_run(tmp_path / "run", store, [line(10, 160.0)], manifest=9)
-    assert student_costs(gone, 1).teacher_seconds is None
-    assert student_costs(gone, 1).train_seconds == pytest.approx(2)
+    assert student_costs(gone, 1, store.uri).teacher_seconds is None
+    assert student_costs(gone, 1, store.uri).train_seconds == pytest.approx(2)
 
 
 def test_evaluations_tell_the_costs(store, tmp_path, capsys):

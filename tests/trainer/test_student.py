@@ -126,8 +126,12 @@ def store_with_teacher(make_store, monkeypatch, saved: Checkpoint):
 def test_a_teacher_kept_in_the_store_is_the_start(make_store, monkeypatch):
     saved = scratch(config(), shape())
     store, dataset = store_with_teacher(make_store, monkeypatch, saved)
-    with pytest.raises(UsageError, match=r"neither in the store nor at /nowhere/teacher .*; generate --with-weights"):
+    with pytest.raises(
+        UsageError, match=r"used only if you name it, too: give --teacher\.uri /nowhere/teacher; or generate"
+    ):
         recipe_checkpoint(dataset.store, dataset.recipe)
+    with pytest.raises(UsageError, match=r"/nowhere/teacher holds no model\.json: .*; or generate --with-weights"):
+        recipe_checkpoint(dataset.store, dataset.recipe, uri="/nowhere/teacher")
     folder = paths.weights_folder(dataset.recipe.id)
     store.write(f"{folder}/model.safetensors", saved.weights)
     store.write(f"{folder}/model.json", json.dumps(saved.document()).encode())
@@ -144,7 +148,7 @@ def test_a_teacher_with_other_weights_is_refused(make_store, monkeypatch, tmp_pa
     moved = dataset.recipe.teacher.model_copy(update={"uri": str(tmp_path / "other")})
     monkeypatch.setitem(dataset.__dict__, "recipe", dataset.recipe.model_copy(update={"teacher": moved}))
     with pytest.raises(UsageError, match="the recipe says"):
-        recipe_checkpoint(dataset.store, dataset.recipe)
+        recipe_checkpoint(dataset.store, dataset.recipe, uri=dataset.recipe.teacher.uri)
 
 
 def test_a_closed_form_teacher_has_nothing_to_fit(make_store):

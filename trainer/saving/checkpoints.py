@@ -30,7 +30,7 @@ from storage_schemas.errors import StoreError, UserError
 from storage_schemas.store import Store
 from trainer.parallel import Ranks
 from trainer.saving.shards import NAME
-from trainer.saving.trees import TENSORS, TREE, read_plain, read_tree, write_tree
+from trainer.saving.trees import TENSORS, TREE, count_tensors, read_plain, read_tree, write_tree
 
 FOLDER = "checkpoints"
 _PIECE = 64 << 20  # bytes of a file that are read at a time
@@ -102,6 +102,11 @@ class Found:
     def plain(self) -> Any:
         """The same tree with None for tensors."""
         return read_plain(self.folder)
+
+    @property
+    def holds(self) -> tuple[int, int]:
+        """At most how many (tensors, numbers) of a network, by its files alone."""
+        return count_tensors(self.folder), sum(file.bytes for file in self.marker.files)
 
     @contextmanager
     def told_of(self) -> Iterator[None]:

@@ -4,9 +4,11 @@ A copy is whole or not there: a model's description goes last, metrics go before
 A fresh machine fetches them and goes on.
 """
 
+import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from diffusion.checkpoint import MODEL_FILE, WEIGHTS_FILE
 from storage_schemas.store import Store
@@ -65,6 +67,32 @@ class Place:
         data = self.store.read(name)
         if data is not None:
             write_whole(self.folder / name, data)
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file, none where there is no file. What is no line of ours is left out.
+
+    A kill may leave half a line, another program anything: neither keeps a run from going on.
+    """
+    if not path.is_file():
+        return []
+    with open(path, "rb") as file:
+        found = [_line_of(line) for line in file if line.endswith(b"\n")]
+    return [line for line in found if line is not None]
+
+
+def _line_of(data: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        return None
+    return (
+        line
+        if all(type(value) in ((str,) if name == "stage" else (int, float)) for name, value in line.items())
+        else None
+    )
 
 
 def write_whole(path: Path, data: bytes) -> None:

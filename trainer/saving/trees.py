@@ -65,6 +65,18 @@ def read_plain(folder: Path) -> Any:
         return put_together(_document_in(folder), None)
 
 
+def count_tensors(folder: Path) -> int:
+    """How many tensors the tree in a folder has."""
+    with _told_of(folder):
+        return _count(_document_in(folder))
+
+
+def _count(document: Any) -> int:
+    if isinstance(document, dict):
+        return 1 if "tensor" in document else sum(map(_count, document.values()))
+    return sum(map(_count, document)) if isinstance(document, list) else 0
+
+
 @contextmanager
 def _told_of(folder: Path) -> Iterator[None]:
     try:
