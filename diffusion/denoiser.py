@@ -83,6 +83,16 @@ class Denoiser(nn.Module):
         return condition
 
 
+def check_answer(x_0: Tensor, x_t: Tensor) -> Tensor:
+    """What somebody's denoiser says of x_t. Raises ValueError for what is no x_0: real numbers, in x_t's shape."""
+    if not isinstance(x_0, Tensor) or not x_0.is_floating_point():
+        kind = str(x_0.dtype).removeprefix("torch.") if isinstance(x_0, Tensor) else type(x_0).__name__
+        raise ValueError(f"the denoiser answers {kind}: return x_0 as a tensor of real numbers")
+    if x_0.shape != x_t.shape:
+        raise ValueError(f"the denoiser answers {list(x_0.shape)} for {list(x_t.shape)}: return x_0 in x_t's shape")
+    return x_0
+
+
 def second_time(process: Process, t: Tensor) -> Tensor:
     """What a network is told of the time that it jumps to: log(r)/4, r = sigma_t/alpha_t within [1e-3, 1e3].
 
@@ -126,12 +136,11 @@ class Guided:
             raise ValueError(f"guidance scale {_told(self.scale)} needs class labels; give a condition")
         if self.is_told:
             one = self.scale if isinstance(self.scale, Tensor) else x_t.new_full((), self.scale, dtype=torch.float64)
-            x_0: Tensor = self.denoiser(x_t, t, condition, guidance=one)
-            return x_0
+            return check_answer(self.denoiser(x_t, t, condition, guidance=one), x_t)
         null = torch.full_like(condition, self.null_label)
         times = t if t.ndim == 0 else torch.cat([t, t])
-        both = self.denoiser(torch.cat([x_t, x_t]), times, torch.cat([null, condition]))
-        uncond, cond = both.chunk(2)
+        twice = torch.cat([x_t, x_t])
+        uncond, cond = check_answer(self.denoiser(twice, times, torch.cat([null, condition])), twice).chunk(2)
         scale = expand(self.scale, like=x_t) if isinstance(self.scale, Tensor) else self.scale
         return uncond + scale * (cond - uncond)
 

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.denoiser import check_answer
 from diffusion.frames import FrameName, Point, frame_for, points_at, points_between
 from diffusion.process import Process
 
@@ -112,11 +113,7 @@ def answer(denoise: Denoise, x_t: Tensor, t: Tensor, condition: Tensor | None) -
     before = _changes(x_t)
     with no_exit("the denoiser"):
         x_0 = denoise(x_t, t, condition)
-    if not isinstance(x_0, Tensor) or not x_0.is_floating_point():
-        kind = str(x_0.dtype).removeprefix("torch.") if isinstance(x_0, Tensor) else type(x_0).__name__
-        raise ValueError(f"the denoiser answers {kind}: return x_0 as a tensor of real numbers")
-    if x_0.shape != x_t.shape:
-        raise ValueError(f"the denoiser answers {list(x_0.shape)} for {list(x_t.shape)}: return x_0 in x_t's shape")
+    check_answer(x_0, x_t)
     if _changes(x_t) != before:
         raise ValueError("the denoiser changes x_t, which the solver goes on with: compute on a copy (x_t.clone())")
     return x_0

@@ -15,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from diffusion.checkpoint import Checkpoint, pack, widened
 from diffusion.denoiser import Denoiser, Guided
 from diffusion.process import scales
+from diffusion.solvers import answer
 from diffusion.teachers import Teacher
+from storage_schemas.errors import usage_errors
 from trainer.config import FitConfig
 from trainer.lora import with_low_rank
 from trainer.objectives import null_labelled
@@ -116,14 +118,14 @@ class FrozenTeacher:
         inputs = x_t, t, stored, guidance
         if not self._offload:
             return self._guided(*inputs)
-        answer: Tensor = checkpoint(self._visit, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return answer
+        x_0: Tensor = checkpoint(self._visit, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return x_0
 
     def _visit(self, *inputs: Tensor) -> Tensor:
         kept = (*self._guided.named_parameters(), *self._guided.named_buffers())
         there = {name: tensor.to(self._device, non_blocking=True) for name, tensor in kept}
-        answer: Tensor = functional_call(self._guided, there, inputs)
-        return answer
+        x_0: Tensor = functional_call(self._guided, there, inputs)
+        return x_0
 
 
 class _Guided(nn.Module):
@@ -134,9 +136,11 @@ class _Guided(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, stored: Tensor, guidance: Tensor) -> Tensor:
         labels = null_labelled(stored, self.num_classes)
-        if self.scale == 1:
-            return self.denoiser(x_t, t, labels)
-        return Guided(self.denoiser, guidance if self.scale is None else self.scale)(x_t, t, labels)
+        with usage_errors():
+            if self.scale == 1:
+                return answer(self.denoiser, x_t, t, labels)
+            guided = Guided(self.denoiser, guidance if self.scale is None else self.scale)
+            return answer(guided, x_t, t, labels)
 
 
 def frozen_teacher(

@@ -18,9 +18,10 @@ from diffusion.denoiser import Guided
 from diffusion.flow_map import FlowMap
 from diffusion.spec import model_from_spec
 from diffusion.teachers import Teacher, from_checkpoint, load_teacher
+from storage_schemas.errors import UsageError
 from trainer.cast import Cast
 from trainer.config import FitConfig
-from trainer.critic import frozen_teacher, make_critic
+from trainer.critic import FrozenTeacher, frozen_teacher, make_critic
 from trainer.loop import Stepper, step_seed
 from trainer.lora import with_low_rank
 from trainer.objectives.dmd import DistributionMatching
@@ -186,6 +187,42 @@ def gradients(fit: FitConfig) -> torch.Tensor:
     found = torch.autograd.grad(objective(cast, batch()), list(cast.student.parameters()))
     critic = torch.autograd.grad(objective.critic_loss(cast, batch()), list(cast.critic.parameters()))
     return torch.cat([part.flatten() for part in (*found, *critic)])
+
+
+ANSWERS = {
+    "integers": (lambda x: x.to(torch.int64), "answers int64:"),
+    "booleans": (lambda x: x > 0, "answers bool:"),
+    "complex numbers": (lambda x: torch.complex(x, x), "answers complex64:"),
+    "a mean": (lambda x: x.mean((1, 2, 3), keepdim=True), r"answers \[.*, 1, 1, 1\] for"),
+    "one sample": (lambda x: x[:1], r"answers \[1, 1, 4, 4\] for"),
+    "flat": (lambda x: x.flatten(1), r"answers \[.*, 16\] for"),
+    "a tuple": (lambda x: (x,), "answers tuple:"),
+    "nothing": (lambda x: None, "answers NoneType:"),
+}
+
+
+class Answering(nn.Module):
+    """A teacher of the user's own that answers something else than x_0."""
+
+    num_classes = 3
+
+    def __init__(self, answer) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x_t, t, condition=None):
+        return self.answer(x_t)
+
+
+@pytest.mark.parametrize(("answer", "told"), ANSWERS.values(), ids=ANSWERS)
+@pytest.mark.parametrize("scale", [1.0, 2.0, None])
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_teacher_that_answers_no_x_0_is_refused_in_a_line(answer, told, scale, offload):
+    teacher = FrozenTeacher(Answering(answer), scale=scale, offload=offload, device=CPU)
+    x_t, t = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.ones(2, dtype=torch.float64)
+    with pytest.raises(UsageError, match=told) as refused:
+        teacher(x_t, t, torch.tensor([0, 1]), torch.full((2,), 2.0, dtype=torch.float64))
+    assert "\n" not in str(refused.value)
 
 
 def test_memory_knobs_change_nothing_but_a_teacher_in_half_precision():
