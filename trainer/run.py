@@ -15,9 +15,8 @@ from storage_schemas.locks import only_one
 from storage_schemas.store import Store
 from trainer.config import FitConfig
 from trainer.order import default_lanes
-from trainer.saving.place import RECORD, Place, write_whole
+from trainer.saving.place import LOCK, RECORD, Place, write_whole
 
-_LOCK = ".lock"
 _NAME = r"^[^/\\\x00-\x1f\x7f]+\z"  # which names pins, too
 # Where, how and how often, not what: these may differ when a run goes on. That `data` is still the same samples, maybe
 # in another place or format, is known by their digest, as the teacher's weights are.
@@ -35,7 +34,7 @@ def only_fit(folder: Path, *, patience: float = 0.0) -> AbstractContextManager[i
     patience: seconds to wait for another to end; of a restarted run, whose processes elsewhere may be ending yet.
     """
     refused = f"another fit is at work in {folder}; wait for it, or choose another --out"
-    return only_one(folder / _LOCK, refused=refused, patience=patience)
+    return only_one(folder / LOCK, refused=refused, patience=patience)
 
 
 @dataclass(frozen=True)

@@ -41,14 +41,18 @@ class Claim:
     def __init__(self, config: FitConfig, place: Place, held: ExitStack | None) -> None:
         self._config, self._place, self._held = config, place, held
         self._has_begun = (config.out / RECORD).is_file()
+        self._has_begun_there = held is not None and place.elsewhere and place.store.exists(RECORD)
 
     def earlier(self, checkpoints: Checkpoints) -> RunRecord | None:
         """The run that is there to go on with, once no other process is at work on it."""
         config, place = self._config, self._place
         if self._held is None:
             return None
+        patience = _PATIENCE if "WORLD_SIZE" in os.environ else 0.0
         if self._has_begun:
-            self._held.enter_context(only_fit(config.out, patience=_PATIENCE if "WORLD_SIZE" in os.environ else 0.0))
+            self._held.enter_context(only_fit(config.out, patience=patience))
+        if self._has_begun_there:
+            self._held.enter_context(place.held(patience=patience))
         earlier = earlier_run(config, place)
         if not earlier and not place.store.exists(RECORD) and checkpoints:
             told = f"{place.store.uri} holds checkpoints of a run without its {RECORD}"
@@ -64,6 +68,10 @@ class Claim:
             self._held.enter_context(only_fit(config.out))
             if (config.out / RECORD).is_file():
                 raise UsageError(f"another fit has begun in {config.out} since; the same command goes on with it")
+        if not self._has_begun_there:
+            self._held.enter_context(place.held())
+            if place.elsewhere and place.store.exists(RECORD):
+                raise UsageError(f"another fit has begun in {place.store.uri} since; choose another --checkpoints")
         if not config.resume:
             place.clear()
         if goes_on:

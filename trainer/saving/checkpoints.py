@@ -34,10 +34,10 @@ from trainer.saving.trees import TENSORS, TREE, count_tensors, read_plain, read_
 
 FOLDER = "checkpoints"
 _PIECE = 64 << 20  # bytes of a file that are read at a time
-_MARKER, _OURS = re.compile(r"step-\d{8,12}\.json"), re.compile(r"step-\d{8,12}-[0-9a-f]{16}")
-_EARLIER = re.compile(r"step-\d{8,}")
-_UNFINISHED = re.compile(r"\.step-\d{8,12}\.json\.[0-9a-f]{1,32}\.tmp")
-_TORCHS_OWN = re.compile(r"\.metadata|__\d+_\d+\.distcp")
+_MARKER, _OURS = re.compile(r"step-[0-9]{8,12}\.json"), re.compile(r"step-[0-9]{8,12}-[0-9a-f]{16}")
+_EARLIER = re.compile(r"step-[0-9]{8,}")
+_UNFINISHED = re.compile(r"\.step-[0-9]{8,12}\.json\.[0-9a-f]{1,32}\.tmp")
+_TORCHS_OWN = re.compile(r"\.metadata|__[0-9]+_[0-9]+\.distcp")
 """Files of a sharded checkpoint of release 0.1: reading them would run what they hold."""
 
 

@@ -7,14 +7,18 @@ A fresh machine fetches them and goes on.
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from diffusion.checkpoint import MODEL_FILE, WEIGHTS_FILE
+from storage_schemas.locks import only_one
 from storage_schemas.store import Store
 from trainer.saving.checkpoints import FOLDER, remove_folder
+from trainer.saving.hold import Hold
 
-RECORD, METRICS = "run.json", "metrics.jsonl"
+RECORD, METRICS, LOCK = "run.json", "metrics.jsonl", ".lock"
 MODEL, BEST, STAGES = "model", "best", "stages"
 
 
@@ -25,11 +29,32 @@ class Place:
         self.folder, own = folder, Store(str(folder))
         self.store = Store(uri) if uri is not None else own
         self.elsewhere = self.store.uri != own.uri
+        self._hold: Hold | None = None
+
+    @contextmanager
+    def held(self, *, patience: float = 0.0) -> Iterator[None]:
+        """Refuse a second fit in the place, as one in the same folder is refused, by a UsageError in one line.
+
+        patience: seconds to wait for another to end. One that was killed keeps nobody out for more than a minute.
+        """
+        local = self.store.local_path(LOCK)
+        if local and self.elsewhere:
+            told = f"another fit keeps its checkpoints in {self.store.uri}"
+            refused = f"{told}; wait for it, or choose another --checkpoints"
+            with only_one(Path(local), refused=refused, patience=patience):
+                yield
+        elif self.elsewhere:
+            with Hold(self.store) as self._hold:
+                yield
+        else:
+            yield
 
     def put(self, name: str) -> None:
-        """Copy a file of the folder, or a model's folder."""
+        """Copy a file of the folder, or a model's folder; what another fit has taken over is left to it."""
         if not self.elsewhere:
             return
+        if self._hold:
+            self._hold.check()
         names = [name]
         if (self.folder / name).is_dir():
             names = [f"{name}/{file}" for file in (WEIGHTS_FILE, MODEL_FILE)]

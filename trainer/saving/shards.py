@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch import distributed as dist
 
-NAME = re.compile(r"shard-(\d{5,6})-of-(\d{5,6})\.safetensors")
+NAME = re.compile(r"shard-([0-9]{5,6})-of-([0-9]{5,6})\.safetensors")
 Box = tuple[tuple[int, int], ...]
 """[start, stop) in each dimension of a whole tensor."""
 
