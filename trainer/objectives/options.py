@@ -50,8 +50,8 @@ class ObjectiveConfig(Config):
     c: float | None = Field(None, gt=0, description="The width c of pseudo_huber, sqrt(|u|^2 + c^2) - c.")
     lpips: LocalPath | None = Field(
         None,
-        description="TorchScript file of LPIPS, (a, b) in [-1, 1], [B, 3, H, W] -> one number a sample, such as "
-        "torch.jit.trace(lpips.LPIPS(), (a, b)).save(FILE) writes.",
+        description="TorchScript file, which is code that runs, of LPIPS, (a, b) in [-1, 1], [B, 3, H, W] -> one "
+        "number a sample, such as torch.jit.trace(lpips.LPIPS(), (a, b)).save(FILE) writes.",
     )
     weighting: Literal["uniform", "snr", "truncated_snr", "learned"] | None = Field(
         None,
