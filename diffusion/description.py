@@ -7,7 +7,12 @@ from typing import Any
 LONGEST = 16 << 20
 """Bytes of a model.json; ours hold some KiB, those of a table of betas some hundred."""
 
-_SPEC = {"network": ("process", "prediction", "network"), "gaussian": ("process",), "mixture": ("process",)}
+_SPEC = {
+    "network": ("process", "prediction", "network"),
+    "gaussian": ("process",),
+    "mixture": ("process",),
+    "python": ("process",),
+}
 """Fields of a kind that are objects of their own."""
 
 _ABOUT: dict[str, type] = {

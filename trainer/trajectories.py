@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion.checkpoint import Checkpoint
+from diffusion.description import check_model
 from diffusion.flow_map import FlowMap
 from diffusion.process import Process
 from storage_schemas.dataset import Dataset, open_dataset
@@ -42,6 +43,7 @@ def plan_trajectories(config: FitConfig, *, number: int | None) -> Plan:
     store = Store.open(config.data or "")
     dataset = open_dataset(store, config.dataset, number)
     recipe = dataset.recipe
+    _check_teacher(recipe)
     process = recipe_process(recipe.teacher.model["process"], recipe.times, recipe.alphas, recipe.sigmas)
     planned = stages(config, dataset)
     rms = _rms(config, dataset, process)
@@ -66,6 +68,14 @@ def plan_trajectories(config: FitConfig, *, number: int | None) -> Plan:
         made_by=recipe.teacher,
         guidance=recipe.guidance.scales,
     )
+
+
+def _check_teacher(recipe: Recipe) -> None:
+    """Refuse a recipe whose teacher is described by other fields than ours."""
+    try:
+        check_model(recipe.teacher.model)
+    except ValueError as error:
+        raise ManifestMismatch(f"recipe {recipe.id[:12]} describes no teacher of ours ({error}): restore it") from None
 
 
 def _named(dataset: Dataset) -> dict[str, Any]:

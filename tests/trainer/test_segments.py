@@ -59,10 +59,11 @@ def exact_columns(split: str, ids: np.ndarray, dtype: str) -> dict[str, np.ndarr
 
 def write_segments(folder: Path, *, format: str = "parquet", dtype: str = "float32", count: int = 64) -> Store:
     store = Store.create(str(folder))
+    process = {"name": "ve", "sigma_max": 80.0}
     recipe = Recipe(
         teacher=TeacherRecord(
             uri="builtin:gaussian", weights_sha256="ab" * 32,
-            model={"sample_shape": [2], "num_classes": None, "process": {"name": "ve", "sigma_max": 80.0}},
+            model={"kind": "python", "sample_shape": [2], "num_classes": None, "process": process},
         ),
         solver=SolverRecord(name="exact", steps=STEPS, frame="sigma", grid={"name": "karras"}),
         times=tuple(TIMES.tolist()), alphas=(1.0,) * (STEPS + 1), sigmas=tuple(TIMES.tolist()), states=(),

@@ -10,7 +10,7 @@ from diffusion import checkpoint
 from diffusion.checkpoint import Checkpoint
 from diffusion.teachers import builtin_checkpoint, check_unasked, load_teacher
 from pipeline.after.teacher import NoTeacher, TeacherSource
-from storage_schemas.errors import UsageError
+from storage_schemas.errors import ManifestMismatch, UsageError
 from storage_schemas.store import Store
 from tests.trainer.test_costs import line, make_run
 from tests.trainer.test_evaluate import make_recipe, make_store, save_student
@@ -20,6 +20,7 @@ from trainer.logs import RunLog
 from trainer.run import RunRecord, new_record
 from trainer.saving.place import Place, lines_of
 from trainer.teacher import recipe_checkpoint, recipe_teacher
+from trainer.trajectories import plan_trajectories
 
 NAMED = {
     "a folder": "{here}/model",
@@ -189,3 +190,14 @@ def test_a_card_runs_no_torchscript(tmp_path, monkeypatch):
     load_teacher(str(tmp_path / "model"))
     store = Store(str(tmp_path / "model"))
     assert store.read("run.json") is None
+
+
+@pytest.mark.parametrize("model", [{}, {"kind": "network"}, {**MODEL, "sample_shape": None}, {**MODEL, "process": []}])
+def test_a_recipe_that_describes_no_teacher_is_refused_in_a_line(tmp_path, model):
+    recipe = make_recipe(builtin_checkpoint("gaussian"), uri="builtin:gaussian")
+    teacher = recipe.teacher.model_copy(update={"model": model})
+    store = make_store(
+        tmp_path / "pairs", builtin_checkpoint("gaussian"), recipe.model_copy(update={"teacher": teacher})
+    )
+    with pytest.raises(ManifestMismatch, match=r"^recipe .{12} describes no teacher of ours \(model.*\): restore it$"):
+        plan_trajectories(FitConfig(out="run", data=store.uri, init="scratch"), number=1)
