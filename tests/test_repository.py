@@ -24,7 +24,7 @@ from tests.reference import with_reference
 from trainer.__main__ import commands
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README, SECURITY = ((ROOT / name).read_text() for name in ("README.md", "SECURITY.md"))
 PROGRAMS: dict[str, dict[str, Command]] = {"pipeline": COMMANDS, "trainer": commands(None)}
 
 
@@ -76,6 +76,20 @@ def test_the_readmes_options_are_the_programs():
 @pytest.mark.parametrize("path", re.findall(r"\]\((?!https?:)([^)#]+)\)", README))
 def test_a_file_that_the_readme_names_is_there(path):
     assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize(("said", "path"), re.findall(r"\[(.+?)\]\((.+?)\)", SECURITY))
+def test_what_holds_a_rule_of_security_is_there(said, path):
+    name = said.strip("`")
+    assert name == path or re.search(rf"^ *(?:class|def) {name}\b", (ROOT / path).read_text(), re.MULTILINE)
+
+
+def test_the_security_page_says_it_in_short_sentences():
+    table = re.findall(r"^\| (.+?) \|", SECURITY, re.MULTILINE)
+    prose = re.sub(r"^(?:#.*|\|.*)$", "", SECURITY, flags=re.MULTILINE)
+    for text in (*table, *re.split(r"\n(?:- |\n)", prose)):
+        for sentence in re.split(r"[.:;] ", " ".join(text.split())):
+            assert len(sentence.split()) <= 30, sentence
 
 
 def run_blocks(*languages: str, teacher: str, dtype: str = "float16") -> dict[str, object]:
