@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from storage_schemas import formats, paths
+from storage_schemas.claims import check_commit
 from storage_schemas.commit import Commit, utc_now
 from storage_schemas.errors import CorruptShard, StoreError
 from storage_schemas.ids import IdSet, id_set
@@ -229,15 +230,14 @@ class Dataset:
             commit = Commit.from_bytes(data, f"{self.store.uri}/{shard.commit_path}")
         except StoreError as error:
             raise CorruptShard(str(error)) from None
-        if not shard.lists(commit):
-            raise CorruptShard(f"{self.store.uri}/{shard.commit_path} is not what the manifest lists: restore it")
+        check_commit(shard, commit, self.recipe, self.layout, name=f"{self.store.uri}/{shard.commit_path}")
         return commit
 
     def read(self, shard: Shard, columns: Sequence[str] | None = None, *, verify: bool = True) -> Columns:
         """Every row of a shard, also those outside the window (see `rows_inside`); all columns by default."""
         commit = self.commit(shard)
         try:
-            return formats.read_shard(self.store, commit, self.recipe.fields, columns, verify=verify)
+            return formats.read_shard(self.store, commit, self.recipe, columns, verify=verify)
         except CorruptShard as error:
             raise self.explained(shard, error) from None
 

@@ -9,10 +9,12 @@ from typing import BinaryIO, NamedTuple
 import xxhash
 
 from storage_schemas import parquet, webdataset
+from storage_schemas.claims import check_integers
 from storage_schemas.commit import Chunk, Commit, Task
 from storage_schemas.errors import CorruptShard
 from storage_schemas.layout import Layout
 from storage_schemas.ranges import check_chunk, fetch
+from storage_schemas.recipe import Recipe
 from storage_schemas.record import Columns, Field, check_columns
 from storage_schemas.store import MissingFile, Store
 
@@ -63,23 +65,27 @@ def _hash(file: BinaryIO) -> tuple[int, str]:
 
 
 def read_shard(
-    store: Store, commit: Commit, fields: Sequence[Field], columns: Sequence[str] | None = None, *, verify: bool = True
+    store: Store, commit: Commit, recipe: Recipe, columns: Sequence[str] | None = None, *, verify: bool = True
 ) -> Columns:
     """The named columns (all by default) of every row. Bytes are decoded only after they matched their checksums.
 
-    Parquet fetches the footer and those columns; a tar's members interleave, so it is fetched whole.
-    Arrays may be read-only views of a mapped file.
+    Parquet fetches the footer, the integers and those columns; a tar's members interleave, so it is fetched whole.
+    Arrays may be read-only views of a mapped file. Its ids are those that the commit says, or it is refused.
     """
+    fields = recipe.fields
     wanted = list(columns) if columns is not None else [field.name for field in fields]
     unknown = set(wanted) - {field.name for field in fields}
     if unknown:
         have = [field.name for field in fields]
         raise ValueError(f"{sorted(unknown)} are not columns of {commit.path}: it has {have}")
     suffix = "parquet" if commit.path.endswith(".parquet") else "webdataset"
+    every = [field.name for field in fields if field.is_scalar or field.name in wanted]
     try:
-        return CODECS[suffix].decode(store, commit, fields, wanted, verify=verify)
+        found = CODECS[suffix].decode(store, commit, fields, every, verify=verify)
     except MissingFile as error:
         raise CorruptShard(f"{error}: run `python -m pipeline verify` to see what else is") from None
+    check_integers(recipe, commit, found)
+    return {name: found[name] for name in wanted}
 
 
 def check_shard(store: Store, commit: Commit) -> list[str]:

@@ -19,16 +19,16 @@ class Page(NamedTuple):
     offset: int
 
 
-def find_pages(chunk: bytes | memoryview, rows: int, nbytes: int) -> list[Page] | None:
-    """The pages of an uncompressed column chunk of `rows` required values of `nbytes` each.
+def find_pages(chunk: bytes | memoryview, rows: int, nbytes: int, *, compressed: bool = False) -> list[Page] | None:
+    """The pages of a column chunk of `rows` required values of `nbytes` each; compressed ones are not looked into.
 
-    None where they are anything but plain (a dictionary, data pages of version 2, levels, sizes that don't add up):
-    then only a Parquet reader knows. The codec stands in the file's footer, so only the caller can tell it.
+    None where they are anything but plain (a dictionary, data pages of version 2, levels, sizes that don't add up). The
+    codec stands in the file's footer, so only the caller can tell it.
     """
     pages, at, first_row = [], 0, 0
     try:
         while at < len(chunk):
-            page, at = _page(chunk, at, first_row, nbytes)
+            page, at = _page(chunk, at, first_row, nbytes, compressed)
             first_row += page.rows
             pages.append(page)
     except (IndexError, KeyError, TypeError, ValueError, RecursionError):
@@ -36,13 +36,15 @@ def find_pages(chunk: bytes | memoryview, rows: int, nbytes: int) -> list[Page] 
     return pages if (at, first_row) == (len(chunk), rows) else None
 
 
-def _page(chunk: bytes | memoryview, at: int, first_row: int, nbytes: int) -> tuple[Page, int]:
+def _page(chunk: bytes | memoryview, at: int, first_row: int, nbytes: int, compressed: bool) -> tuple[Page, int]:
     header, start = _struct(chunk, at)
     data_page = header[5]
     kind, size, stored_size, values, encoding = header[1], header[2], header[3], data_page[1], data_page[2]
-    if (kind, encoding) != (_DATA_PAGE, _PLAIN) or not size == stored_size == values * nbytes > 0:
+    if (kind, encoding) != (_DATA_PAGE, _PLAIN) or not size == values * nbytes > 0 or stored_size <= 0:
         raise ValueError("not a plain page of these values")
-    return Page(first_row, values, start), start + size
+    if stored_size != size and not compressed:
+        raise ValueError("other bytes than its values have")
+    return Page(first_row, values, start), start + stored_size
 
 
 def _struct(data: bytes | memoryview, at: int) -> tuple[dict[int, Any], int]:

@@ -20,6 +20,9 @@ from storage_schemas.record import Columns, Field
 from storage_schemas.store import Store
 
 ROWS_PER_GROUP = 512
+_PLAIN = {"PLAIN", "RLE"}
+"""Encodings of a required column without a dictionary: RLE is that of levels, which it has none of."""
+
 PAGE_BYTES = 64 << 20  # a page's size is an int32 in the format, so large samples are written a few rows a time
 
 
@@ -27,7 +30,7 @@ def encode(
     path: str | Path, fields: Sequence[Field], columns: Columns, *, task: Task, recipe_id: str, layout: Layout
 ) -> tuple[Chunk, ...]:
     """Writes a shard to a local file and returns the checksum of each column of each row group, and of the footer."""
-    schema = arrow_schema(fields).with_metadata({"recipe": recipe_id, "split": task.split, "task": task.name})
+    schema = arrow_schema(fields).with_metadata(_provenance(task, recipe_id))
     table = pa.table([_arrow_array(field, columns[field.name]) for field in fields], schema=schema)
     pq.write_table(
         table,
@@ -40,6 +43,11 @@ def encode(
         write_batch_size=max(1, min(ROWS_PER_GROUP, PAGE_BYTES // max(field.nbytes for field in fields))),
     )
     return _chunks(path)
+
+
+def _provenance(task: Task, recipe_id: str) -> dict[str, str]:
+    """The Arrow metadata of a file: whose samples it holds."""
+    return {"recipe": recipe_id, "split": task.split, "task": task.name}
 
 
 def arrow_schema(fields: Sequence[Field]) -> pa.Schema:
@@ -92,28 +100,90 @@ def decode(store: Store, commit: Commit, fields: Sequence[Field], columns: Seque
     for chunk, data in zip(needed, found, strict=True):
         if verify or len(data) != chunk.length:
             check_chunk(store, commit, chunk, data)
-    source = _Chunks(commit.bytes, dict(zip((chunk.offset for chunk in needed), found, strict=True)))
-    with _as_committed(f"{store.uri}/{commit.path}"):
-        table = _open(source, found[-1]).read(columns=list(columns), use_threads=False)
+    check_footer(commit, fields, found[-1])
     by_name = {field.name: field for field in fields}
-    return {name: _to_numpy(by_name[name], table.column(name)) for name in columns}
+    pieces: dict[str, list[np.ndarray]] = {name: [] for name in columns}
+    for chunk, data in zip(needed[:-1], found[:-1], strict=True):
+        pieces[chunk.column].append(decode_chunk(commit, by_name[chunk.column], chunk, data, found[-1]))
+    return {name: _joined(by_name[name], arrays) for name, arrays in pieces.items()}
+
+
+def check_footer(commit: Commit, fields: Sequence[Field], footer: memoryview) -> None:
+    """CorruptShard unless the footer describes the file that its commit does: columns of these fields, where they are.
+
+    Then every reader finds the same rows, whether it goes by the footer or by the commit.
+    """
+    with _as_committed(commit.path):
+        metadata = pq.read_metadata(pa.BufferReader(footer))
+        problem = _other_columns(commit, fields, metadata.schema.to_arrow_schema()) or _other_groups(commit, metadata)
+    if problem:
+        raise CorruptShard(f"{commit.path} is not the Parquet file of its commit: its footer says other {problem}")
+
+
+def _other_columns(commit: Commit, fields: Sequence[Field], schema: pa.Schema) -> str | None:
+    if not schema.equals(arrow_schema(fields)):
+        return "columns than its recipe's"
+    said = [(field.metadata or {}, describe(mine)) for field, mine in zip(schema, fields, strict=True)]
+    said.append((schema.metadata or {}, _provenance(commit.task, commit.recipe_id)))
+    if any(found.get(key.encode()) != value.encode() for found, mine in said for key, value in mine.items()):
+        return "shapes, types, recipe or task"
+    return None
+
+
+def _other_groups(commit: Commit, metadata: pq.FileMetaData) -> str | None:
+    *chunks, _ = commit.chunks
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    columns = [(group.num_rows, group.column(number)) for group in groups for number in range(group.num_columns)]
+    found = [(it.path_in_schema, rows, it.data_page_offset, it.total_compressed_size) for rows, it in columns]
+    if found != [(chunk.column, chunk.rows, chunk.offset, chunk.length) for chunk in chunks]:
+        return "rows or places of its columns than its commit"
+    if metadata.num_rows != commit.rows or any(it.num_values != rows for rows, it in columns):
+        return "numbers of rows than its commit"
+    codec = "ZSTD" if _is_compressed(commit) else "UNCOMPRESSED"
+    plain = all(it.compression == codec and {*it.encodings} <= _PLAIN for _, it in columns)
+    return None if plain and not any(it.has_dictionary_page for _, it in columns) else "encodings than its layout's"
+
+
+def _is_compressed(commit: Commit) -> bool:
+    return "-zstd-" in commit.layout_id
 
 
 def decode_chunk(commit: Commit, field: Field, chunk: Chunk, data: memoryview, footer: memoryview) -> np.ndarray:
-    """The rows [n, *shape] of one column chunk, compressed or not, from its checked bytes and the footer's."""
+    """The rows [n, *shape] of one column chunk, compressed or not, from its checked bytes and the footer's.
+
+    The pages' own sizes are held against the rows first: a page of some bytes may claim to hold gigabytes.
+    """
+    if not chunk.rows:
+        return _joined(field, [])
+    if not _is_compressed(commit):
+        return _joined(field, view_chunk(commit, field, chunk, data))
+    _pages(commit, field, chunk, data)
     source = _Chunks(commit.bytes, {chunk.offset: data})
     group = [other.first_row for other in commit.chunks if other.column == chunk.column].index(chunk.first_row)
     with _as_committed(commit.path):
         table = _open(source, footer).read_row_group(group, columns=[field.name], use_threads=False)
-    if table.num_rows != chunk.rows:
-        raise CorruptShard(f"{commit.path}: row group {group} has {table.num_rows} rows, its commit says {chunk.rows}")
+    if table.num_rows != chunk.rows or table.column(0).null_count:
+        raise CorruptShard(f"{commit.path}: row group {group} has other rows than the {chunk.rows} of its commit")
     return _to_numpy(field, table.column(0))
 
 
-def view_chunk(field: Field, rows: int, data: memoryview) -> list[np.ndarray] | None:
-    """The same as views of the bytes, a page each; None where they aren't plain rows. Not for a compressed file."""
-    pages = find_pages(data, rows, field.nbytes)
-    return None if pages is None else [_page_view(field, page, data) for page in pages]
+def _pages(commit: Commit, field: Field, chunk: Chunk, data: memoryview) -> list[Page]:
+    pages = find_pages(data, chunk.rows, field.nbytes, compressed=_is_compressed(commit))
+    if pages is None:
+        told = f"column {field.name} from row {chunk.first_row} on is no {chunk.rows} rows of {field.nbytes} bytes"
+        raise CorruptShard(f"{commit.path} is not the Parquet file of its commit: {told}")
+    return pages
+
+
+def _joined(field: Field, arrays: list[np.ndarray]) -> np.ndarray:
+    if len(arrays) == 1:
+        return arrays[0]
+    return np.concatenate(arrays) if arrays else np.empty((0, *field.shape), field.numpy_dtype)
+
+
+def view_chunk(commit: Commit, field: Field, chunk: Chunk, data: memoryview) -> list[np.ndarray]:
+    """The same as views of the bytes, a page each. Not for a compressed file."""
+    return [_page_view(field, page, data) for page in _pages(commit, field, chunk, data)]
 
 
 def _page_view(field: Field, page: Page, data: memoryview) -> np.ndarray:
@@ -124,8 +194,9 @@ def _page_view(field: Field, page: Page, data: memoryview) -> np.ndarray:
 def _as_committed(name: str) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
-        raise CorruptShard(f"{name} is not the Parquet file of its commit: {error}") from None
+    except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
+        why = " ".join(str(error).split())
+        raise CorruptShard(f"{name} is not the Parquet file of its commit: {why}") from None
 
 
 def _open(source: "_Chunks", footer: memoryview) -> pq.ParquetFile:
@@ -165,8 +236,7 @@ class _Chunks(io.RawIOBase):
 
 
 def _to_numpy(field: Field, column: pa.ChunkedArray) -> np.ndarray:
-    pieces = [_view(field, piece) for piece in column.chunks]
-    return np.concatenate(pieces) if pieces else np.empty((0, *field.shape), field.numpy_dtype)
+    return _joined(field, [_view(field, piece) for piece in column.chunks])
 
 
 def _view(field: Field, array: pa.Array) -> np.ndarray:

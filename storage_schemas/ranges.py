@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import xxhash
 
 from storage_schemas.commit import Chunk, Commit
+from storage_schemas.cuts import watch
 from storage_schemas.errors import CorruptShard, StoreError
 from storage_schemas.store import MissingFile, Range, Store
 
@@ -44,11 +45,13 @@ def map_shard(store: Store, commit: Commit) -> memoryview | None:
         return None
     try:
         with open(path, "rb") as file:
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
         raise MissingFile(f"{store.uri}/{commit.path} is missing") from None
     except ValueError:  # an empty file can't be mapped
         return memoryview(b"")
+    watch(mapped, path, len(mapped))
+    return memoryview(mapped)
 
 
 def checksum(data: bytes | memoryview) -> str:

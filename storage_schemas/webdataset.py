@@ -8,9 +8,11 @@ numpy's, "|V2" as ml_dtypes saves it too, and the .json names it: any reader tha
 
 import io
 import json
+import math
+import re
 import tarfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from storage_schemas.claims import ids_of
 from storage_schemas.commit import ALL_COLUMNS, FOOTER, Chunk, Commit, Task
 from storage_schemas.errors import CorruptShard
 from storage_schemas.layout import Layout
@@ -32,8 +35,16 @@ BLOCK = tarfile.BLOCKSIZE
 BFLOAT16 = ("|V2", "<u2")
 """What a .npy says of bfloat16, and what ours said at first, which readers took for integers."""
 
-NOT_OURS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, EOFError)
+NOT_OURS = (
+    ValueError, KeyError, TypeError, AttributeError, OverflowError, EOFError, RecursionError, SyntaxError, MemoryError,
+)  # fmt: skip
 """What it raises to read members as ours that hold something else."""
+
+_HEADER = 1024
+"""Bytes of an .npy header, at most: numpy parses it as Python."""
+
+_JSON = 1 << 20
+"""Bytes that a sample's JSON may have."""
 
 
 def encode(
@@ -90,7 +101,7 @@ class _RowWriter:
 
     def _headers(self, suffix: str, size: int, first: int, rows: int) -> np.ndarray:
         ids = self.columns["sample_id"][first : first + rows]
-        joined = b"".join(_header(f"{self.split}-{sample:012d}.{suffix}", size) for sample in ids)
+        joined = b"".join(_header(f"{name}.{suffix}", size) for name in sample_names(self.split, ids))
         return np.frombuffer(joined, np.uint8).reshape(rows, BLOCK)
 
     def _contents(self, suffix: str, first: int, rows: int) -> np.ndarray:
@@ -105,6 +116,11 @@ class _RowWriter:
     def _json(self, row: int) -> bytes:
         values = {field.name: int(self.columns[field.name][row]) for field in self.scalars}
         return json.dumps({**self.texts, **values}).encode().ljust(self.sizes["json"])
+
+
+def sample_names(split: str, ids: np.ndarray) -> list[str]:
+    """What samples are called in a tar: train-000000000123."""
+    return [f"{split}-{sample:012d}" for sample in ids.tolist()]
 
 
 def _padded(size: int) -> int:
@@ -142,19 +158,37 @@ def decode(store: Store, commit: Commit, fields: Sequence[Field], columns: Seque
         for chunk in commit.chunks:
             check_chunk(store, commit, chunk, data[chunk.offset : chunk.offset + chunk.length])
     wanted = [field for field in fields if field.name in columns]
-    return parse(data, wanted, commit.rows, name=f"{store.uri}/{commit.path}")
+    return parse(data, wanted, sample_names(commit.split, ids_of(commit)), name=f"{store.uri}/{commit.path}")
 
 
-def parse(data: memoryview, fields: Sequence[Field], rows: int, *, name: str) -> Columns:
-    """These columns out of a whole tar: views where its rows are regular, else parsed as anybody's."""
+def parse(data: memoryview, fields: Sequence[Field], names: Sequence[str], *, name: str) -> Columns:
+    """These columns out of a whole tar: views where its rows are regular, else parsed as anybody's.
+
+    names: what its samples are called, if they are called as ours are.
+    """
+    rows = len(names)
     if not rows:
         return {field.name: np.empty((0, *field.shape), field.numpy_dtype) for field in fields}
     try:
         regular = regular_rows(data, rows)
-        found = regular.columns(fields) if regular and regular.holds(fields) else decode_foreign_tar(data)
+        if regular and regular.holds(fields):
+            check_names(regular.names, names)
+            found = regular.columns(fields)
+        else:
+            found = decode_foreign_tar(data, names)
         return {field.name: _as_stored(field, rows, found[field.name]) for field in fields}
     except (tarfile.TarError, *NOT_OURS) as error:
-        raise CorruptShard(f"{name} is not the tar of its commit: {error}") from None
+        why = " ".join(str(error).split())
+        raise CorruptShard(f"{name} is not the tar of its commit: {why}") from None
+
+
+def check_names(found: Sequence[str], names: Sequence[str]) -> None:
+    """ValueError where a sample is called as ours are, but as another one; somebody else's names say nothing."""
+    if list(found) == list(names):
+        return
+    for mine, should in zip(found, names, strict=False):
+        if mine != should and re.fullmatch(r"(train|holdout)-\d{12,}", mine):
+            raise ValueError(f"it has {mine} where {should} belongs")
 
 
 def _as_stored(field: Field, rows: int, values: np.ndarray) -> np.ndarray:
@@ -210,17 +244,25 @@ class RegularRows:
             return {}
         offset, size = self.members["json"]
         texts = self._along((), np.dtype(f"S{size}"), offset)
-        parsed = json.loads(b"[" + b",".join(texts.tolist()) + b"]")
+        parsed = [_json(text) for text in texts.tolist()]
         return {
             field.name: np.array([_integer(row[field.name]) for row in parsed], field.numpy_dtype) for field in fields
         }
 
+    @property
+    def names(self) -> list[str]:
+        """What its samples are called, by their first members."""
+        return [text.decode().partition(".")[0] for text in self._along((), np.dtype("S100"), 0).tolist()]
+
     def has_everywhere(self) -> bool:
-        """Whether the headers of every row name these members, of these sizes, after keys of one length."""
+        """Whether the headers of every row name these members, of these sizes, after one key of the same length."""
+        first = self._along((BLOCK,), np.dtype(np.uint8), 0)
+        key = max(0, bytes(first[0]).find(b"."))
         for offset, _ in self.members.values():
             headers = self._along((BLOCK,), np.dtype(np.uint8), offset - BLOCK)
-            key = max(0, bytes(headers[0]).find(b"."))
-            if not all((part == part[0]).all() for part in (headers[:, key:100], headers[:, 124:136])):
+            # All but the key and the header's own checksum, which counts the key.
+            alike = all((part == part[0]).all() for part in (headers[:, key:148], headers[:, 156:]))
+            if not alike or (headers[:, :key] != first[:, :key]).any():
                 return False
         return True
 
@@ -259,7 +301,7 @@ def _row_members(data: memoryview, start: int) -> dict[str, tuple[int, int]]:
     while at + BLOCK <= len(data) and any(data[at : at + BLOCK]):
         header = tarfile.TarInfo.frombuf(bytes(data[at : at + BLOCK]), "utf-8", "strict")
         name, _, suffix = header.name.partition(".")
-        if not header.isreg() or name != (key := key or name):
+        if not header.isreg() or header.size < 0 or name != (key := key or name):
             break
         members[suffix] = (at + BLOCK, header.size)
         at += BLOCK + _padded(header.size)
@@ -270,35 +312,73 @@ def _row_size(members: dict[str, tuple[int, int]]) -> int:
     return sum(BLOCK + _padded(size) for _, size in members.values())
 
 
-def decode_foreign_tar(data: bytes | memoryview) -> Columns:
+def decode_foreign_tar(data: bytes | memoryview, names: Sequence[str] = ()) -> Columns:
     """Columns of any WebDataset tar of .npy and .json members, as somebody else may have written it.
 
     Samples are runs of members that share what is before the file name's first dot. Integers in a .json become columns.
+    names: what samples that are called as ours must be called, in order.
     """
-    rows = [_sample(members) for members in _samples(data)]
+    samples = _samples(data)
+    check_names([*samples], names)
+    rows = [_sample(members) for members in samples.values()]
     if any(row.keys() != rows[0].keys() for row in rows):
         raise ValueError("the samples of the tar don't all have the same columns")
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
 
 
-def _samples(data: bytes | memoryview) -> Iterator[dict[str, bytes]]:
+def _samples(data: bytes | memoryview) -> dict[str, dict[str, bytes]]:
+    """Key -> suffix -> contents."""
     samples: dict[str, dict[str, bytes]] = defaultdict(dict)
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
         for member in tar:
+            if member.issparse() or not 0 <= member.size <= len(data):  # a hole is claimed, not stored
+                raise ValueError(f"{member.name} claims {member.size} bytes in a file of {len(data)}")
             folder, slash, name = member.name.rpartition("/")
             key, _, suffix = name.partition(".")
-            contents = tar.extractfile(member) if member.isfile() else None
+            contents = tar.extractfile(member) if member.isreg() else None
             if contents is not None:
                 samples[folder + slash + key][suffix.lower()] = contents.read()
-    yield from samples.values()
+    return samples
 
 
-def _sample(members: dict[str, bytes]) -> dict[str, np.ndarray]:
-    row: dict[str, np.ndarray] = {}
+def _sample(members: dict[str, bytes]) -> dict[str, Any]:
+    row: dict[str, Any] = {}
     for suffix, contents in members.items():
         if suffix.endswith(".npy") or suffix == "npy":
-            row[suffix.removesuffix(".npy")] = np.load(io.BytesIO(contents), allow_pickle=False)
+            row[suffix.removesuffix(".npy")] = _npy(contents)
         elif suffix == "json":
-            values = json.loads(contents)
-            row |= {name: np.int64(value) for name, value in values.items() if type(value) is int}
+            row |= {name: np.int64(value) for name, value in _json(contents).items() if type(value) is int}
     return row
+
+
+def _npy(contents: bytes) -> np.ndarray:
+    """An array whose header counts the bytes that follow it, and no objects, which would be unpickled."""
+    file = io.BytesIO(contents)
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"an .npy of version {version}")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, is_fortran, dtype = read(file, max_header_size=_HEADER)
+    if dtype.hasobject or dtype.fields or min(shape, default=0) < 0:
+        raise ValueError(f"an .npy of {dtype} {shape}, which is no array of numbers: allow_pickle is never given")
+    if len(contents) - file.tell() != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"an .npy of {dtype} {shape} in {len(contents)} bytes")
+    flat = np.frombuffer(contents, dtype, math.prod(shape), file.tell())
+    return flat.reshape(shape, order="F" if is_fortran else "C")
+
+
+def _json(text: bytes) -> dict[str, Any]:
+    """What a member says of its sample; ValueError where it is anything but a small object of finite numbers."""
+    if len(text) > _JSON:
+        raise ValueError(f"{len(text)} bytes of JSON in one sample")
+    found = _DECODER.decode(text.decode())
+    if type(found) is not dict:
+        raise ValueError(f"JSON that is no object: {text[:20]!r}")
+    return found
+
+
+def _not_finite(text: str) -> Any:
+    raise ValueError(f"{text} in JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_not_finite)

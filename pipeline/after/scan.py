@@ -21,6 +21,7 @@ from pipeline.after.resolve import Stored
 from pipeline.solve import draw_scales
 from storage_schemas.commit import Commit
 from storage_schemas.dataset import Dataset
+from storage_schemas.errors import CorruptShard
 from storage_schemas.formats import PIECE, check_shard, read_shard
 from storage_schemas.record import NO_CONDITION, Columns, Field, from_storage
 from storage_schemas.shards import Shard
@@ -129,25 +130,19 @@ def scan_shard(dataset: Dataset, shard: Shard, picked: frozenset[Sample]) -> tup
     """What is wrong with a shard's bytes and ids; and, if nothing is, what an audit must see of its rows."""
     commit = dataset.commit(shard)
     with near(dataset.store, commit.path) as store:
-        problems = check_bytes(dataset, shard, commit, store)
-        if problems:
-            return problems, None
-        columns = read_shard(store, commit, dataset.recipe.fields, verify=False)
-        return [], _findings(dataset, shard, commit, columns, picked)
+        problems, columns = check_bytes(dataset, commit, store)
+        return problems, None if columns is None else _findings(dataset, shard, commit, columns, picked)
 
 
-def check_bytes(dataset: Dataset, shard: Shard, commit: Commit, store: Store) -> list[str]:
-    """A shard's bytes, which `store` holds, against its commit, and its ids against the manifest."""
-    problems = check_shard(store, commit)
+def check_bytes(dataset: Dataset, commit: Commit, store: Store) -> tuple[list[str], Columns | None]:
+    """What is wrong with a shard's bytes, which `store` holds; and if nothing is, its rows as every reader has them."""
+    problems, columns = check_shard(store, commit), None
     if not problems:
-        ids = read_shard(store, commit, dataset.recipe.fields, ["sample_id"])["sample_id"]
-        problems = [] if np.array_equal(ids, shard.ids) else [_other_ids(dataset, shard)]
-    return [problem.replace(store.uri, dataset.store.uri) for problem in problems]
-
-
-def _other_ids(dataset: Dataset, shard: Shard) -> str:
-    wanted = f"[{shard.start}, {shard.stop}) without the quarantined"
-    return f"{dataset.store.uri}/{shard.path} holds other sample ids than {wanted}"
+        try:
+            columns = read_shard(store, commit, dataset.recipe, verify=False)
+        except CorruptShard as error:
+            problems = [str(error)]
+    return [problem.replace(store.uri, dataset.store.uri) for problem in problems], columns
 
 
 def _findings(dataset: Dataset, shard: Shard, commit: Commit, columns: Columns, picked: frozenset[Sample]) -> Findings:

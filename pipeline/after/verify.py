@@ -59,7 +59,7 @@ def check_listed(dataset: Dataset, shard: Shard) -> list[str]:
     try:
         commit = dataset.commit(shard)
         with near(dataset.store, commit.path) as store:
-            problems = check_bytes(dataset, shard, commit, store)
+            problems, _ = check_bytes(dataset, commit, store)
     except UserError as error:
         problems = [str(error)]
     return [f"{shard.task}: {problem}" for problem in problems]

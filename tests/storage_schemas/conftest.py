@@ -43,7 +43,7 @@ def _make_columns(recipe: Recipe, task: Task, quarantined: tuple[int, ...] = ())
         if field.name == "sample_id":
             columns[field.name] = ids
         elif field.is_scalar:
-            columns[field.name] = (ids % 10 + number).astype(field.numpy_dtype)
+            columns[field.name] = (ids % (3 if field.name == "start_index" else 10)).astype(field.numpy_dtype)
         else:
             size = int(np.prod(field.shape))
             values = np.sin(ids[:, None] * 0.37 + np.arange(size) + number).reshape(len(ids), *field.shape)

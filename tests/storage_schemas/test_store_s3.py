@@ -47,7 +47,7 @@ def test_a_shard_goes_through_a_bucket(
     task, layout = Task("train", 2, 64), Layout(format=form, samples_per_shard=64)
     commit = commit_task(store, recipe, layout, task, tmp_path)
     assert read_commit(store, recipe.id, layout.id, task.name) == commit
-    columns = read_shard(store, commit, recipe.fields, ["output", "sample_id"])
+    columns = read_shard(store, commit, recipe, ["output", "sample_id"])
     expected = make_columns(recipe, task)
     for name in ("output", "sample_id"):
         np.testing.assert_array_equal(columns[name], expected[name])
@@ -56,7 +56,7 @@ def test_a_shard_goes_through_a_bucket(
     for length in (len(data) - 1, 100):
         store.write(commit.path, data[:length])
         with pytest.raises(CorruptShard, match="missing"):
-            read_shard(store, commit, recipe.fields, ["output", "sample_id"])
+            read_shard(store, commit, recipe, ["output", "sample_id"])
     store.remove(commit.path)
     assert check_shard(store, commit) == [f"{store.uri}/{commit.path} is missing"]
 

@@ -1,5 +1,6 @@
 """The bytes of committed chunks, mapped and checked: a folder's own files, or a disk cache in front of ranged GETs."""
 
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,8 @@ _REMEMBERED = 1 << 20
 _TRAILER = 24
 Wanted = tuple[Commit, Chunk]
 Found = memoryview | CorruptShard
+Place = tuple[int, int]
+"""Where a chunk lies in its file, and its bytes. Not its checksum: others may claim the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,17 +84,28 @@ class Chunks:
         found = [one for group in self._read(groups) for one in group]
         return [one for _, one in sorted(zip(places, found, strict=True), key=lambda pair: pair[0])]
 
-    def derived(self, name: str, make: Callable[[], bytes]) -> memoryview:
-        """What `make` gives, kept in the disk cache under a name that says all that it depends on.
+    def checked(self, commit: Commit, chunks: Sequence[Chunk]) -> list[memoryview]:
+        """Bytes of these chunks that match their checksums, whatever `verify` is: what is made of them is kept."""
+        found = []
+        for chunk, data in zip(chunks, self.open([(commit, chunk) for chunk in chunks]), strict=True):
+            if isinstance(data, CorruptShard):
+                raise data
+            if self._reading.verify != "always":
+                check_chunk(self._store, commit, chunk, data)
+            found.append(data)
+        return found
+
+    def derived(self, name: str, make: Callable[[], bytes], *, size: int) -> memoryview:
+        """What `make` gives, `size` bytes, kept in the disk cache under a name that says all that it depends on.
 
         Its length and checksum follow it in the file.
         """
-        entry = f"{checksum(name.encode())}.made"
-        found = self._made(entry)
+        entry = f"{hashlib.sha256(name.encode()).hexdigest()}.made"
+        found = self._made(entry, size)
         if found is not None:
             return found
         with self._cache.lock(entry):
-            found = self._made(entry)
+            found = self._made(entry, size)
             if found is not None:
                 return found
             made = make()
@@ -138,16 +152,16 @@ class Chunks:
 
     def _cached(self, wanted: list[Wanted]) -> list[Found]:
         """Chunks of one region, out of the cache, which gets what it lacks."""
-        found: dict[str, Found] = {}
+        found: dict[Place, Found] = {}
         missing = self._look_up(wanted, found)
         if missing:
             commit, first = missing[0]
             with self._cache.lock(f"{commit.path} {first.offset // REGION}"):
                 missing = self._look_up(missing, found)  # again: who had the lock before may have brought them
                 found |= self._fetch(commit, [chunk for _, chunk in missing])
-        return [found[chunk.xxh3] for _, chunk in wanted]
+        return [found[_place(chunk)] for _, chunk in wanted]
 
-    def _look_up(self, wanted: list[Wanted], found: dict[str, Found]) -> list[Wanted]:
+    def _look_up(self, wanted: list[Wanted], found: dict[Place, Found]) -> list[Wanted]:
         """Adds to `found` what the cache has, and gives back the others; an entry that isn't what it was is dropped."""
         missing = []
         for commit, chunk in wanted:
@@ -157,34 +171,34 @@ class Chunks:
                     missing.append((commit, chunk))
                 else:
                     self._check(commit, chunk, data)
-                    found[chunk.xxh3] = data
+                    found[_place(chunk)] = data
             except CorruptShard:
                 self._cache.drop(chunk.xxh3)
                 missing.append((commit, chunk))
         return missing
 
-    def _fetch(self, commit: Commit, chunks: list[Chunk]) -> dict[str, Found]:
+    def _fetch(self, commit: Commit, chunks: list[Chunk]) -> dict[Place, Found]:
         """Together first; those that are not right then once more, one by one: one may spoil an answer for others."""
         pieces = list(_pieces(chunks, self._reading.in_flight_bytes))
         at_once = pieces and sum(map(_span, pieces)) <= self._reading.in_flight_bytes
-        found: dict[str, Found] = {}
+        found: dict[Place, Found] = {}
         for batch in [pieces] if at_once else [[piece] for piece in pieces]:
             found |= self._request(commit, batch)
         for chunk in chunks:
-            if isinstance(found[chunk.xxh3], CorruptShard):
+            if isinstance(found[_place(chunk)], CorruptShard):
                 found |= self._request(commit, [[chunk]])
         return found
 
-    def _request(self, commit: Commit, pieces: list[list[Chunk]]) -> dict[str, Found]:
+    def _request(self, commit: Commit, pieces: list[list[Chunk]]) -> dict[Place, Found]:
         """One ranged GET a piece, side by side. The bytes are in the cache before others may come."""
         with self._budget.hold(sum(map(_span, pieces))):
             try:
                 fetched = fetch_ranges(self._store, commit, [(piece[0].offset, _span(piece)) for piece in pieces])
             except (MissingFile, CorruptShard) as error:
                 problem = CorruptShard(str(error))
-                return {chunk.xxh3: problem for piece in pieces for chunk in piece}
+                return {_place(chunk): problem for piece in pieces for chunk in piece}
             return {
-                chunk.xxh3: _outcome(self._keep, commit, chunk, memoryview(data)[chunk.offset - piece[0].offset :])
+                _place(chunk): _outcome(self._keep, commit, chunk, memoryview(data)[chunk.offset - piece[0].offset :])
                 for piece, data in zip(pieces, fetched, strict=True)
                 for chunk in piece
             }
@@ -200,8 +214,8 @@ class Chunks:
             check_chunk(self._store, commit, chunk, data)
             self._remember(commit.path, chunk.offset)
 
-    def _made(self, entry: str) -> memoryview | None:
-        whole = self._cache.open(entry)
+    def _made(self, entry: str, size: int) -> memoryview | None:
+        whole = self._cache.open(entry, size=size + _TRAILER)
         if whole is None:
             return None
         data, trailer = whole[:-_TRAILER], whole[-_TRAILER:]
@@ -228,6 +242,10 @@ def _outcome(action: Callable[..., memoryview], *args: Any) -> Found:
         return action(*args)
     except CorruptShard as error:
         return error
+
+
+def _place(chunk: Chunk) -> Place:
+    return chunk.offset, chunk.length
 
 
 def _pieces(chunks: list[Chunk], most: int) -> Iterator[list[Chunk]]:

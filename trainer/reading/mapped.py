@@ -9,6 +9,8 @@ import weakref
 import numpy as np
 from numpy.typing import NDArray
 
+from storage_schemas.cuts import watch
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -25,7 +27,7 @@ class Maps:
     def open(self, path: str, *, size: int | None = None) -> memoryview | None:
         """The file's bytes, uint8; None if its size is not `size`. FileNotFoundError, OSError.
 
-        The size is asked for every time: reading a map behind the end of a file that was cut would kill the process.
+        The size is asked for every time, so that a file that was cut is told as one. Cut later it ends the process.
         """
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -35,13 +37,13 @@ class Maps:
             key = (found.st_dev, found.st_ino, found.st_size)  # an inode that is mapped is not given away
             array = self._held.get(key)
             if array is None:
-                array = self._held[key] = _map(handle, found.st_size)
+                array = self._held[key] = _map(handle, found.st_size, path)
             return array.data.toreadonly()
         finally:
             os.close(handle)
 
 
-def _map(handle: int, size: int) -> NDArray[np.uint8]:
+def _map(handle: int, size: int, path: str) -> NDArray[np.uint8]:
     if not size:
         return np.empty(0, np.uint8)
     address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, handle, 0)
@@ -51,6 +53,7 @@ def _map(handle: int, size: int) -> NDArray[np.uint8]:
     memory = _Memory(address, size)
     # Not at exit: a thread may still read, and the system unmaps anyway.
     weakref.finalize(memory, _libc.munmap, address, size).atexit = False
+    watch(memory, path, size)
     return np.asarray(memory)
 
 

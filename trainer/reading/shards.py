@@ -42,7 +42,7 @@ class ShardSource:
         self._dataset, self._table, self._on_corrupt = dataset, dataset.shards(split), reading.on_corrupt
         self._split_name = split
         self._needed = tuple(field for field in dataset.recipe.fields if field.name in {"condition", *columns})
-        self._viewer = Viewer(Chunks(dataset.store, reading), self._needed)
+        self._viewer = Viewer(Chunks(dataset.store, reading), dataset.recipe, self._needed)
         self._substitutes = Substitutes(self.ids, seed)
         self._parts: Recent[tuple[int, bool], list[Part]] = Recent(_REMEMBERED)
         self._foreign: set[int] = set()
@@ -120,7 +120,8 @@ class ShardSource:
 
     def _split(self, index: int, decode: bool) -> list[Part]:
         commit = self._dataset.commit(self._table[index])
-        return split_parts(commit, self._needed, decode=decode)
+        self._viewer.check(commit)
+        return split_parts(commit, self._needed, self._dataset.recipe, decode=decode)
 
     def _shard(self, part: Part) -> int:
         return int(np.searchsorted(self._table.starts, part.commit.task.start))

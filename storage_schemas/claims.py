@@ -1,0 +1,135 @@
+"""What a manifest, its table, a commit and a file say of the same samples, held against each other.
+
+Whoever reads asks here, and so does `verify`: they believe the same. Nothing is allocated for a number in a document
+before that number is held against what it counts.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from storage_schemas import paths
+from storage_schemas.commit import ALL_COLUMNS, FOOTER, Chunk, Commit
+from storage_schemas.errors import CorruptShard
+from storage_schemas.layout import Layout
+from storage_schemas.recipe import NoCondition, Recipe
+from storage_schemas.record import NO_CONDITION, NO_DATA, Columns, Field
+from storage_schemas.shards import Shard
+
+_MAGIC = 4
+"""Bytes before the first column of a Parquet file."""
+
+
+def check_commit(shard: Shard, commit: Commit, recipe: Recipe, layout: Layout, *, name: str) -> None:
+    """CorruptShard unless a commit is the one that the table lists, of a shard of this recipe and layout."""
+    if not shard.lists(commit):
+        raise CorruptShard(f"{name} is not what the manifest lists: restore it")
+    if problem := _problem(commit, recipe, layout):
+        raise CorruptShard(f"{name} {problem}: restore it")
+
+
+def _problem(commit: Commit, recipe: Recipe, layout: Layout) -> str | None:
+    task = commit.task
+    path = paths.shard_path(recipe.id, layout.id, task.name, commit.attempt, layout.suffix)
+    if (commit.recipe_id, commit.layout_id, commit.samples_per_shard) != (
+        recipe.id, layout.id, layout.samples_per_shard,
+    ):  # fmt: skip
+        return "is of another recipe or layout than its manifest"
+    if commit.path != path:
+        return f"names {commit.path!r}, not a file of its own task and attempt"
+    lost = sorted(commit.quarantined)
+    if lost and not (task.start <= lost[0] and lost[-1] < task.stop and all(a < b for a, b in pairwise(lost))):
+        return f"has quarantined ids that are not each once in [{task.start}, {task.stop})"
+    if commit.rows != task.samples_per_shard - len(lost):
+        return f"says {commit.rows} rows of {task.samples_per_shard} samples with {len(lost)} quarantined"
+    covers = _cover_file if layout.format == "parquet" else _cover_tar
+    return None if covers(commit, recipe.fields) else f"has chunks that don't cover its {commit.rows} rows"
+
+
+def _cover_file(commit: Commit, fields: Sequence[Field]) -> bool:
+    """Whether each row group has one chunk a field, in order, and the footer ends the file."""
+    if not commit.chunks or len(commit.chunks) % len(fields) != 1:
+        return False
+    *chunks, footer = commit.chunks
+    groups = [chunks[at : at + len(fields)] for at in range(0, len(chunks), len(fields))]
+    return (
+        all([chunk.column for chunk in group] == [field.name for field in fields] for group in groups)
+        and all(len({(chunk.first_row, chunk.rows) for chunk in group}) == 1 for group in groups)
+        and _follow([group[0] for group in groups], commit.rows)
+        and all(before.offset + before.length <= after.offset for before, after in pairwise(commit.chunks))
+        and (commit.chunks[0].offset >= _MAGIC or not commit.rows)
+        and _ends(footer, commit)
+    )
+
+
+def _cover_tar(commit: Commit, _: Sequence[Field]) -> bool:
+    """Whether the blocks follow each other and cover the file; of somebody else's tar they may not say which rows."""
+    *blocks, last = commit.chunks or (None,)
+    if last is None:
+        return False
+    if last.column != FOOTER:
+        blocks.append(last)
+    known = [chunk for chunk in blocks if chunk is not None]
+    unsaid = commit.rows > 0 and not any(chunk.rows or chunk.first_row for chunk in known)
+    return (
+        all(chunk.column == ALL_COLUMNS for chunk in known)
+        and (unsaid or _follow(known, commit.rows))
+        and commit.chunks[0].offset == 0
+        and all(before.offset + before.length == after.offset for before, after in pairwise(commit.chunks))
+        and (_ends(last, commit) if last.column == FOOTER else last.offset + last.length == commit.bytes)
+    )
+
+
+def _follow(chunks: Sequence[Chunk], rows: int) -> bool:
+    """Whether they hold the rows one after another, none of them empty where there are any."""
+    ends = [0, *(chunk.first_row + chunk.rows for chunk in chunks)]
+    return (
+        [chunk.first_row for chunk in chunks] == ends[:-1]
+        and ends[-1] == rows
+        and all(chunk.rows > 0 and chunk.length > 0 for chunk in chunks if rows)
+    )
+
+
+def _ends(footer: Chunk, commit: Commit) -> bool:
+    placed = footer.column, footer.first_row, footer.rows, footer.offset + footer.length
+    return placed == (FOOTER, 0, 0, commit.bytes) and footer.length > 0
+
+
+def ids_of(commit: Commit, first: int = 0, rows: int | None = None) -> np.ndarray:
+    """The sample ids of some rows of a shard, all by default: its task's without the quarantined, int64."""
+    task = commit.task
+    ids = np.setdiff1d(np.arange(task.start, task.stop), np.asarray(commit.quarantined, dtype=np.int64))
+    return ids[first:] if rows is None else ids[first : first + rows]
+
+
+def check_integers(recipe: Recipe, commit: Commit, columns: Columns, *, first_row: int = 0) -> None:
+    """CorruptShard unless the integers of these rows are ids of the shard and conditions that the recipe has.
+
+    columns: of rows from `first_row` on, sample_id among them.
+    """
+    ids = columns["sample_id"]
+    for name, wrong in (("sample ids", _other_ids(commit, ids, first_row)), *_strays(recipe, columns)):
+        if wrong:
+            raise CorruptShard(f"{commit.path} holds other {name} than {wrong}: restore the file or generate it anew")
+
+
+def _other_ids(commit: Commit, ids: np.ndarray, first_row: int) -> str | None:
+    if np.array_equal(ids, ids_of(commit, first_row, len(ids))):
+        return None
+    return f"[{commit.task.start}, {commit.task.stop}) without the quarantined"
+
+
+def _strays(recipe: Recipe, columns: Columns) -> Iterator[tuple[str, str | None]]:
+    """Each integer column, and the range that a value of it is outside of."""
+    condition = recipe.condition
+    labels = (NO_CONDITION, 0) if isinstance(condition, NoCondition) else (0, condition.num_classes)
+    ranges = {
+        "condition": labels,
+        "start_index": (0, recipe.num_steps - 1),
+        "data_id": (NO_DATA, 2**63 - 1),
+    }
+    for name, (low, past) in ranges.items():
+        values = columns.get(name, np.empty(0, np.int64))
+        if len(values) and not low <= int(values.min()) <= int(values.max()) < past:
+            yield f"values of {name}", f"[{low}, {past})"
