@@ -165,7 +165,7 @@ def fit(store, out, place, *options) -> int:
     return main("trainer", {"fit": Command(FitConfig, run_fit)}, words)
 
 
-@pytest.mark.parametrize("where", ["memory://fits/{}", "{}/place"])
+@pytest.mark.parametrize("where", ["memory://fits{}", "{}/place"])
 @pytest.mark.parametrize("option", ["--resume", "--no-resume"])
 def test_a_fit_refuses_a_place_where_another_is_at_work(make_store, tmp_path, monkeypatch, capsys, where, option):
     monkeypatch.setattr(hold, "_RENEWED", 0.1)
