@@ -21,8 +21,10 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from diffusion.description import check_model, described
+from diffusion.description import LONGEST, check_model, described
+from diffusion.header import LONGEST as LONGEST_HEADER
 from diffusion.header import check_holds, names_of, shapes_in
 from diffusion.spec import CLOSED_FORMS, model_from_spec
 
@@ -88,8 +90,20 @@ def check_size(model: dict[str, Any], *, tensors: int, numbers: int, source: str
 @contextmanager
 def _on_meta() -> Iterator[None]:
     """Modules that are built in here have no memory, and draw nothing from torch's seed."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), _Unfilled():
         yield
+
+
+class _Unfilled(TorchFunctionMode):
+    """No weight gets a first value: on meta that says nothing, and imports torch's whole compiler, a second of time."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", "") == nn.init.__name__:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
 
 
 def pack(module: nn.Module, *, dtype: torch.dtype = torch.float32) -> bytes:
@@ -135,7 +149,23 @@ def load(folder: str | Path) -> Checkpoint:
         raise FileNotFoundError(f"{folder} holds no {MODEL_FILE}: name the folder of a saved model")
     if not weights.is_file():
         raise FileNotFoundError(f"{folder} holds no {WEIGHTS_FILE}: fetch the model again")
-    return unpack(description.read_bytes(), weights.read_bytes(), source=str(folder))
+    with open(description, "rb") as file:
+        told = file.read(LONGEST + 1)
+    return unpack(told, _read_whole(weights), source=str(folder))
+
+
+def _read_whole(weights: Path) -> bytes:
+    """A safetensors file, read only where it has the bytes of which its beginning tells."""
+    size = weights.stat().st_size
+    with open(weights, "rb") as file:
+        length = file.read(8)
+        header = file.read(min(int.from_bytes(length, "little"), LONGEST_HEADER))
+        shapes_in(length + header, str(weights), size=size)
+        try:
+            file.seek(0)
+            return file.read()
+        except MemoryError:
+            raise ValueError(f"{weights} has {size} bytes, for which there is no memory: use a smaller one") from None
 
 
 def unpack(description: bytes, weights: bytes, *, source: str) -> Checkpoint:

@@ -25,9 +25,7 @@ _ABOUT: dict[str, type] = {
 def described(data: bytes, source: str) -> dict[str, Any]:
     """The contents of a model.json. Raises ValueError in one line for what is none of ours."""
     if len(data) > LONGEST:
-        raise ValueError(
-            f"{source} has {len(data)} bytes, ours at most {LONGEST}: name the folder of a model saved here"
-        )
+        raise ValueError(f"{source} has more than {LONGEST} bytes: name the folder of a model saved here")
     try:
         document = json.loads(data, parse_constant=_finite, parse_float=_finite)
         _check(document)

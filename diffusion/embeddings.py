@@ -13,7 +13,7 @@ class FourierTime(nn.Module):
 
     def __init__(self, size: int, bandwidth: float) -> None:
         super().__init__()
-        self.register_buffer("frequencies", torch.randn(size // 2) * bandwidth)
+        self.register_buffer("frequencies", _drawn(size // 2, scale=bandwidth))
 
     def forward(self, time: Tensor) -> Tensor:
         return _waves(2 * math.pi * time[:, None] * self.frequencies).to(self.frequencies)
@@ -29,7 +29,7 @@ class JointCoefficients(nn.Module):
 
     def __init__(self, numbers: int, count: int, *, size: int = 256, bandwidth: float) -> None:
         super().__init__()
-        self.register_buffer("frequencies", torch.randn(numbers, size // 2) * bandwidth)
+        self.register_buffer("frequencies", _drawn(numbers, size // 2, scale=bandwidth))
         self.coefficients = zeroed(nn.Linear(size, count))
 
     def forward(self, numbers: Tensor) -> Tensor:
@@ -52,6 +52,12 @@ def zeroed(layer: nn.Module) -> nn.Module:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
+
+
+def _drawn(*shape: int, scale: float) -> Tensor:
+    """Normal numbers by torch's seed. None on meta, where any sum imports torch's whole compiler: a second of time."""
+    empty = torch.empty(shape)
+    return empty if empty.is_meta else empty.normal_() * scale
 
 
 def _waves(angle: Tensor) -> Tensor:

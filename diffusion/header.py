@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-_LONGEST = 64 << 20
+LONGEST = 64 << 20
 """Bytes of a header; a network of ten thousand tensors has one of 1 MiB."""
 
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
@@ -25,20 +25,24 @@ class Held:
     is_floating: bool
 
 
-def shapes_in(weights: bytes, source: str) -> dict[str, Held]:
-    """Every tensor of a safetensors file by its name. ValueError for another file, or one of too few or many bytes."""
-    if not weights:
+def shapes_in(weights: bytes, source: str, *, size: int | None = None) -> dict[str, Held]:
+    """Every tensor of a safetensors file by its name. ValueError for another file, or one of too few or many bytes.
+
+    size: the file's, where only its beginning is given.
+    """
+    size = len(weights) if size is None else size
+    if not size:
         return {}
     length = int.from_bytes(weights[:8], "little")
     try:
-        if length > min(len(weights) - 8, _LONGEST):
-            raise ValueError(f"a header of {length} bytes in a file of {len(weights)}")
+        if length > min(size - 8, LONGEST):
+            raise ValueError(f"a header of {length} bytes in a file of {size}")
         header = json.loads(weights[8 : 8 + length])
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         held = {name: _held(entry) for name, entry in entries.items()}
-        size = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        if size != len(weights) - 8 - length:
-            raise ValueError(f"its header tells of {size} bytes, there are {len(weights) - 8 - length}")
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        if end != size - 8 - length:
+            raise ValueError(f"its header tells of {end} bytes, there are {size - 8 - length}")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{source} is damaged or no safetensors ({error}): fetch the model again") from None
     return held
