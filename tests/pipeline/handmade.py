@@ -20,6 +20,7 @@ from storage_schemas.formats import EncodedShard, encode_shard
 from storage_schemas.layout import Layout
 from storage_schemas.manifest import Manifest, ManifestDraft, Window
 from storage_schemas.recipe import NoiseRecord, Recipe, SolverRecord, TeacherRecord
+from storage_schemas.record import NO_CONDITION
 from storage_schemas.shards import SCHEMA, Shard, ShardTable
 from storage_schemas.store import Store
 
@@ -48,10 +49,8 @@ RECIPE, OTHER = make_recipe(), make_recipe(1)
 @cache
 def encoded(task: Task, recipe_id: str) -> tuple[EncodedShard, bytes]:
     ids = np.arange(task.start, task.stop)
-    columns = {
-        field.name: ids if field.name == "sample_id" else np.zeros((SIZE, *field.shape), field.numpy_dtype)
-        for field in RECIPE.fields
-    }
+    columns = {field.name: np.zeros((SIZE, *field.shape), field.numpy_dtype) for field in RECIPE.fields}
+    columns |= {"sample_id": ids, "condition": np.full(SIZE, NO_CONDITION)}
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / "shard.parquet"
         shard = encode_shard(local, RECIPE.fields, columns, task=task, recipe_id=recipe_id, layout=LAYOUT)
