@@ -118,7 +118,7 @@ def test_another_teacher_is_told_and_so_is_the_same_one_with_other_weights(gener
     assert (code, err.count("\n")) == (2, 1)
     assert "teacher builtin:gaussian (weights " in err
     assert "you ask for builtin:mixture (weights " in err
-    monkeypatch.setattr("pipeline.prepare.load_teacher", lambda uri: changed(load_teacher(uri)))
+    monkeypatch.setattr("pipeline.prepare.load_teacher", lambda uri, **more: changed(load_teacher(uri, **more)))
     code, _, err = generate(tmp_path)
     assert (code, err.count("\n")) == (2, 1)
     old = load_teacher("builtin:gaussian").weights_sha256[:8]
