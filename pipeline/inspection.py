@@ -90,7 +90,7 @@ def calibrated(note: Calibration, recipe: Recipe) -> dict[str, Any]:
 
 def pooled(commits: Sequence[Commit], column: str) -> dict[str, float] | None:
     """Mean, standard deviation, minimum and maximum over all these shards' rows together."""
-    parts = [(commit.rows, commit.statistics[column]) for commit in commits if commit.rows]
+    parts = [(it.rows, it.statistics[column]) for it in commits if it.rows and column in it.statistics]
     if not parts:
         return None
     rows = np.array([count for count, _ in parts], dtype=np.float64)

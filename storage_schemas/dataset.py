@@ -250,7 +250,28 @@ class Dataset:
 
 
 def open_dataset(store: Store, name: str = "main", number: int | None = None) -> Dataset:
-    """The latest manifest of a dataset, or the one with `number`."""
+    """The latest manifest of a dataset, or the one with `number`; refused unless its figures follow from its table."""
+    dataset = find_dataset(store, name, number)
+    for problem in wrong_figures(dataset):
+        path = f"{store.uri}/{paths.manifest_path(name, dataset.manifest.number)}"
+        raise StoreError(f"{path} {problem}: restore it, or the table of shards that it names")
+    return dataset
+
+
+def wrong_figures(dataset: Dataset) -> list[str]:
+    """What a manifest says of all its samples that does not follow from its table of shards."""
+    manifest, gaps = dataset.manifest, {split: dataset.gaps(split) for split in SPLITS}
+    rows = {split: dataset.ids(split).count for split in SPLITS}
+    claims = {
+        "counts other rows than its shards have": any(manifest.rows.get(split) != rows[split] for split in SPLITS),
+        "has another content than its digest": manifest.content_digest
+        != content_digest(manifest.recipe_id, manifest.window, gaps),
+    }
+    return [claim for claim, wrong in claims.items() if wrong]
+
+
+def find_dataset(store: Store, name: str = "main", number: int | None = None) -> Dataset:
+    """The same, for whoever asks what is wrong with it."""
     manifest = latest_manifest(store, name) if number is None else read_manifest(store, name, number)
     if manifest is None:
         raise _no_manifest(store, name, number)

@@ -371,7 +371,10 @@ def _json(text: bytes) -> dict[str, Any]:
     """What a member says of its sample; ValueError where it is anything but a small object of finite numbers."""
     if len(text) > _JSON:
         raise ValueError(f"{len(text)} bytes of JSON in one sample")
-    found = _DECODER.decode(text.decode())
+    try:
+        found = _DECODER.decode(text.decode())
+    except RecursionError:
+        raise ValueError(f"JSON of too many levels: {text[:20]!r}") from None
     if type(found) is not dict:
         raise ValueError(f"JSON that is no object: {text[:20]!r}")
     return found
