@@ -49,7 +49,9 @@ def run_fit(config: FitConfig) -> int:
 
 def _fit(config: FitConfig, crew: Ranks, held: ExitStack) -> int:
     place = Place(config.out, config.checkpoints)
-    checkpoints = Checkpoints(place.store, crew, keep_last=config.keep_last, keep_best=config.keeps_best)
+    checkpoints = Checkpoints(
+        place.store, crew, keep_last=config.keep_last, keep_best=config.keeps_best, check=place.check
+    )
     claim = Claim(config, place, held if crew.is_first else None)
     earlier = crew.broadcast(claim.earlier(checkpoints))
     with checkpoints.newest() if earlier else nullcontext() as found:

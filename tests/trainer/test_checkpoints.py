@@ -229,3 +229,18 @@ def test_on_s3_they_are_the_same(bucket):
     (name,) = (file["name"] for file in marker["files"] if file["name"] == TENSORS)
     store.write(f"{marker['folder']}/{name}", b"other")
     assert last(place)[0] == 2
+
+
+@pytest.mark.parametrize("look", [1, 2])
+def test_one_that_slept_while_it_saved_removes_nothing_of_the_fit_that_goes_on(tmp_path, look):
+    looks = iter(range(1, 9))
+
+    def check() -> None:
+        if next(looks) == look:
+            saved(tmp_path, 20, 30)
+            raise StoreError("another fit goes on")
+
+    with pytest.raises(StoreError, match="another fit goes on"):
+        saved(tmp_path, 10, check=check)
+    assert markers(tmp_path) == [20, 30]
+    assert last(tmp_path)[0] == 30

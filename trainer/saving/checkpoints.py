@@ -13,7 +13,7 @@ held against what is there before a byte is fetched; nothing is read, written or
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,10 +122,22 @@ class Found:
 
 
 class Checkpoints:
-    """The checkpoints of one run in one place."""
+    """The checkpoints of one run in one place.
 
-    def __init__(self, place: Store, ranks: Ranks, *, keep_last: int = 2, keep_best: bool = True) -> None:
-        self.place, self._ranks = place, ranks
+    check: raises where the place is another's by now. It is asked after files are written, which may take long, and
+    again before any are removed.
+    """
+
+    def __init__(
+        self,
+        place: Store,
+        ranks: Ranks,
+        *,
+        keep_last: int = 2,
+        keep_best: bool = True,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.place, self._ranks, self._check = place, ranks, check
         self._keep_last, self._keep_best = keep_last, keep_best
 
     def save(self, step: int, tree: Any, *, stage: int = 0, holdout_error: float | None = None) -> None:
@@ -141,7 +153,9 @@ class Checkpoints:
             world_size=self._ranks.world_size,
         )  # fmt: skip
         if self._ranks.is_first:
+            self._check()
             self.place.write(f"{FOLDER}/{marker.name}", marker.to_bytes())
+            self._check()
             self._tidy(marker)
         self._ranks.barrier()  # no rank goes on before the checkpoint is there
 

@@ -49,12 +49,16 @@ class Place:
         else:
             yield
 
+    def check(self) -> None:
+        """TakenOver where another fit goes on in the place, since this one was away for too long."""
+        if self._hold:
+            self._hold.check()
+
     def put(self, name: str) -> None:
         """Copy a file of the folder, or a model's folder; what another fit has taken over is left to it."""
         if not self.elsewhere:
             return
-        if self._hold:
-            self._hold.check()
+        self.check()
         names = [name]
         if (self.folder / name).is_dir():
             names = [f"{name}/{file}" for file in (WEIGHTS_FILE, MODEL_FILE)]
