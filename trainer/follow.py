@@ -12,6 +12,7 @@ from trainer.objectives.options import DISTRIBUTION_LEVEL
 from trainer.parallel import Ranks
 from trainer.pins import Pins
 from trainer.plan import Plan, Stage
+from trainer.reading.shards import ShardSource
 from trainer.stream import Source
 from trainer.trajectories import plan_trajectories
 
@@ -38,6 +39,7 @@ class Following:
         self._config, self._plan, self._stage, self._columns = config, plan, stage.name, stage.objective.columns
         self._ranks, self._pins, self._say = ranks, pins, say
         self._refused: set[int] = set()
+        self._unread: set[str] = set()
         self._ended = Event()
 
     def __enter__(self) -> Self:
@@ -65,7 +67,9 @@ class Following:
         try:
             latest = latest_manifest(store, now["dataset"])
         except UserError as error:
-            self._say(f"warning: going on with manifest {now['manifest']}: {error}")
+            if str(error) not in self._unread:  # once, not at every epoch
+                self._say(f"warning: going on with manifest {now['manifest']}: {error}")
+            self._unread.add(str(error))
             return None
         if latest is None or latest.number <= now["manifest"] or latest.content_digest == now["content_digest"]:
             return None
@@ -94,10 +98,13 @@ class Following:
             raise ManifestMismatch(f"{told} of another shape, process or kind of condition; start another run on them")
         if new.stages != old.stages:
             raise ManifestMismatch(f"{told} on another time grid; start another run on them")
-        if new.source(self._columns).fields != old.source(self._columns).fields:
+        source, before = new.source(self._columns), old.source(self._columns)
+        if source.fields != before.fields:
             raise ManifestMismatch(f"{told} in another storage dtype; start another run on them")
         if self._config.objective.name in DISTRIBUTION_LEVEL and _score(new) != _score(old):
             raise ManifestMismatch(f"{told} of another teacher or guidance scale; start another run on their score")
+        if isinstance(source, ShardSource) and isinstance(before, ShardSource):
+            source.check_new(before)
 
 
 def _score(plan: Plan) -> tuple[Any, ...]:

@@ -14,9 +14,10 @@ import torch
 from diffusion import checkpoint
 from diffusion.flow_map import FlowMap
 from diffusion.teachers import builtin_checkpoint
+from storage_schemas import paths
 from storage_schemas.command_line import Command, main
 from storage_schemas.commit import put_commit
-from storage_schemas.dataset import latest_manifest, put_recipe, read_recipe, read_shard_table, seal
+from storage_schemas.dataset import latest_manifest, open_dataset, put_recipe, read_recipe, read_shard_table, seal
 from storage_schemas.manifest import ManifestDraft, Window
 from storage_schemas.recipe import Recipe
 from storage_schemas.shards import ShardTable
@@ -475,6 +476,49 @@ def test_what_does_not_serve_is_not_gone_over_to(make_store, tmp_path, monkeypat
         "warning: manifest 2 is left aside, going on with 1: "
         "main now holds samples in another storage dtype; start another run on them"
     ]
+    assert [line["manifest"] for line in metrics(out)] == [1, 1, 1]
+
+
+def lose(path: Path) -> None:
+    path.unlink()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def say_otherwise(path: Path) -> None:
+    path.write_text(path.read_text().replace('"rows":', '"rows": 1, "was":', 1))
+
+
+@pytest.mark.parametrize("format", ["parquet", "webdataset"])
+@pytest.mark.parametrize(
+    ("name", "harm", "why"),
+    [
+        ("path", lose, "is missing"),
+        ("path", cut, "bytes"),
+        ("commit_path", lose, "is missing"),
+        ("commit_path", cut, "is not a valid Commit"),
+        ("commit_path", say_otherwise, ""),
+        ("manifest", cut, "is not a valid Manifest"),
+        ("manifest", say_otherwise, ""),
+    ],
+)
+def test_a_manifest_that_a_fit_would_refuse_is_not_gone_over_to(
+    make_store, tmp_path, monkeypatch, capsys, format, name, harm, why
+):
+    store, out = make_store(format=format), tmp_path / "kd"
+    options = knowledge(store, out, "--checkpoint-every", "10", "--log-every", "10", "--follow-latest")
+    killed_after(monkeypatch, 1, options)
+    go_on_past(store, (0, 300))
+    dataset = open_dataset(store)
+    path = paths.manifest_path("main", 2) if name == "manifest" else getattr(dataset.shards("train")[-1], name)
+    harm(Path(store.local_path(path)))
+    capsys.readouterr()
+    assert fit(*options) == 0
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert "going on with" in told
+    assert why in told
     assert [line["manifest"] for line in metrics(out)] == [1, 1, 1]
 
 

@@ -56,6 +56,28 @@ class ShardSource:
         """Takes these ids as unreadable without trying, so that a resumed run has the same substitutes."""
         self._substitutes.add(ranges)
 
+    def check_new(self, before: "ShardSource") -> None:
+        """CorruptShard, or Pruned, unless every shard that `before` doesn't list is there as its commit says.
+
+        That is its commit, its bytes' number and a Parquet file's footer; a bit that flipped is found when it is read.
+        Nothing is asked where other samples would stand in for what is lost.
+        """
+        known = set(before._table.table["path"].to_pylist())
+        new = [place for place, path in enumerate(self._table.table["path"].to_pylist()) if path not in known]
+        if self._on_corrupt == "fail":
+            lost = [(place, None, it) for place, it in self._read(new).items() if isinstance(it, CorruptShard)]
+            with ThreadPoolExecutor(_READERS) as readers:
+                lost += [(place, None, it) for place, it in zip(new, readers.map(self._cut, new), strict=True) if it]
+            if lost:
+                self._give_up(lost[:1])
+
+    def _cut(self, index: int) -> CorruptShard | None:
+        """What is wrong with how many bytes a shard's file has."""
+        shard, store = self._table[index], self._dataset.store
+        size = store.size(shard.path)
+        told = f"{store.uri}/{shard.path} has {size} bytes, its manifest says {shard.bytes}"
+        return None if size == shard.bytes else CorruptShard(f"{told}: restore the file or generate it anew")
+
     def load(self, ids: Ints) -> Rows:
         """The rows of existing ids, in their order.
 
