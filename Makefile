@@ -35,8 +35,9 @@ $(BIN)/kubectl: .venv/installed
 faults: venv
 	$(BIN)/python -m pytest -m "faults" --timeout 900
 
-# The quick tests of the programs with the oldest versions that pyproject.toml allows, then those of S3, whose s3fs takes
-# a newer fsspec: the names of those have s3 or bucket in them. Beside CI, for a change of a bound: it takes an environment of 2 GB and as long as the tests do.
+# The quick tests of the programs with the oldest versions that pyproject.toml allows, but for torch, which is the pinned
+# one: an older one comes with gigabytes of CUDA. Then those of S3, with s3 or bucket in their names, since s3fs takes a
+# newer fsspec. Not in .ci/run, whose hour is full: it takes 2 GB and a quarter of an hour.
 oldest: .venv-oldest/installed
 	$(OLDEST)/python -m pip uninstall --quiet --yes s3fs
 	$(OLDEST)/python -m pip install --quiet --constraint tests/oldest.txt fsspec

@@ -204,7 +204,7 @@ class Store:
         if self.protocol == "file":
             return self._call(path, lambda: _pread(full, ranges))
         starts, ends = [start for start, _ in ranges], [start + length for start, length in ranges]
-        return self._call(path, lambda: list(self._fs.cat_ranges([full] * len(ranges), starts, ends, on_error="raise")))
+        return self._call(path, lambda: backends.read_ranges(self._fs, [full] * len(ranges), starts, ends))
 
     def list(self, folder: str) -> Sequence[str]:
         """Sorted names in a folder, past every cache; none if there is no such folder. Unfinished files don't show."""

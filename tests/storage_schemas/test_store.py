@@ -150,6 +150,17 @@ def test_an_s3_client_that_ignores_exclusive_creates_is_refused(
         opened(s3_uri)
 
 
+def test_an_fsspec_that_returns_errors_as_bytes_is_read_as_one_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store.create(f"memory://{secrets.token_hex(6)}")
+
+    def ranges(self: object, names: list[str], *more: object, **options: object) -> list[bytes | Exception]:
+        return [b"x", FileNotFoundError(names[1])]
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_ranges", ranges)
+    with pytest.raises(store_module.MissingFile):
+        store.read_ranges("a", [(0, 1), (1, 1)])
+
+
 def test_other_protocols_need_a_single_writer() -> None:
     class Plain(MemoryFileSystem):
         protocol = "plain"
