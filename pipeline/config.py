@@ -15,6 +15,9 @@ from storage_schemas.places import LocalName, Source, StorePlace, source
 DatasetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="name of the dataset in the store")]
 
 
+MOST_HOLDOUT = 2048
+"""More holdout samples are made only where they are asked for."""
+
 DURATION_UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 
 
@@ -60,8 +63,11 @@ PrintJson = Annotated[bool, arg(name="json"), Field(description="print JSON")]
 StoreArgument = Annotated[Positional[StorePlace], Field(description="the store's URI")]
 
 MicroBatch = Annotated[
-    Annotated[int, Field(ge=1)] | Literal["auto"],
-    Field(description="samples solved together, part of the recipe; auto: the most that a worker has memory for"),
+    Annotated[int, Field(ge=1)] | Literal["auto"] | None,
+    Field(
+        description="samples solved together, part of the recipe; default: as the dataset has it, else the most up to "
+        "256 that divide a shard; auto: the most that a worker has memory for"
+    ),
 ]
 ChainStart = Annotated[
     str,
@@ -94,7 +100,9 @@ class GridConfig(Config):
 class SolverConfig(GridConfig):
     """Which solver, over which grid."""
 
-    name: SolverName = Field("heun", description="ddim (= Euler), heun, rk4, ab2, dpmpp_2m or dpmpp_3m")
+    name: SolverName | None = Field(
+        None, description="ddim (= Euler), heun, rk4, ab2, dpmpp_2m or dpmpp_3m; default: heun, of segments ddim"
+    )
     steps: int = Field(16, ge=1, description="steps N of the grid t_0 = T > ... > t_N = 0")
 
 
@@ -158,11 +166,25 @@ class JobConfig(WorkerConfig):
 
     store: StorePlace = Field(description="where the dataset lies: a folder, s3://, gs:// or az://")
     count: int = Field(ge=1, description="train samples that the window holds at least")
-    holdout: int = Field(2048, ge=0, description="holdout samples that the window holds at least")
-    format: Literal["parquet", "webdataset"] = Field("parquet", description="file format of shards")
-    compression: Literal["none", "zstd"] = Field("none", description="of parquet shards")
-    samples_per_shard: int = Field(2048, ge=1, description="samples in a shard, which is one task")
-    micro_batch: MicroBatch = 256
+    holdout: int | None = Field(
+        None,
+        ge=0,
+        description="holdout samples that the window holds at least; default: an eighth of count, but 2 at least and "
+        "2048 at most",
+    )
+    format: Literal["parquet", "webdataset"] | None = Field(
+        None, description="file format of shards; default: as the dataset has them, else parquet"
+    )
+    compression: Literal["none", "zstd"] | None = Field(
+        None, description="of parquet shards; default: as the dataset has them, else none"
+    )
+    samples_per_shard: int | None = Field(
+        None,
+        ge=1,
+        description="samples in a shard, which is one task; default: as the dataset has them, else a power of two for "
+        "256 MiB, at most 2048, or whole micro-batches where that is given",
+    )
+    micro_batch: MicroBatch = None
     single_writer: bool = Field(False, description="allow storage without conditional create; one job at a time")
     recheck: bool = Field(
         False, description="look every listed shard up, and make again what is lost or holds quarantined samples"
@@ -179,29 +201,39 @@ class JobConfig(WorkerConfig):
         None, gt=0, description="a task's deadline; 20 times the median task if unset, and 600 s at least"
     )
     drain_seconds: float = Field(25.0, ge=0, description="time that SIGTERM leaves to the tasks in flight")
-    workers: int = Field(1, ge=1, description="workers at most, each with a teacher of its own")
+    workers: int | None = Field(
+        None, ge=1, description="workers at most, each with a teacher of its own; default: 1, or ray.min-workers"
+    )
     as_json: PrintJson = False
+
+    @property
+    def num_holdout(self) -> int:
+        """Holdout samples that are asked for."""
+        return max(2, min(self.count // 8, MOST_HOLDOUT)) if self.holdout is None else self.holdout
+
+    @property
+    def num_workers(self) -> int:
+        """Workers at most."""
+        return self.workers or (self.ray.min_workers if self.runner == "ray" else 1)
 
     @model_validator(mode="after")
     def _shards_hold_whole_micro_batches(self) -> Self:
-        if self.micro_batch != "auto" and self.samples_per_shard % self.micro_batch:
-            raise ValueError(
-                f"micro-batch {self.micro_batch} does not divide {self.samples_per_shard} samples per shard: "
-                "choose one that does"
-            )
+        size, together = self.samples_per_shard, self.micro_batch
+        if size and isinstance(together, int) and size % together:
+            raise ValueError(f"micro-batch {together} does not divide {size} samples per shard: choose one that does")
         return self
 
     @model_validator(mode="after")
     def _enough_workers_are_asked_for(self) -> Self:
-        if self.ray.min_workers > self.workers:
+        if self.workers and self.ray.min_workers > self.workers:
             raise ValueError(f"ray.min-workers {self.ray.min_workers} is more than workers {self.workers}: lower it")
         return self
 
     @model_validator(mode="after")
     def _options_fit_each_other(self) -> Self:
-        if self.format == "webdataset" and self.compression != "none":
+        if self.format == "webdataset" and self.compression == "zstd":
             raise ValueError("webdataset shards are not compressed: drop compression, or use format parquet")
-        if self.store.startswith("memory://") and (self.runner, self.workers) != ("local", 1):
+        if self.store.startswith("memory://") and (self.runner, self.num_workers) != ("local", 1):
             raise ValueError("a memory:// store lives in one process: use runner local with 1 worker, or another store")
         return self
 
@@ -219,6 +251,11 @@ class GenerateConfig(JobConfig, TeacherConfig):
     with_weights: bool = Field(False, description="keep the teacher's weights in the store, for students to start from")
     new_recipe: bool = Field(False, description="begin a new window where the dataset holds another recipe")
 
+    @property
+    def solver_name(self) -> SolverName:
+        """Which solver it is."""
+        return self.solver.name or ("heun" if self.start == "prior" else "ddim")
+
     @model_validator(mode="after")
     def _states_are_on_the_grid(self) -> Self:
         past = [index for index in self.states if not 0 <= index <= self.solver.steps]
@@ -233,9 +270,9 @@ class GenerateConfig(JobConfig, TeacherConfig):
     def _segments_are_two_steps_of_ddim(self) -> Self:
         if self.start == "prior":
             return self
-        if (self.solver.name, self.solver.steps % 2) != ("ddim", 0):
+        if (self.solver_name, self.solver.steps % 2) != ("ddim", 0):
             raise ValueError(
-                f"start {self.start} makes segments of two ddim steps, this is {self.solver.name} on "
+                f"start {self.start} makes segments of two ddim steps, this is {self.solver_name} on "
                 f"{self.solver.steps}: use --solver.name ddim with an even number of steps"
             )
         if self.states or self.calibration:
@@ -275,7 +312,11 @@ class CalibrateConfig(WorkerConfig, TeacherConfig):
     ] = (4, 6, 8, 12, 16, 24, 32, 48, 64)
     count: int = Field(64, ge=8, description="samples that the error is measured on: the holdout's first noises")
     solver: GridConfig = GridConfig()
-    reference_factor: int = Field(8, ge=2, description="the reference takes as many times the most steps, by rk4")
+    reference_factor: int | None = Field(
+        None,
+        ge=2,
+        description="the reference takes as many times the most steps, by rk4; default: 8, or more up to 512 steps",
+    )
     micro_batch: int = Field(64, ge=1, description="samples solved together")
     out: LocalName | None = Field(None, description="JSON file for the measurement, for generate --calibration")
     picture: LocalName | None = Field(None, description="PNG file for a plot of error against network calls")

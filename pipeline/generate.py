@@ -34,7 +34,7 @@ def run_generate(config: GenerateConfig) -> int:
 
 
 def _grown(config: GenerateConfig, parent: Manifest | None, recipe_id: str) -> Wanted:
-    return Wanted(grow(parent, recipe_id, count=config.count, holdout=config.holdout))
+    return Wanted(grow(parent, recipe_id, count=config.count, holdout=config.num_holdout))
 
 
 def report(config: GenerateConfig, act: Callable[[], Outcome]) -> int:

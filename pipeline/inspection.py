@@ -14,6 +14,7 @@ from pipeline.config import InspectConfig
 from storage_schemas.commit import ColumnStatistics, Commit
 from storage_schemas.dataset import Dataset, latest_number, open_dataset
 from storage_schemas.errors import UserError
+from storage_schemas.extras import need
 from storage_schemas.notes import Calibration, check_calibration, read_calibrations
 from storage_schemas.recipe import Recipe
 from storage_schemas.record import SEGMENT_STATES, SPLITS, from_storage
@@ -165,6 +166,7 @@ def draw(dataset: Dataset, path: str) -> None:
     """A PNG of one shard's first trajectories: images state by state, or one coordinate over the grid."""
     if not len(dataset.table):
         raise UserError("this dataset has no shards to draw: generate some")
+    need("matplotlib", "--picture", extra="pipeline")
     recipe = dataset.recipe
     columns = dataset.read(dataset.table[0])
     stored = [columns[field.name][:DRAWN] for field in recipe.fields if not field.is_scalar]

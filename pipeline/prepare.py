@@ -10,10 +10,10 @@ from diffusion.checkpoint import Checkpoint
 from diffusion.devices import pick_device
 from diffusion.solvers import answer
 from diffusion.teachers import Teacher, load_checkpoint, load_teacher
-from pipeline.before.micro_batch import find_micro_batch, with_micro_batch
+from pipeline.before.micro_batch import settle
 from pipeline.config import GenerateConfig, TeacherConfig
 from pipeline.produce import describe
-from pipeline.recipe import build_layout, build_recipe
+from pipeline.recipe import build_recipe
 from pipeline.solve import draw_labels, draw_noise, draw_scales, guided
 from pipeline.weights import keep_weights
 from storage_schemas import paths
@@ -55,11 +55,10 @@ def prepare(config: GenerateConfig, *, writes: bool = True) -> Run:
         teacher = load(config)
         draft = build_recipe(config, teacher)
         try_teacher(draft, teacher)
-        layout = build_layout(config, draft)
         weights = _weights_of(config, teacher) if config.with_weights else None
         calibration = _calibration_of(draft, config.calibration) if config.calibration else None
     store = Store.create(config.store, single_writer=config.single_writer) if writes else _as_it_is(config.store)
-    recipe = settle(config, draft, layout, store)
+    recipe, layout = settle(config, draft, store)
     return Run(config, store, recipe, layout, weights, calibration)
 
 
@@ -76,13 +75,6 @@ def keep_recipe(run: Run) -> None:
         keep_weights(run.store, run.recipe.id, run.weights)
     if run.calibration:
         put_calibration(run.store, run.recipe, run.calibration)
-
-
-def settle(config: GenerateConfig, draft: Recipe, layout: Layout, store: Store) -> Recipe:
-    """The recipe with its micro-batch, which `auto` leaves open until the store and a worker were asked."""
-    if config.micro_batch != "auto":
-        return draft
-    return with_micro_batch(draft, find_micro_batch(config, draft, layout, store))
 
 
 def _weights_of(config: GenerateConfig, teacher: Teacher) -> Checkpoint:

@@ -26,11 +26,17 @@ from storage_schemas.recipe import (
     UniformLabels,
 )
 
+MICRO_BATCH = 256
+"""Samples solved together, by default."""
+
+SHARD, SHARD_BYTES = 2048, 256 << 20
+"""Samples of a shard and its bytes, by default: the most of each."""
+
 
 def build_recipe(config: GenerateConfig, teacher: Teacher) -> Recipe:
     """How the samples that `config` asks for are made. ValueError for what the teacher can't serve.
 
-    A micro-batch still to be found is 1 here: it fits every shard.
+    A micro-batch still to be found is 1 here: it fits every shard. That of a default is the one of a new dataset.
     """
     if getattr(teacher.denoiser, "has_second_time", False):
         raise ValueError(f"{teacher.uri} is told where it jumps to and has no ODE to solve: name the teacher before it")
@@ -39,7 +45,7 @@ def build_recipe(config: GenerateConfig, teacher: Teacher) -> Recipe:
     start = _start(config, teacher)
     frame = frame_for(teacher.process, times)
     last = config.solver.steps
-    return Recipe(
+    recipe = Recipe(
         teacher=TeacherRecord(
             uri=teacher.uri,
             weights_sha256=teacher.weights_sha256,
@@ -48,7 +54,7 @@ def build_recipe(config: GenerateConfig, teacher: Teacher) -> Recipe:
         ),
         guidance=_guidance(config, teacher),
         solver=SolverRecord(
-            name=config.solver.name, steps=last, frame=frame, grid={"name": config.solver.grid, **grid}
+            name=config.solver_name, steps=last, frame=frame, grid={"name": config.solver.grid, **grid}
         ),
         times=tuple(times.tolist()),
         alphas=tuple(_rounded(teacher.process.alpha(times)).tolist()),
@@ -65,16 +71,39 @@ def build_recipe(config: GenerateConfig, teacher: Teacher) -> Recipe:
         tf32=config.tf32,
         compile=config.compile,
         channels_last=_channels_last(config, teacher),
-        micro_batch=1 if config.micro_batch == "auto" else config.micro_batch,
+        micro_batch=config.micro_batch if isinstance(config.micro_batch, int) else 1,
         numerics_version=NUMERICS_VERSION,
     )
+    if config.micro_batch is not None:
+        return recipe
+    return with_micro_batch(recipe, _most_that_divides(build_layout(config, recipe).samples_per_shard))
+
+
+def with_micro_batch(recipe: Recipe, size: int) -> Recipe:
+    """The same recipe with `size` samples solved together."""
+    return recipe.model_copy(update={"micro_batch": size})
+
+
+def _most_that_divides(samples_per_shard: int) -> int:
+    return next(size for size in range(MICRO_BATCH, 0, -1) if samples_per_shard % size == 0)
 
 
 def build_layout(config: GenerateConfig, recipe: Recipe) -> Layout:
-    """How the samples lie in files."""
-    layout = Layout(format=config.format, samples_per_shard=config.samples_per_shard, compression=config.compression)
+    """How the samples lie in the files of a new dataset."""
+    layout = Layout(
+        format=config.format or "parquet",
+        samples_per_shard=config.samples_per_shard or _whole_shard(recipe),
+        compression=config.compression or "none",
+    )
     check_layout(recipe, layout)
     return layout
+
+
+def _whole_shard(recipe: Recipe) -> int:
+    """Samples of a shard of SHARD_BYTES, at most SHARD: a power of two, or whole micro-batches of another number."""
+    fitting = max(1, min(SHARD, SHARD_BYTES // recipe.sample_bytes))
+    power = 1 << (fitting.bit_length() - 1)
+    return recipe.micro_batch * max(1, power // recipe.micro_batch)
 
 
 def grid_options(solver: GridConfig, process: Process) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def decide(config: RegenerateConfig, parent: Manifest | None, recipe_id: str, no
 
 
 def _window(config: RegenerateConfig, parent: Manifest | None, recipe_id: str) -> Window:
-    window = grow(parent, recipe_id, count=config.count, holdout=config.holdout)
+    window = grow(parent, recipe_id, count=config.count, holdout=config.num_holdout)
     if parent is None or config.policy == "recipe":
         return window
     return slide(window, config.refresh) if config.policy == "refresh" else lengthen(window, config.grow_by)

@@ -29,7 +29,7 @@ def announce(run: Run, goal: Goal, needed: list[Task]) -> None:
         total=sum(len(goal.window.task_range(split, goal.layout.samples_per_shard)) for split in SPLITS),
         missing=len(needed),
         runner=run.config.runner,
-        workers=run.config.workers,
+        workers=run.config.num_workers,
     )
     run.store.write(paths.job_path(run.job), job.to_bytes())
 
@@ -55,7 +55,7 @@ def adopt(run: Run, needed: list[Task]) -> None:
 def solve_missing(run: Run, tasks: list[Task]) -> None:
     """Run the tasks; what fails for good is recorded in the store and in `run.failures`."""
     config = run.config
-    workers = min(config.workers, len(tasks))
+    workers = min(config.num_workers, len(tasks))
     with Drain(config.drain_seconds) as drain, _fleet(run, workers) as fleet, Progress(len(tasks)) as progress:
         ends = dispatch(
             fleet,

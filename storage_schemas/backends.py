@@ -23,6 +23,7 @@ from fsspec.config import conf
 from fsspec.core import url_to_fs
 
 from storage_schemas.errors import StoreError, UsageError, usage_errors
+from storage_schemas.extras import need
 from storage_schemas.places import store_place
 
 LOCAL = ("file", "local")
@@ -102,6 +103,8 @@ def filesystem(protocol: str, uri: str, options: dict[str, str]) -> tuple[Any, s
             return _s3(uri, options)
         return url_to_fs(uri, use_listings_cache=False, **options)
     except ImportError as error:
+        if protocol in S3:
+            need("s3fs", f"{protocol}://")
         raise StoreError(f"{protocol}:// needs a package that is not installed ({error}): pip install it") from None
     except ValueError:
         raise StoreError(f"{protocol}:// is unknown to fsspec: use a folder, s3://, gs:// or az://") from None

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from storage_schemas.extras import need
+
 FORMATS = ("PNG", "JPEG", "WEBP")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _GREY, _COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
@@ -139,10 +141,7 @@ def _pixels(path: Path, size: tuple[int, int], channels: int) -> NDArray[np.uint
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """The picture, not decoded yet. Whatever PIL says of a file becomes one line with its name."""
-    try:
-        from PIL import Image
-    except ModuleNotFoundError as error:
-        raise ValueError("folder: needs Pillow; pip install 'limbeck[trainer]'") from error
+    Image = need("PIL.Image", "folder:")  # noqa: N806
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -27,6 +27,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from storage_schemas.extras import need
 from storage_schemas.image_folder import read_folder
 
 ImageSplit = Literal["train", "reference", "all"]
@@ -134,11 +135,7 @@ def images_digest(images: NDArray[np.float32], labels: NDArray[np.int64]) -> str
 def _sklearn(name: str) -> _Arrays:
     if name != "digits":
         raise ValueError(f"image source 'sklearn:{name}' is unknown; use sklearn:digits")
-    try:
-        from sklearn.datasets import load_digits
-    except ModuleNotFoundError as error:
-        raise ValueError("sklearn:digits needs scikit-learn; pip install 'limbeck[trainer]'") from error
-    digits = load_digits()
+    digits = need("sklearn.datasets", "sklearn:digits").load_digits()
     images = (digits.images[:, None] / 8 - 1).astype(np.float32)
     return images, digits.target.astype(np.int64), _parity(len(images))
 
@@ -234,11 +231,7 @@ def _emoji_names(folder: Path) -> Iterator[tuple[str, str]]:
 def _on_white(path: Path) -> NDArray[np.float64]:
     """The picture over a white ground, [3, 64, 64] in [0, 255]."""
     try:
-        from PIL import Image
-    except ModuleNotFoundError as error:
-        raise ValueError("emoji: needs Pillow; pip install 'limbeck[trainer]'") from error
-    try:
-        with Image.open(path) as image:
+        with need("PIL.Image", "emoji:").open(path) as image:
             pixels = np.asarray(image.convert("RGBA"), dtype=np.float64)
     except OSError as error:
         told = f"{path} is no readable picture ({type(error).__name__})"

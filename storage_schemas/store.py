@@ -3,6 +3,7 @@
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ FIRST_TRIES = 3
 """Of a store's first request: a wrong address should show in seconds."""
 
 READ_THREADS = 16
+FOREIGN = (".tar", ".parquet", ".arrow", ".mds", ".npz", ".npy", ".h5", ".safetensors", ".pt")
+"""Endings of files in which others keep samples."""
+
+FORMAT = 'README\'s chapter "The store" describes the format'
 Range = tuple[int, int]
 T = TypeVar("T")
 
@@ -78,7 +83,8 @@ class Store:
         """An existing store."""
         store = cls(uri)
         if not store._is_there():
-            raise StoreError(f"{store.uri} is not a store (no {paths.STORE}): `python -m pipeline generate` makes one")
+            way = "`python -m pipeline generate` makes one"
+            raise StoreError(f"{store.uri} is not a store (no {paths.STORE}): {store._foreign()}{way}")
         return store
 
     @classmethod
@@ -97,8 +103,22 @@ class Store:
             store._probe(ours)
         return cls.open(uri)
 
+    def _foreign(self) -> str:
+        """What a folder without store.json looks like, if somebody else wrote data there."""
+        try:
+            names = self._fs.ls(self._root, detail=False)
+        except Exception:  # what can't be listed is described by what can't be read
+            return ""
+        counted = Counter(suffix for name in names if (suffix := Path(str(name)).suffix) in FOREIGN)
+        kinds = " and ".join(f"{count} {suffix} file{'s' * (count > 1)}" for suffix, count in counted.most_common(2))
+        return f"it holds {kinds} that no command of ours wrote; {FORMAT}; " if kinds else ""
+
     def _is_there(self) -> bool:
         """Whether store.json is, which says if writers exclude each other. The first contact: with less patience."""
+        if self.protocol == "file" and Path(self._root).is_file():
+            raise StoreError(
+                f"{self.uri} is a file, not a store: give the folder of a store, or s3://bucket/folder; {FORMAT}"
+            )
         self._tries = FIRST_TRIES
         data = self.read(paths.STORE)
         self._tries = TRIES

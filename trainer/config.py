@@ -9,6 +9,7 @@ from storage_schemas.command_line import Config
 from storage_schemas.images import KINDS
 from storage_schemas.places import LocalPath, Source, StorePlace
 from trainer.objectives.options import DISTRIBUTION_LEVEL, TWO_TIMES, ObjectiveConfig
+from trainer.order import default_batch
 
 ProcessName = Literal["ve", "linear_vp", "cosine_vp", "rectified_flow"]
 PredictionName = Literal["edm", "sample", "v_prediction", "velocity", "epsilon"]
@@ -23,6 +24,7 @@ _FIT_DEFAULTS: dict[str, dict[str, Any]] = {
     "reflow": {"init": "scratch", "decay": "cosine", "ema": 0.999},
     "denoising": {"init": "scratch", "decay": "cosine", "ema": 0.999, "process": "ve"},
 }
+_WARMUP = 100
 # How a store is read.
 _OF_A_STORE = ("manifest", "follow_latest", "verify", "on_corrupt", "cache_folder", "cache_gib", "in_flight_mib")
 
@@ -96,7 +98,9 @@ class FitConfig(Config):
     )
 
     steps: int = Field(3000, ge=1, description="Optimizer steps; of each stage, where there are several.")
-    batch_size: int = Field(256, ge=1, description="Samples a step.")
+    batch_size: int | None = Field(
+        None, ge=1, description="Samples a step; default: 256, or whole micro-batches and lanes up to it."
+    )
     micro_batch: int | None = Field(None, ge=1, description="Samples at a time on the device; divides the batch size.")
     lr: float | None = Field(
         None, gt=0, description="Peak learning rate of AdamW; 1e-4 for dmd, vsd, sid, else 1e-3, unless told."
@@ -104,7 +108,12 @@ class FitConfig(Config):
     beta1: float | None = Field(
         None, ge=0, lt=1, description="AdamW's first beta; 0 for dmd, vsd, sid, else 0.9, unless told."
     )
-    warmup: int = Field(100, ge=0, description="Steps from 0 to the peak learning rate, in each stage.")
+    warmup: int | None = Field(
+        None,
+        ge=0,
+        description="Steps from 0 to the peak learning rate, in each stage; default: a tenth of the steps, at most "
+        "100, or as the run began.",
+    )
     decay: Literal["cosine", "linear", "none"] | None = Field(
         None, description="How the learning rate falls to 0; linear for progressive, else cosine, unless told."
     )
@@ -160,6 +169,17 @@ class FitConfig(Config):
     ahead_mib: int = Field(64, ge=1, description="Batches made ahead of the step, MiB.")
 
     @property
+    def samples_a_step(self) -> int:
+        """Samples of a global batch."""
+        assert self.batch_size is not None  # filled
+        return self.batch_size
+
+    @property
+    def num_warmup(self) -> int:
+        """Steps up to the peak learning rate."""
+        return min(_WARMUP, self.steps // 10) if self.warmup is None else self.warmup
+
+    @property
     def keeps_best(self) -> bool:
         """Whether a least holdout error makes a model the best."""
         return self.keep_best and self.objective.name not in DISTRIBUTION_LEVEL
@@ -173,6 +193,7 @@ class FitConfig(Config):
         objective = ObjectiveConfig.model_validate(given.get("objective") or {}).filled()
         told = {key: value for key, value in given.items() if value is not None}
         filled = {"lr": 1e-3, "beta1": 0.9, **_FIT_DEFAULTS[objective.name], **told, "objective": objective}
+        filled.setdefault("batch_size", default_batch(filled.get("micro_batch"), filled.get("lanes")))
         if filled.get("process", "ve") != "ve":
             _refuse_options(given.get("objective"), filled["process"])
             filled["objective"] = objective.model_copy(update={"p_mean": None, "p_std": None})
@@ -184,12 +205,12 @@ class FitConfig(Config):
         self._check_network()
         self._check_others()
         self._check_reading()
-        if self.micro_batch is not None and self.batch_size % self.micro_batch:
+        if self.micro_batch is not None and self.samples_a_step % self.micro_batch:
             told = f"micro_batch {self.micro_batch} does not divide batch_size {self.batch_size}"
             raise ValueError(f"{told}; choose a divisor")
-        if self.warmup >= self.steps and self.decay != "none":
+        if self.num_warmup >= self.steps and self.decay != "none":
             raise ValueError(
-                f"warmup {self.warmup} leaves none of {self.steps} steps to decay; give fewer, or --warmup 0"
+                f"warmup {self.num_warmup} leaves none of {self.steps} steps to decay; give fewer, or --warmup 0"
             )
         return self
 
@@ -233,7 +254,7 @@ class FitConfig(Config):
             raise ValueError("critic.kind lora: the teacher's weights are not told guidance; use copy")
 
     def _check_reading(self) -> None:
-        if self.lanes is not None and self.batch_size % self.lanes:
+        if self.lanes is not None and self.samples_a_step % self.lanes:
             raise ValueError(f"lanes {self.lanes} does not divide batch_size {self.batch_size}; choose a divisor")
         if self.follow_latest and self.manifest is not None:
             raise ValueError(f"follow_latest does not stay with manifest {self.manifest}; leave one of the two out")

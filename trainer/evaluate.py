@@ -27,7 +27,7 @@ from trainer.features import load_classifier, shipped_classifier, shipped_image_
 from trainer.holdout import Pairs, read_pairs
 from trainer.images import load_images
 from trainer.metrics import Frechet, Neighbours, holdout_error, sliced_wasserstein, variance
-from trainer.plots import plot_quality
+from trainer.plots import check_plots, plot_quality
 from trainer.sampling import Way
 from trainer.tables import show, terminal
 from trainer.teacher import recipe_teacher
@@ -122,6 +122,7 @@ class Reference:
 
 def run_evaluate(config: EvaluateConfig) -> int:
     """The command: measure, write evaluation.json and evaluation.png, show."""
+    check_plots()
     evaluation = evaluate(config)
     out = config.out or config.runs[0]
     out.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from trainer.parallel import Ranks, ranks
 from trainer.pins import Pins
 from trainer.plan import Plan, Stage
 from trainer.reading.content import check_division
-from trainer.run import RunRecord, where
+from trainer.run import RunRecord, as_begun, where
 from trainer.saving.checkpoints import Checkpoints, Found
 from trainer.saving.models import Models
 from trainer.saving.place import BEST, METRICS, Place
@@ -42,7 +42,7 @@ def run_fit(config: FitConfig) -> int:
         with usage_errors():
             crew = held.enter_context(ranks(config.device))
             check_device(config, crew.device)
-            check_division(config.batch_size, config.lanes or default_lanes(config.batch_size), crew.world_size)
+            check_division(config.samples_a_step, config.lanes or default_lanes(config.samples_a_step), crew.world_size)
             check_launch(config, crew)
         return _fit(config, crew, held)
 
@@ -54,6 +54,7 @@ def _fit(config: FitConfig, crew: Ranks, held: ExitStack) -> int:
     )
     claim = Claim(config, place, held if crew.is_first else None)
     earlier = crew.broadcast(claim.earlier(checkpoints))
+    config = as_begun(config, earlier)
     with checkpoints.newest() if earlier else nullcontext() as found:
         with usage_errors():
             plan = make_plan(config, crew, earlier, found)
@@ -159,7 +160,7 @@ class Fit:
                 seed = step_seed(config.seed, self.done)
                 found = self.stepper.step(stage.objective, batch, seed=seed, number=self.step)
                 self.step += 1
-                meter.add(found, config.batch_size)
+                meter.add(found, config.samples_a_step)
                 error = self._report(stage, meter, stream)
                 stopped = self.ranks.any(bool(self.stop))  # agreed, so that all ranks end after the same step
                 if self.step % config.checkpoint_every == 0 or self.step == config.steps or stopped:
@@ -172,9 +173,9 @@ class Fit:
         config = self.config
         return Stream(
             self.plan.source(stage.objective.columns),
-            batch_size=config.batch_size,
+            batch_size=config.samples_a_step,
             seed=config.seed,
-            lanes=config.lanes or default_lanes(config.batch_size),
+            lanes=config.lanes or default_lanes(config.samples_a_step),
             num_uniforms=stage.objective.num_uniforms,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,

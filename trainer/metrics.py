@@ -7,9 +7,9 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from diffusion import noise
+from storage_schemas.extras import need
 from trainer.features import Classifier
 
 _PROJECTIONS = 128
@@ -34,7 +34,8 @@ class Frechet:
     """
 
     def __init__(self, classifier: Classifier, reference: Tensor) -> None:
-        self._distance = FrechetInceptionDistance(feature=_Features(classifier), reset_real_features=False)
+        fid = need("torchmetrics.image.fid", "the Frechet distance")
+        self._distance = fid.FrechetInceptionDistance(feature=_Features(classifier), reset_real_features=False)
         self._update(reference, real=True)
 
     def __call__(self, images: Tensor) -> float:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from storage_schemas.ids import IdSet
 from trainer.blocks import Blocks, LaidOut
 
+BATCH = 256
 BLOCK = 512
 WINDOW = 16
 WINDOW_BYTES = 512 << 20
@@ -34,6 +35,12 @@ START = (1, 2, 4, 8)
 _VERSION = "limbeck order 2"
 
 Ints = NDArray[np.int64]
+
+
+def default_batch(*parts: int | None, rows: int = BATCH) -> int:
+    """Samples of a step: the most up to BATCH, and up to the rows there are, that each of `parts` divides."""
+    part = math.lcm(*(each for each in parts if each))
+    return part * max(1, min(BATCH, rows) // part)
 
 
 def default_lanes(batch_size: int) -> int:

@@ -24,9 +24,10 @@ _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 def lr_factor(step: int, config: FitConfig) -> float:
     """Share of the peak learning rate at `step`: linear warm-up, then the decay to 0 at config.steps."""
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    share = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
+    warmup = config.num_warmup
+    if step < warmup:
+        return (step + 1) / warmup
+    share = min(1.0, (step - warmup) / max(1, config.steps - warmup))
     return {"cosine": (1 + math.cos(math.pi * share)) / 2, "linear": 1 - share, "none": 1.0}[config.decay or "none"]
 
 

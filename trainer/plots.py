@@ -3,13 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, ScalarFormatter
+from storage_schemas.extras import need
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _LABELS = {
     "frechet": "Frechet distance",
@@ -24,12 +23,20 @@ _COLUMNS = 3
 _TEN = 10
 
 
+def check_plots() -> None:
+    """Refuse where no plot can be drawn, before what it would show is measured."""
+    need("matplotlib", "a plot")
+
+
 def plot_quality(evaluation: Mapping[str, Any], path: Path) -> None:
     """A panel for each figure that was measured: students, the teacher's solvers, the floor; bars show the spread."""
     rows: Sequence[Mapping[str, Any]] = evaluation["rows"]
     figures = [name for name in _LABELS if any(row[name] is not None for row in rows)]
     columns = min(len(figures), _COLUMNS)
     lines = math.ceil(len(figures) / columns)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(4.6 * columns, 4.2 * lines), layout="constrained")
     FigureCanvasAgg(figure)
     panels = list(figure.subplots(lines, columns, squeeze=False).flat)
@@ -43,7 +50,10 @@ def plot_quality(evaluation: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _panel(axes: Axes, name: str, rows: Sequence[Mapping[str, Any]], floor: Mapping[str, Any]) -> None:
+def _panel(axes: "Axes", name: str, rows: Sequence[Mapping[str, Any]], floor: Mapping[str, Any]) -> None:
+    from matplotlib import colormaps
+    from matplotlib.ticker import NullLocator, ScalarFormatter
+
     # A stored output's error against itself is 0, which has no place on a logarithmic axis.
     shown = [row for row in rows if row[name]]
     curves = list(dict.fromkeys((row["kind"], row["name"]) for row in rows))

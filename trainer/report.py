@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from storage_schemas.command_line import Config
 from storage_schemas.errors import ManifestMismatch, UsageError
 from storage_schemas.places import LocalPath
-from trainer.plots import plot_quality
+from trainer.plots import check_plots, plot_quality
 from trainer.tables import markdown, show, terminal
 
 _FIGURES = ("holdout_error", "sliced_wasserstein", "frechet", "density", "coverage")
@@ -43,6 +43,7 @@ class ReportConfig(Config):
 
 def run_report(config: ReportConfig) -> int:
     """The command: read, put together, write, show."""
+    check_plots()
     report = put_together([_read(path) for path in config.evaluations])
     config.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=1)

@@ -83,8 +83,15 @@ def earlier_run(config: FitConfig, place: Place) -> RunRecord | None:
     record = there or here
     if record is None:
         return None
-    _check_same(_what(record.config), plain(config), config.out)
+    _check_same(_what(record.config), plain(as_begun(config, record)), config.out)
     return record
+
+
+def as_begun(config: FitConfig, record: RunRecord | None) -> FitConfig:
+    """The config with the warm-up that the run began with, if none is given: defaults of a release may differ."""
+    if record is None or config.warmup is not None or "warmup" not in record.config:
+        return config
+    return config.model_copy(update={"warmup": record.config["warmup"]})
 
 
 def check_place(record: RunRecord, place: Place, out: Path) -> None:
@@ -111,7 +118,8 @@ def new_record(
 def plain(config: FitConfig) -> dict[str, Any]:
     """What identifies a run, as JSON."""
     settings = config.model_dump(mode="json")
-    return _what(settings) | {"lanes": config.lanes or default_lanes(config.batch_size)}
+    derived = {"lanes": config.lanes or default_lanes(config.samples_a_step), "warmup": config.num_warmup}
+    return _what(settings) | derived
 
 
 def _what(settings: dict[str, Any], free: dict[str, Any] = _FREE) -> dict[str, Any]:

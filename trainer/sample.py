@@ -2,11 +2,11 @@
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
 import tyro
-from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import pad
@@ -16,10 +16,15 @@ from diffusion.checkpoint import Checkpoint
 from diffusion.devices import pick_device
 from storage_schemas.command_line import Config
 from storage_schemas.errors import UsageError, usage_errors
+from storage_schemas.extras import need
 from storage_schemas.places import LocalPath
 from trainer.sampling import FewSteps, Way, few_steps, noises_of
 from trainer.student import check_finite, find_student, is_told_labels
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_PICTURE = "a picture"
 _CELL = 64
 _GAP = 2
 _BATCH = 512
@@ -63,6 +68,7 @@ def run_sample(config: SampleConfig) -> int:
     labels = sample_labels(saved, config.count, config.label)
     guidance = sample_guidance(saved, config.guidance)
     if config.out is not None:
+        need("PIL.Image", _PICTURE)
         _check_images(saved, config.run)
     sampler = few_steps(saved, config.nfe, way=config.sampling, device=device)
     tensors = draw(sampler, tuple(saved.model["sample_shape"]), config.seed, labels, config.count, guidance=guidance)
@@ -117,7 +123,7 @@ def sample_labels(saved: Checkpoint, count: int, label: int | None) -> Tensor | 
     return torch.arange(count) % classes if label is None else torch.full((count,), label)
 
 
-def image_grid(images: Tensor, *, columns: int) -> Image.Image:
+def image_grid(images: Tensor, *, columns: int) -> "Image":
     """Images [n, C, H, W] in [-1, 1], C 1 or 3, row by row; small ones enlarged so that each pixel shows."""
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     scale = max(1, _CELL // max(pixels.shape[2:]))
@@ -128,7 +134,9 @@ def image_grid(images: Tensor, *, columns: int) -> Image.Image:
     cells = pad(cells, (0, 0, 0, 0, 0, 0, 0, rows * columns - len(cells)), value=255)
     sheet = cells.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
     sheet = pad(sheet, (_GAP, 0, _GAP, 0), value=255)
-    return Image.fromarray(sheet[0].numpy() if len(sheet) == 1 else sheet.permute(1, 2, 0).contiguous().numpy())
+    return need("PIL.Image", _PICTURE).fromarray(
+        sheet[0].numpy() if len(sheet) == 1 else sheet.permute(1, 2, 0).contiguous().numpy()
+    )
 
 
 def _check_images(saved: Checkpoint, run: Path) -> None:

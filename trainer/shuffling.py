@@ -18,7 +18,7 @@ from storage_schemas.ids import IdSet, id_set
 from storage_schemas.places import StorePlace
 from storage_schemas.store import Store
 from trainer.blocks import Blocks
-from trainer.order import Ints, Lanes, default_block, default_lanes, default_window
+from trainer.order import Ints, Lanes, default_batch, default_block, default_lanes, default_window
 
 
 class ShuffleConfig(Config):
@@ -29,7 +29,9 @@ class ShuffleConfig(Config):
     manifest: int | None = Field(None, ge=1, description="Number of the manifest; the latest one unless told.")
     rows: int | None = Field(None, ge=1, le=10**15, description="Instead of a store: so many samples.")
     samples_per_shard: int = Field(2048, ge=1, description="With --rows: samples in a shard.")
-    batch_size: int = Field(256, ge=1, description="Samples a step.")
+    batch_size: int | None = Field(
+        None, ge=1, description="Samples a step; default: 256, or whole lanes up to it, and no more than there are."
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Of the order.")
     lanes: int | None = Field(None, ge=1, description="Lanes of the order; gcd(batch_size, 8) unless told.")
     block: int | None = Field(None, ge=1, description="Consecutive ids that stay near each other; by size unless told.")
@@ -40,7 +42,7 @@ class ShuffleConfig(Config):
     def _check(self) -> "ShuffleConfig":
         if (self.data is None) == (self.rows is None):
             raise ValueError("tell --data STORE, or --rows N for samples that are not there: one of them")
-        if self.lanes is not None and self.batch_size % self.lanes:
+        if self.lanes and self.batch_size and self.batch_size % self.lanes:
             raise ValueError(f"{self.lanes} lanes do not divide batch_size {self.batch_size}; choose a divisor")
         return self
 
@@ -81,17 +83,18 @@ def run_shuffle(config: ShuffleConfig) -> int:
 def measure(config: ShuffleConfig) -> dict[str, Any]:
     """Everything that the command tells."""
     ids, digest, shards, row_bytes = _stored(config) if config.data else _imagined(config)
-    lanes = config.lanes or default_lanes(config.batch_size)
+    size = config.batch_size or default_batch(config.lanes, rows=ids.count)
+    lanes = config.lanes or default_lanes(size)
     block = config.block or default_block(ids.count, lanes)
     with usage_errors():
         order = Lanes(ids, digest, config.seed, lanes, block, window=default_window(lanes, block, row_bytes))
-    if ids.count < config.batch_size:
-        raise UsageError(f"{ids.count} samples fill no batch of {config.batch_size}: give a smaller --batch-size")
-    stretches = list(_stretches(order, config.batch_size, config.count))
+    if ids.count < size:
+        raise UsageError(f"{ids.count} samples fill no batch of {size}: give a smaller --batch-size or fewer --lanes")
+    stretches = list(_stretches(order, size, config.count))
     return {
         "samples": ids.count,
         "shards": len(shards.starts),
-        "batch_size": config.batch_size,
+        "batch_size": size,
         "seed": config.seed,
         "lanes": lanes,
         "block": order.block,
@@ -142,7 +145,7 @@ def _stretches(order: Lanes, size: int, count: int) -> Iterator[tuple[int, Ints]
 def _figures(
     order: Lanes, shards: Shards, stretches: list[tuple[int, Ints]], config: ShuffleConfig
 ) -> Iterator[Figure]:
-    n, size = order.ids.count, config.batch_size
+    n, size = order.ids.count, stretches[0][1].shape[1]
     batches = np.concatenate([ids for _, ids in stretches])
     positions = np.concatenate([first * size + np.arange(ids.size) for first, ids in stretches])
     stored = shards.of(batches)

@@ -16,6 +16,7 @@ from pipeline.recipe import build_recipe
 from pipeline.workers.trial import try_out
 from storage_schemas.commit import utc_now
 from storage_schemas.errors import UserError, usage_errors
+from storage_schemas.extras import need
 from storage_schemas.notes import Calibration, CalibrationPoint, Reference, cheapest
 from storage_schemas.recipe import Recipe
 
@@ -52,6 +53,8 @@ def _check_folders(config: CalibrateConfig) -> None:
     for path in filter(None, (config.out, config.picture)):
         if not Path(path).absolute().parent.is_dir():
             raise ValueError(f"{path}: its folder does not exist, make it first")
+    if config.picture:
+        need("matplotlib", "--picture", extra="pipeline")
 
 
 def judge(config: CalibrateConfig, recipe: Recipe, measured: Measured) -> Calibration:

@@ -80,7 +80,7 @@ def find_work(run: Run) -> Work:
     config, parent = run.config, latest_manifest(run.store, run.config.dataset)
     if parent and not (config.new_recipe and parent.recipe_id != run.recipe.id):
         check_continues(run.store, parent, run.recipe, run.layout, None)
-    window = grow(parent, run.recipe.id, count=config.count, holdout=config.holdout)
+    window = grow(parent, run.recipe.id, count=config.count, holdout=config.num_holdout)
     goal = Goal(config.dataset, parent, run.recipe.id, run.layout, window)
     if goal.reached:
         return Work(0, sum(1 for _ in window.tasks(run.layout.samples_per_shard)), 0, 0, 0, 0)
@@ -115,7 +115,7 @@ def foretell(config: PlanConfig, run: Run, work: Work, timing: Timing) -> Estima
     """The sums."""
     batches = run.layout.samples_per_shard // run.recipe.micro_batch
     solve, write = batches * statistics.median(timing.batches), timing.encode + (timing.upload or 0)
-    workers = min(config.workers, work.tasks)
+    workers = min(config.num_workers, work.tasks)
     rounds = math.ceil(work.tasks / workers)
     first = timing.start + timing.load + max(0.0, timing.warm_up - statistics.median(timing.batches))
     wall = first + solve + write + (rounds - 1) * max(solve, write)

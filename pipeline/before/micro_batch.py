@@ -1,6 +1,7 @@
-"""`--micro-batch auto` becomes a number before there is a recipe, which then holds that number and no other.
+"""Sizes that aren't given become numbers before there is a recipe, which then holds its micro-batch and no other.
 
-A rerun takes the number of what it goes on with. Else a worker tries: a whole shard together, half of it, ...
+A rerun takes those of what it goes on with. Else they have defaults, and of `--micro-batch auto` a worker tries: a
+whole shard together, half of it, ...
 """
 
 import sys
@@ -12,6 +13,7 @@ import torch
 
 from pipeline.config import GenerateConfig, RegenerateConfig
 from pipeline.produce import Order, Producer
+from pipeline.recipe import build_layout, with_micro_batch
 from pipeline.solve import OutOfMemory, solve_batch
 from pipeline.workers.once import WorkerDied
 from pipeline.workers.trial import try_out
@@ -36,59 +38,77 @@ JOBS_LOOKED_AT = 16
 """The newest ones, among which a job of this dataset that died before it sealed is looked for."""
 
 
-def find_micro_batch(config: GenerateConfig, draft: Recipe, layout: Layout, store: Store) -> int:
-    """The micro-batch for `draft`, a recipe whose own is not meant; told on stderr."""
-    earlier = _earlier(config, draft, layout, store)
+def settle(config: GenerateConfig, draft: Recipe, store: Store) -> tuple[Recipe, Layout]:
+    """The recipe with its micro-batch, and the layout: what isn't given is as in what the job goes on with.
+
+    Else it is as in `draft`, the recipe of a new dataset; the micro-batch of `auto` is found, and told on stderr.
+    """
+    layout = build_layout(config, draft)
+    given = (config.micro_batch, config.samples_per_shard, config.format, config.compression)
+    earlier = _earlier(config, draft, store) if {None, "auto"} & set(given) else None
     if earlier is not None:
-        print(f"micro-batch {earlier}, as in what is in {store.uri} already", file=sys.stderr)
-        return earlier
+        return _like(config, draft, layout, earlier, store)
+    if config.micro_batch != "auto":
+        return draft, layout
     found = _probe(config, draft, layout, store)
     print(f"micro-batch {found}: found by a trial on a worker, from now on part of the recipe", file=sys.stderr)
-    return found
+    return with_micro_batch(draft, found), layout
 
 
-def _earlier(config: GenerateConfig, draft: Recipe, layout: Layout, store: Store) -> int | None:
-    """That of the dataset's latest manifest or of its newest job with this recipe but for the micro-batch.
+def _like(
+    config: GenerateConfig, draft: Recipe, layout: Layout, earlier: tuple[Recipe, Layout], store: Store
+) -> tuple[Recipe, Layout]:
+    """The draft and its layout, with what the config leaves open as it was earlier."""
+    recipe, there = earlier
+    theirs = {name: getattr(there, name) for name in Layout.model_fields if getattr(config, name) is None}
+    if theirs.get("format") == "webdataset" and layout.compression != "none":
+        del theirs["format"]  # a tar can't be as compressed as is asked for
+    layout = layout.model_copy(update=theirs)
+    if config.micro_batch == "auto":
+        print(f"micro-batch {recipe.micro_batch}, as in what is in {store.uri} already", file=sys.stderr)
+    elif config.micro_batch is not None:
+        return draft, layout
+    return with_micro_batch(draft, recipe.micro_batch), layout
+
+
+def _earlier(config: GenerateConfig, draft: Recipe, store: Store) -> tuple[Recipe, Layout] | None:
+    """The recipe and layout of the dataset's latest manifest, or of its newest job, with this recipe but for the sizes.
 
     A manifest of another recipe, which only --new-recipe may leave, is refused later: no worker is asked before that.
     """
     manifest = latest_manifest(store, config.dataset)
     held = _held(store, manifest.recipe_id) if manifest else None
-    if held and (_differs_at_most_there(held, draft, layout) or not _may_change(config)):
-        return held.micro_batch
+    if held and manifest and (_differs_at_most_there(held, draft, config) or not _may_change(config)):
+        return held, manifest.layout
     begun = _begun(config.dataset, store)
-    return next((recipe.micro_batch for recipe in begun if _differs_at_most_there(recipe, draft, layout)), None)
+    return next((found for found in begun if _differs_at_most_there(found[0], draft, config)), None)
 
 
 def _may_change(config: GenerateConfig) -> bool:
     return config.new_recipe or (isinstance(config, RegenerateConfig) and config.policy == "recipe")
 
 
-def _differs_at_most_there(held: Recipe, draft: Recipe, layout: Layout) -> bool:
-    same = with_micro_batch(draft, held.micro_batch).id == held.id
-    return same and layout.samples_per_shard % held.micro_batch == 0
+def _differs_at_most_there(held: Recipe, draft: Recipe, config: GenerateConfig) -> bool:
+    given = isinstance(config.micro_batch, int)
+    same = (draft if given else with_micro_batch(draft, held.micro_batch)).id == held.id
+    return same and (config.samples_per_shard or held.micro_batch) % held.micro_batch == 0
 
 
-def _begun(dataset: str, store: Store) -> Iterator[Recipe]:
-    """Recipes of the newest jobs of the dataset, newest first."""
+def _begun(dataset: str, store: Store) -> Iterator[tuple[Recipe, Layout]]:
+    """Recipes and layouts of the newest jobs of the dataset, newest first."""
     for name in reversed(store.list(paths.JOBS)[-JOBS_LOOKED_AT:]):
         path = paths.job_path(name)
         data = store.read(path)
         job = Job.from_bytes(data, f"{store.uri}/{path}") if data else None
         recipe = _held(store, job.recipe_id) if job and job.dataset == dataset else None
-        if recipe:
-            yield recipe
+        if job and recipe:
+            yield recipe, job.layout
 
 
 def _held(store: Store, recipe_id: str) -> Recipe | None:
     path = paths.recipe_path(recipe_id)
     data = store.read(path)
     return None if data is None else Recipe.from_bytes(data, f"{store.uri}/{path}")
-
-
-def with_micro_batch(recipe: Recipe, size: int) -> Recipe:
-    """The same recipe with `size` samples solved together."""
-    return recipe.model_copy(update={"micro_batch": size})
 
 
 def sizes(samples_per_shard: int) -> list[int]:
@@ -125,7 +145,7 @@ def gpu_share(config: GenerateConfig) -> float:
     """The part of a GPU that one worker has: local ones share one GPU."""
     if config.runner == "ray":
         return min(1.0, config.ray.num_gpus or 1.0)
-    return 1 / config.workers
+    return 1 / config.num_workers
 
 
 def first_that_fits(order: Order, candidates: Sequence[int], share: float) -> int | None:

@@ -16,6 +16,9 @@ from storage_schemas.recipe import Recipe
 
 REFERENCE = "rk4"
 
+REFERENCE_STEPS = 512
+"""By default of few steps too: else the reference is no finer than a tolerance."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -80,7 +83,8 @@ class Bench:
 def measure(config: CalibrateConfig) -> Measured:
     """Every solver at every number of steps. The reference is solved in float64: its own rounding is out of the way."""
     bench = Bench.open(config)
-    fine = config.reference_factor * max(config.steps)
+    most = max(config.steps)
+    fine = config.reference_factor * most if config.reference_factor else max(8 * most, REFERENCE_STEPS)
     exact, nfe = bench.solve(REFERENCE, fine, dtype=torch.float64)
 
     def trial(solver: str, steps: int, dtype: torch.dtype) -> Trial:

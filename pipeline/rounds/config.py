@@ -11,6 +11,7 @@ from pipeline.config import ChainStart, DatasetName, GridConfig, JobConfig, Teac
 from storage_schemas.command_line import PassedOn
 from storage_schemas.places import LocalPath
 
+FIRST_STEPS = 16
 RAY_JOB = "ray-job"
 OURS = ("out", "data", "dataset", "manifest", "images", "objective.name", "objective.schedule", "resume", "no-resume")
 """Options of the trainer that say what a round is."""
@@ -20,9 +21,11 @@ class ProgressiveConfig(JobConfig, TeacherConfig):
     """Progressive distillation: each round solves the last student, fits one of half its steps to that, promotes it."""
 
     out: LocalPath = Field(description="folder of the students, one a round, and of progressive.json")
-    steps: int = Field(16, ge=2, description="steps N of the first teacher's ddim")
+    steps: int | None = Field(
+        None, ge=2, description="steps N of the first teacher's ddim; default: twice the schedule's first, else 16"
+    )
     schedule: tuple[int, ...] = Field(
-        (), description="steps of each round's student; N/2, N/4, ... unless told, down to an odd number such as 1"
+        (), description="steps of each round's student; default: N/2, N/4, ... down to an odd number such as 1"
     )
     solver: GridConfig = GridConfig()
     start: ChainStart = "prior"
@@ -50,14 +53,14 @@ class ProgressiveConfig(JobConfig, TeacherConfig):
         """The schedule down to 1, or as far as halves go."""
         if not isinstance(given, dict) or given.get("schedule"):
             return given
-        steps = given.get("steps") or cls.model_fields["steps"].default
+        steps = given.get("steps") or FIRST_STEPS
         return given | {"schedule": _halves(steps)} if isinstance(steps, int) else given
 
     @model_validator(mode="after")
     def _rounds_halve(self) -> Self:
-        chain = (self.steps, *self.schedule)
+        chain = (self.num_steps, *self.schedule)
         if len(chain) < 2 or any(longer != 2 * shorter for longer, shorter in pairwise(chain)):
-            told = f"schedule {list(self.schedule)} does not halve {self.steps} steps again and again"
+            told = f"schedule {list(self.schedule)} does not halve {self.num_steps} steps again and again"
             raise ValueError(f"{told}: give an even number of steps, and a schedule such as 8 4 2 1 for 16")
         return self
 
@@ -70,7 +73,7 @@ class ProgressiveConfig(JobConfig, TeacherConfig):
 
     @model_validator(mode="after")
     def _rounds_are_measured(self) -> Self:
-        if self.holdout < 2:
+        if self.num_holdout < 2:
             raise ValueError(f"holdout {self.holdout}: errors are measured on it; give 2 samples or more")
         if self.store.startswith("memory://"):
             raise ValueError("a memory:// store lives in one process, the trainer is another: use another store")
@@ -100,6 +103,11 @@ class ProgressiveConfig(JobConfig, TeacherConfig):
         if not shlex.split(self.launch):
             raise ValueError("launch is empty: give a command such as 'python -m trainer'")
         return self
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the first teacher."""
+        return self.steps or 2 * self.schedule[0]
 
     @property
     def told(self) -> dict[str, tuple[str, ...]]:

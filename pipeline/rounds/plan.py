@@ -46,7 +46,7 @@ def rounds_of(config: ProgressiveConfig, *, told: bool = False) -> list[Round]:
 
 def reference_of(config: ProgressiveConfig) -> GenerateConfig:
     """The first teacher's trajectories, every state stored: what errors are measured against."""
-    return _trajectories(config, dataset=config.reference, count=config.holdout)
+    return _trajectories(config, dataset=config.reference, count=config.num_holdout)
 
 
 def direct_of(config: ProgressiveConfig, *, count: int) -> Round:
@@ -73,13 +73,13 @@ def _data(config: ProgressiveConfig, teacher: str, steps: int, *, number: int, t
 
 
 def _trajectories(config: ProgressiveConfig, *, dataset: str, count: int) -> GenerateConfig:
-    solver = {**config.solver.model_dump(), "name": "ddim", "steps": config.steps}
-    return _generate(config, dataset=dataset, count=count, solver=solver, states=tuple(range(1, config.steps)))
+    solver = {**config.solver.model_dump(), "name": "ddim", "steps": config.num_steps}
+    return _generate(config, dataset=dataset, count=count, solver=solver, states=tuple(range(1, config.num_steps)))
 
 
 def _generate(config: ProgressiveConfig, **changes: Any) -> GenerateConfig:
     shared = {name: getattr(config, name) for name in (*TeacherConfig.model_fields, *JobConfig.model_fields)}
-    given = {**shared, **changes}
+    given = {**shared, "holdout": config.num_holdout, **changes}
     # What a `python:` factory makes is code, which no store can keep.
     kept = not str(given["teacher"]).startswith("python:")
     return GenerateConfig.model_validate({**given, "as_json": False, "with_weights": kept})

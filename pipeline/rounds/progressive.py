@@ -120,7 +120,7 @@ class Progressive:
     def direct(self) -> Round:
         """As many network calls of the first teacher as all rounds took."""
         paid = sum(self.record.round(steps)["calls"] for steps in self.config.schedule)
-        return direct_of(self.config, count=max(1, round(paid / (self.config.steps * self._calls_a_step()))))
+        return direct_of(self.config, count=max(1, round(paid / (self.config.num_steps * self._calls_a_step()))))
 
     def _calls_a_step(self) -> int:
         """Of the first teacher's ddim."""
@@ -142,7 +142,7 @@ class Progressive:
     def _bring_about(self, data: GenerateConfig) -> Dataset:
         """`generate`, in this process."""
         outcome = bring_about(
-            data, lambda parent, recipe_id: Wanted(grow(parent, recipe_id, count=data.count, holdout=data.holdout))
+            data, lambda parent, recipe_id: Wanted(grow(parent, recipe_id, count=data.count, holdout=data.num_holdout))
         )
         if outcome.exit_code == FAILED:
             raise UserError(f"{data.dataset}: {outcome.why}; the same command tries again")

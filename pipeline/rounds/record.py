@@ -25,6 +25,9 @@ FREE_TO_FIT = {
     *("cache-folder", "cache-gib", "in-flight-mib", "ahead-mib", "verify", "gradient-checkpointing"),
 }
 
+OPEN = ("holdout", "format", "compression", "samples_per_shard", "micro_batch")
+"""Fields that follow from what is there where they aren't given: each dataset goes on as it began."""
+
 PATIENCE = 60.0
 """Seconds that a run waits for a trainer whose driver died: it saves, and ends."""
 
@@ -79,7 +82,7 @@ class Record:
 def settings(config: ProgressiveConfig) -> dict[str, Any]:
     """What identifies the work, as JSON."""
     told = {name: " ".join(values) for name, values in config.told.items() if name not in FREE_TO_FIT}
-    plain = config.model_dump(mode="json", exclude=FREE | {"fit"}) | {"fit": told}
+    plain = config.model_dump(mode="json", exclude=FREE | {"fit"}) | {"fit": told, "steps": config.num_steps}
     return plain | {"store": without_credentials(config.store)}
 
 
@@ -87,7 +90,10 @@ def _check_goes_on(there: dict[str, Any], now: dict[str, Any], config: Progressi
     before, promoted = there["settings"], [part for part in there["rounds"].values() if "student" in part]
     if not promoted:  # the trainer itself knows which of its options a fit under way allows to change
         before = before | {"fit": now["settings"]["fit"]}
-    _check_same(before, now["settings"], config.out)
+    asked = now["settings"]
+    by_default = {name for name in OPEN if None in (before.get(name), asked.get(name))}
+    before, asked = ({name: it[name] for name in it.keys() - by_default} for it in (before, asked))
+    _check_same(before, asked, config.out)
     if there["out"] != now["out"] and len(promoted) < len(config.schedule):
         told = f"{now['out']} was {there['out']} when its rounds began, and their recipes name it so"
         raise UsageError(f"{told}: run it in the same folder with --out {there['out']}")

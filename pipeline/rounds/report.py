@@ -12,7 +12,7 @@ from pipeline.rounds.config import ProgressiveConfig
 def show(config: ProgressiveConfig, record: Mapping[str, Any]) -> None:
     """A line a round: the error that has piled up, beside direct progressive and the teacher's own solver."""
     direct, so_far = record["direct"] if "errors" in record["direct"] else {}, 0
-    table = Table(title=f"{config.teacher} in {config.steps} steps, halved round by round")
+    table = Table(title=f"{config.teacher} in {config.num_steps} steps, halved round by round")
     for heading in ("steps", "error", *(["direct"] if direct else []), "ddim", "calls", "so far", "solve s", "fit s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for steps in config.schedule:

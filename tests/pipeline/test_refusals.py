@@ -17,7 +17,10 @@ GOOD = ["--teacher", "builtin:gaussian", "--count", "64", "--holdout", "0", "--r
         (["--solver.r-max", "100"], "r_max 100.0"),
         (["--states", "2", "17"], "state 17 is not on a grid of 16 steps"),
         (["--states", "-1"], "state -1 is not on a grid"),
-        (["--micro-batch", "100"], "micro-batch 100 does not divide 2048 samples per shard"),
+        (
+            ["--micro-batch", "100", "--samples-per-shard", "2048"],
+            "micro-batch 100 does not divide 2048 samples per shard",
+        ),
         (["--count", "0"], "count"),
         (["--count", "-5"], "count"),
         (["--holdout", "-1"], "holdout"),

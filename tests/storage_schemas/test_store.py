@@ -91,6 +91,31 @@ def test_what_is_no_store_is_refused_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        ([], "`python -m pipeline generate` makes one"),
+        (["notes.txt"], "`python -m pipeline generate` makes one"),
+        (["000000.tar"], "it holds 1 .tar file that no command of ours wrote"),
+        (["a.parquet", "b.parquet", "c.tar", "x.json"], "it holds 2 .parquet files and 1 .tar file that no command"),
+    ],
+)
+def test_what_somebody_else_wrote_is_named(tmp_path: Path, names: list[str], told: str) -> None:
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(StoreError) as refused:
+        Store.open(str(tmp_path))
+    assert f"{tmp_path} is not a store (no store.json): {told}" in str(refused.value)
+    assert ("describes the format" in str(refused.value)) == ("it holds" in told)
+
+
+@pytest.mark.parametrize("act", [Store.open, Store.create])
+def test_a_file_is_no_store(tmp_path: Path, act: Callable[[str], Store]) -> None:
+    (tmp_path / "a.tar").write_bytes(b"x")
+    with pytest.raises(StoreError, match=r"a.tar is a file, not a store: give the folder of a store"):
+        act(str(tmp_path / "a.tar"))
+
+
+@pytest.mark.parametrize(
     ("uri", "told"),
     [
         ("s3://bucket//a", "s3://bucket/a"),

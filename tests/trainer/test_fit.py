@@ -151,7 +151,7 @@ def test_impossible_configs_are_refused():
         return FitConfig(**{"out": "run", "data": "pairs", **options})
 
     for options, told in [
-        ({"micro_batch": 100}, "does not divide"),
+        ({"micro_batch": 100, "batch_size": 256}, "does not divide"),
         ({"steps": 10, "warmup": 10}, "leaves none"),
         ({"images": "sklearn:digits"}, "leave --images out"),
         ({"network": {"width": 8}}, "has its own"),
@@ -174,7 +174,7 @@ def test_impossible_configs_are_refused():
         ),
         ({"objective": {"name": "dmd"}, "images": "sklearn:digits"}, "leave --images out"),
         ({"nonsense": 1}, "Extra inputs"),
-        ({"lanes": 3}, "does not divide batch_size 256"),
+        ({"lanes": 3, "batch_size": 256}, "does not divide batch_size 256"),
         ({"follow_latest": True, "manifest": 2}, "does not stay with manifest 2"),
         ({**IMAGES, "verify": "never", "objective": {"name": "denoising"}}, "reads images, no store"),
         ({**IMAGES, "process": "linear_vp", "objective": {"name": "denoising", "p_mean": -2.0}}, "belongs to ve"),

@@ -119,8 +119,8 @@ def test_the_table_tells_each_figure_beside_its_expectation(capsys):
     [
         ([], "one of them"),
         (["--rows", "9", "--data", "store"], "one of them"),
-        (["--rows", "1000", "--lanes", "3"], "3 lanes do not divide batch_size 256"),
-        (["--rows", "100"], "100 samples fill no batch of 256"),
+        (["--rows", "1000", "--lanes", "3", "--batch-size", "256"], "3 lanes do not divide batch_size 256"),
+        (["--rows", "100", "--batch-size", "256"], "100 samples fill no batch of 256"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(options, told, capsys):
