@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 
+from pipeline.amounts import say_amounts
 from pipeline.config import GenerateConfig
 from pipeline.guard import check_continues
 from pipeline.heartbeat import Pulse
@@ -129,6 +130,8 @@ def fulfil(run: Run, goal: Goal, pulse: Pulse) -> Outcome:
     if needed:
         pulse.say("running", found=len(needed) - len(to_solve))
     if to_solve:
+        here = run.config.num_workers if run.config.runner == "local" else 0
+        say_amounts(run.store, run.recipe, run.layout, to_solve, calls=True, here=min(here, len(to_solve)))
         run.tried |= {task.name for task in to_solve}
         solve_missing(run, to_solve)
     if needed:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from diffusion import checkpoint
+from pipeline.amounts import told_size
 from pipeline.before.timing import Timing, time_a_worker
 from pipeline.config import PlanConfig
 from pipeline.guard import check_continues
@@ -165,7 +166,7 @@ def told(config: PlanConfig, run: Run, work: Work, timing: Timing | None, estima
     yield f"samples    {work.samples}, solved {together}"
     yield f"calls      {estimate.nfe} a sample (NFE), {estimate.nfe_total} in all"
     yield (
-        f"bytes      {_size(estimate.bytes)}, {_size(timing.shard_bytes)} a shard, in {work.objects} objects: "
+        f"bytes      {told_size(estimate.bytes)}, {told_size(timing.shard_bytes)} a shard, in {work.objects} objects: "
         f"{work.tasks} shards, {work.tasks} commits, {work.objects - 2 * work.tasks} more"
     )
     yield (
@@ -203,7 +204,7 @@ def _warnings(estimate: Estimate, timing: Timing) -> Iterator[str]:
         )
     elif timing.upload is None:
         room = timing.shard_bytes / max(estimate.solve_seconds - timing.encode, 1e-9)
-        yield f"bottleneck solving, as long as a worker's uploads run at {_size(room)}/s or more"
+        yield f"bottleneck solving, as long as a worker's uploads run at {told_size(room)}/s or more"
     else:
         yield "bottleneck solving"
 
@@ -223,13 +224,6 @@ def _as_json(run: Run, work: Work, timing: Timing | None, estimate: Estimate | N
         "timing": asdict(timing) if timing else None,
         "estimate": asdict(estimate) if estimate else None,
     }
-
-
-def _size(count: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f} B"
 
 
 def _money(amount: float) -> str:

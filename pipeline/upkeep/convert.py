@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from pipeline.after.scan import in_order
+from pipeline.amounts import say_amounts
 from pipeline.config import ConvertConfig
 from pipeline.generate import new_job
 from pipeline.heartbeat import Pulse
@@ -112,6 +113,8 @@ def _fulfil(run: Conversion, config: ConvertConfig, pulse: Pulse) -> Manifest:
     # What an earlier run of this, or a `generate` of the same recipe, has committed in the layout.
     run.shards = adoptable(run.source.store, run.job, _place(run), [task.name for task in tasks], datetime.now(UTC))
     todo = [task for task in tasks if task.name not in run.shards]
+    if todo:
+        say_amounts(run.source.store, run.source.recipe, run.layout, todo, calls=False, here=0)
     pulse.say("running", found=len(tasks) - len(todo))
     with Progress(len(todo)) as progress:
         for commits in in_order(lambda group: convert_tasks(run.source, run.layout, group), grouped(run.source, todo),

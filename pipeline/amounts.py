@@ -1,0 +1,94 @@
+"""What a job is about to make, in one line before any work, and whether there is room for it."""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from diffusion.denoiser import Guided
+from diffusion.solvers import plan
+from diffusion.spec import process_from_spec
+from storage_schemas import paths
+from storage_schemas.commit import Task
+from storage_schemas.errors import UsageError
+from storage_schemas.layout import Layout
+from storage_schemas.recipe import Recipe
+from storage_schemas.record import SEGMENT_STATES
+from storage_schemas.store import Store
+
+PER_TASK = 2
+"""Objects of a task: its shard and its commit."""
+
+
+def say_amounts(store: Store, recipe: Recipe, layout: Layout, tasks: Sequence[Task], *, calls: bool, here: int) -> None:
+    """One line on stderr. UsageError where a disk has no room for it.
+
+    calls: whether samples are solved. here: workers on this machine, each with room for a shard in scratch.
+    """
+    samples = len(tasks) * layout.samples_per_shard
+    size, shard = samples * recipe.sample_bytes, layout.samples_per_shard * recipe.sample_bytes
+    document = store.local_path(paths.STORE)
+    root = None if document is None else os.path.dirname(document)
+    free = None if root is None else _free(root)
+    words = [
+        f"{samples} samples in {len(tasks)} shard{'s' * (len(tasks) > 1)} of {layout.samples_per_shard}",
+        *([f"{samples * calls_of(recipe)} network calls"] if calls else []),
+        f"{'at most ' if layout.compression != 'none' else ''}{told_size(size)} in {PER_TASK * len(tasks)} objects",
+        *([] if free is None else [f"{told_size(free)} are free"]),
+    ]
+    print(f"to make: {', '.join(words)}", file=sys.stderr, flush=True)
+    if layout.compression == "none":
+        _check_room({**({root: size} if root else {}), **({_scratch(): here * shard} if here else {})})
+
+
+def _scratch() -> str:
+    try:
+        return tempfile.gettempdir()
+    except FileNotFoundError:  # a worker says so, with the way out
+        return os.getcwd()
+
+
+def _check_room(needed: dict[str, int]) -> None:
+    """Refuse what is more than is free, also where several places share a disk."""
+    disks: dict[int, list[str]] = {}
+    for place in needed:
+        disks.setdefault(os.stat(_existing(place)).st_dev, []).append(place)
+    for places in disks.values():
+        size, free = sum(needed[place] for place in places), _free(places[0])
+        if size > free:
+            raise UsageError(
+                f"{' and '.join(places)}: {told_size(size)} are needed, {told_size(free)} are free: make room, give a "
+                "smaller --count, --holdout or --samples-per-shard, or another place (TMPDIR names that of scratch)"
+            )
+
+
+def _free(place: str) -> int:
+    return shutil.disk_usage(_existing(place)).free
+
+
+def _existing(place: str) -> Path:
+    path = Path(place)
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def calls_of(recipe: Recipe) -> int:
+    """Network calls behind one stored sample."""
+    is_told = recipe.teacher.model.get("network", {}).get("told_guidance", False)
+    guided = 1 if is_told or recipe.guidance.is_plain else Guided.nfe_per_call
+    if recipe.chain == "segment":  # steps of ddim, which makes one call each
+        return guided * (SEGMENT_STATES - 1)
+    process = process_from_spec(recipe.teacher.model["process"])
+    steps = plan(recipe.solver.name, process, torch.tensor(recipe.times, dtype=torch.float64))
+    return guided * sum(map(len, steps))
+
+
+def told_size(count: float) -> str:
+    """1.5 GB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
