@@ -4,6 +4,7 @@ Whoever reads asks here, and so does `verify`: they believe the same. Nothing is
 before that number is held against what it counts.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -43,6 +44,8 @@ def _problem(commit: Commit, recipe: Recipe, layout: Layout) -> str | None:
         return f"has quarantined ids that are not each once in [{task.start}, {task.stop})"
     if commit.rows != task.samples_per_shard - len(lost):
         return f"says {commit.rows} rows of {task.samples_per_shard} samples with {len(lost)} quarantined"
+    if not all(re.fullmatch(r"-?[0-9]{1,19}", label) for label in commit.labels):
+        return "counts labels that are no integers"
     covers = _cover_file if layout.format == "parquet" else _cover_tar
     return None if covers(commit, recipe.fields) else f"has chunks that don't cover its {commit.rows} rows"
 

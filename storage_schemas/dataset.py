@@ -222,6 +222,10 @@ class Dataset:
 
     def commit(self, shard: Shard) -> Commit:
         """The shard's commit, checked against the manifest: else CorruptShard, or Pruned where that is why."""
+        mine = paths.commit_path(self.recipe.id, self.layout.id, shard.task)
+        if shard.commit_path != mine or not (paths.is_inside(mine) and paths.is_inside(shard.path)):
+            told = f"{self.store.uri}/{self.manifest.shards.path} places {shard.task!r} where no shard of its is"
+            raise CorruptShard(f"{told}: restore it")
         data = self.store.read(shard.commit_path)
         if data is None:
             lost = f"{self.store.uri}/{shard.commit_path} is missing: `generate --recheck` makes {shard.task} again"
@@ -243,7 +247,8 @@ class Dataset:
 
     def explained(self, shard: Shard, error: CorruptShard) -> CorruptShard | Pruned:
         """What to raise for a shard that can't be read: Pruned where its file is gone with its manifest."""
-        return (None if self.store.exists(shard.path) else self._pruned()) or error
+        gone = paths.is_inside(shard.path) and not self.store.exists(shard.path)
+        return (self._pruned() if gone else None) or error
 
     def _pruned(self) -> Pruned | None:
         return pruned(self.store, self.manifest.dataset, self.manifest.number)
