@@ -30,7 +30,7 @@ LAYOUT = Layout(samples_per_shard=SIZE)
 
 def make_recipe(seed: int = 0) -> Recipe:
     return Recipe(
-        teacher=TeacherRecord(uri="builtin:gaussian", weights_sha256="ab" * 32, model={}),
+        teacher=TeacherRecord(uri="builtin:gaussian", weights_sha256="ab" * 32, model={"process": {"name": "ve"}}),
         solver=SolverRecord(name="ddim", steps=1, frame="sigma", grid={"name": "karras"}),
         times=(80.0, 0.0),
         alphas=(1.0, 1.0),
