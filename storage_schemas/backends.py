@@ -9,20 +9,21 @@ import inspect
 import os
 import re
 import shutil
+import stat
 import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 import fsspec
 from fsspec.config import conf
 from fsspec.core import url_to_fs
 
-from storage_schemas.errors import StoreError, UsageError, usage_errors
+from storage_schemas.errors import StoreError, UsageError, shown, usage_errors
 from storage_schemas.extras import need
 from storage_schemas.places import store_place
 
@@ -57,6 +58,9 @@ TRANSIENT_CODE = (
     "XAmzContentSHA256Mismatch",
 )
 """Damage on the way, throttling under a 400, and a multipart upload that a lost answer had ended already."""
+
+NO_RANGE = ("InvalidRange", "416")
+"""What S3 says of the first bytes of an empty object."""
 
 PRECONDITION = ("PreconditionFailed", "412")
 TRANSIENT_BOTOCORE = {"HTTPClientError", "ConnectionError", "IncompleteReadError", "CredentialRetrievalError"}
@@ -118,11 +122,44 @@ def _s3(uri: str, options: dict[str, str]) -> tuple[Any, str]:
     return fs, root
 
 
-def read(fs: Any, protocol: str, path: str) -> bytes:
-    """A whole file. s3fs would ask for the size first, to read large files side by side: one request is enough."""
+def read(fs: Any, protocol: str, path: str, most: int | None = None) -> bytes:
+    """A whole file; of one with more than `most` bytes, so many and one more.
+
+    s3fs would ask for a size first, to read large files side by side: one request is enough.
+    """
     if protocol == "file":
-        return Path(path).read_bytes()
-    return bytes(fs.cat_file(path, max_concurrency=1) if protocol in S3 else fs.cat_file(path))
+        with open_regular(path) as file:
+            return file.read() if most is None else file.read(most + 1)
+    options = {"max_concurrency": 1} if protocol in S3 else {}
+    if most is None:
+        return bytes(fs.cat_file(path, **options))
+    try:
+        return bytes(fs.cat_file(path, start=0, end=most + 1, **options))
+    except Exception as error:
+        if error_code(error) in NO_RANGE:
+            return b""
+        raise
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """A local file, open for reading. StoreError for what would block or never end: FIFOs, devices, folders."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise StoreError(f"{shown(path)} is no regular file: remove it, or restore what was there")
+    return os.fdopen(handle, "rb")
+
+
+def check_inside(root: str, path: str) -> None:
+    """StoreError where a symbolic link in a local store is on the way to `path` and leads out of the store.
+
+    The root itself may be a link, and links from one place in the store to another are followed.
+    """
+    full = root
+    for part in path.split("/"):
+        full = f"{full}/{part}"
+        if os.path.islink(full) and not Path(os.path.realpath(full)).is_relative_to(os.path.realpath(f"{root}/")):
+            raise StoreError(f"{shown(full)} is a link out of the store {root}, which is not followed: remove it")
 
 
 def read_ranges(fs: Any, paths: list[str], starts: list[int], ends: list[int]) -> list[bytes]:

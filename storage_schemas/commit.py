@@ -7,14 +7,14 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
-from pydantic import AfterValidator, Field
+from pydantic import Field, model_validator
 
 from storage_schemas import paths, record
 from storage_schemas.documents import SCHEMA_VERSION, Document
-from storage_schemas.recipe import Sha256
+from storage_schemas.names import MOST, Attempt, Count, LayoutId, Samples, Seconds, Sha256, StoredPath, Text, Time, Xxh3
 from storage_schemas.record import Columns, Split, from_storage
 from storage_schemas.store import Store
 
@@ -64,12 +64,12 @@ class Task:
 class Chunk(Document):
     """One run of bytes with its own checksum: a column of a row group, a block of tar rows, or what ends the file."""
 
-    column: str
-    first_row: int
-    rows: int
-    offset: int
-    length: int
-    xxh3: str = Field(pattern=r"^[0-9a-f]{32}$", description="xxh3-128 of exactly these bytes")
+    column: Text
+    first_row: Count
+    rows: Count
+    offset: Count
+    length: Count
+    xxh3: Xxh3 = Field(description="xxh3-128 of exactly these bytes")
 
 
 class ColumnStatistics(Document):
@@ -81,34 +81,34 @@ class ColumnStatistics(Document):
     max: float | None
 
 
-def _inside(path: str) -> str:
-    if not paths.is_inside(path):
-        raise ValueError(f"{path!r} points outside the store")
-    return path
-
-
 class Commit(Document):
     """The winner of a task. `path` is relative to the store."""
 
     schema_version: Literal[2] = SCHEMA_VERSION
     split: Split
-    index: int = Field(ge=0)
-    samples_per_shard: int = Field(ge=1)
+    index: Count
+    samples_per_shard: Samples
     recipe_id: Sha256
-    layout_id: str
-    attempt: str
-    path: Annotated[str, AfterValidator(_inside)]
-    bytes: int
+    layout_id: LayoutId
+    attempt: Attempt
+    path: StoredPath
+    bytes: Count
     sha256: Sha256
-    rows: int
-    quarantined: tuple[int, ...] = ()
+    rows: Count
+    quarantined: tuple[Count, ...] = ()
     chunks: tuple[Chunk, ...]
-    seconds: float
-    nfe: int
-    machine: dict[str, str]
-    statistics: dict[str, ColumnStatistics] = Field(default_factory=dict)
-    labels: dict[str, int] = Field(default_factory=dict)
-    committed_at: str
+    seconds: Seconds
+    nfe: Count
+    machine: dict[Text, Text]
+    statistics: dict[Text, ColumnStatistics] = Field(default_factory=dict)
+    labels: dict[Text, Count] = Field(default_factory=dict)
+    committed_at: Time
+
+    @model_validator(mode="after")
+    def _has_samples(self) -> Self:
+        if self.task.stop > MOST or self.rows > self.samples_per_shard:
+            raise ValueError(f"{self.rows} rows of task {self.index} are more than {self.samples_per_shard} ids have")
+        return self
 
     @property
     def task(self) -> Task:
@@ -131,6 +131,12 @@ class Commit(Document):
     def commit_path(self) -> str:
         """Where this document lies."""
         return paths.commit_path(self.recipe_id, self.layout_id, self.task.name)
+
+    @property
+    def own_paths(self) -> tuple[str, ...]:
+        """Under its task's name, or under its attempt's own."""
+        recorded = paths.record_path(self.recipe_id, self.layout_id, self.task.name, self.attempt)
+        return self.commit_path, recorded
 
 
 def is_sick(task: Task, quarantined: Collection[int], micro_batch: int) -> bool:

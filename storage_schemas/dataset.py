@@ -20,6 +20,7 @@ from storage_schemas.recipe import Recipe
 from storage_schemas.record import SPLITS, Columns, Split
 from storage_schemas.shards import Shard, ShardTable
 from storage_schemas.store import Store
+from storage_schemas.tables import MOST_TABLE, read_table
 
 LOOKS = 8
 """Times that the latest manifest is looked for anew, where it was listed and then pruned before it was read."""
@@ -80,7 +81,7 @@ def pruned(store: Store, dataset: str, number: int) -> Pruned | None:
 
 def read_shard_table(store: Store, manifest: Manifest) -> ShardTable:
     """The manifest's shards, checked against their sha256."""
-    data = store.read(manifest.shards.path)
+    data = store.read(manifest.shards.path, most=MOST_TABLE)
     if data is None:
         lost = f"{store.uri}/{manifest.shards.path} is missing, the shards of manifest {manifest.number}: restore it"
         raise pruned(store, manifest.dataset, manifest.number) or StoreError(lost)
@@ -88,7 +89,7 @@ def read_shard_table(store: Store, manifest: Manifest) -> ShardTable:
         raise CorruptShard(
             f"{store.uri}/{manifest.shards.path} is not what manifest {manifest.number} names: restore it"
         )
-    return ShardTable.from_bytes(data)
+    return read_table(data, manifest, f"{store.uri}/{manifest.shards.path}")
 
 
 def seal(store: Store, draft: ManifestDraft, shards: ShardTable) -> Manifest:
@@ -167,9 +168,7 @@ def _ids(shards: ShardTable, window: Window, split: Split) -> IdSet:
 def put_recipe(store: Store, recipe: Recipe) -> None:
     """Writes the recipe once; what is there already must be the same recipe."""
     path = paths.recipe_path(recipe.id)
-    there = Recipe.from_bytes(store.put_if_absent(path, recipe.to_bytes()), f"{store.uri}/{path}")
-    if there.id != recipe.id:
-        raise StoreError(f"{store.uri}/{path} holds another recipe ({there.id[:12]}): the store was tampered with")
+    Recipe.from_bytes(store.put_if_absent(path, recipe.to_bytes()), f"{store.uri}/{path}")
 
 
 def read_recipe(store: Store, recipe_id: str) -> Recipe:
@@ -178,10 +177,7 @@ def read_recipe(store: Store, recipe_id: str) -> Recipe:
     data = store.read(path)
     if data is None:
         raise StoreError(f"{store.uri}/{path} is missing: the store is incomplete, copy it again")
-    recipe = Recipe.from_bytes(data, f"{store.uri}/{path}")
-    if recipe.id != recipe_id:
-        raise StoreError(f"{store.uri}/{path} has the digest {recipe.id[:12]}, not its name's: restore it")
-    return recipe
+    return Recipe.from_bytes(data, f"{store.uri}/{path}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +219,7 @@ class Dataset:
     def commit(self, shard: Shard) -> Commit:
         """The shard's commit, checked against the manifest: else CorruptShard, or Pruned where that is why."""
         mine = paths.commit_path(self.recipe.id, self.layout.id, shard.task)
-        if shard.commit_path != mine or not (paths.is_inside(mine) and paths.is_inside(shard.path)):
+        if shard.commit_path != mine or paths.is_outside(mine) or paths.is_outside(shard.path):
             told = f"{self.store.uri}/{self.manifest.shards.path} places {shard.task!r} where no shard of its is"
             raise CorruptShard(f"{told}: restore it")
         data = self.store.read(shard.commit_path)
@@ -247,7 +243,7 @@ class Dataset:
 
     def explained(self, shard: Shard, error: CorruptShard) -> CorruptShard | Pruned:
         """What to raise for a shard that can't be read: Pruned where its file is gone with its manifest."""
-        gone = paths.is_inside(shard.path) and not self.store.exists(shard.path)
+        gone = not paths.is_outside(shard.path) and not self.store.exists(shard.path)
         return (self._pruned() if gone else None) or error
 
     def _pruned(self) -> Pruned | None:

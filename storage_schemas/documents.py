@@ -5,9 +5,13 @@ from typing import Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from storage_schemas.errors import StoreError
+from storage_schemas.errors import StoreError, shown
 
 SCHEMA_VERSION: Final = 2
+MOST_BYTES = 64 << 20
+"""Of a document: more than that is never read."""
+
+_MOST_TOLD = 200
 
 
 class Document(BaseModel):
@@ -24,19 +28,44 @@ class Document(BaseModel):
         text = json.dumps(self.plain(), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         return text.encode() + b"\n"
 
+    @property
+    def own_paths(self) -> tuple[str, ...]:
+        """Where it may lie, by what it says; empty where it doesn't say that."""
+        return ()
+
     @classmethod
     def from_bytes(cls, data: bytes, source: str) -> Self:
-        """The document in `data`, which was read from `source`."""
+        """The document in `data`, which was read from `source`. It is refused where it says that it lies elsewhere."""
+        if len(data) > MOST_BYTES:
+            raise StoreError(
+                f"{shown(source)} has more than {MOST_BYTES} bytes, which no {cls.__name__} has: restore it"
+            )
         try:
-            return cls.model_validate_json(data)
+            document = cls.model_validate_json(data, strict=True)
+            own = document.own_paths
         except ValidationError as error:
-            raise StoreError(_complaint(cls.__name__, source, error)) from None
+            raise StoreError(_complaint(cls.__name__, shown(source), error)) from None
+        except (ValueError, ArithmeticError, RecursionError, MemoryError) as error:
+            raise StoreError(_refused(cls.__name__, shown(source), error)) from None
+        if own and source.endswith(".json") and not f"/{source}".endswith(tuple(f"/{path}" for path in own)):
+            raise StoreError(f"{shown(source)} is the document of {own[0]}: restore it")
+        return document
 
 
 def _complaint(kind: str, source: str, error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
+    first = error.errors(include_url=False, include_context=False)[0]
     if first["loc"] == ("schema_version",):
-        version = f"schema version {first['input']!r}, this program reads {SCHEMA_VERSION}"
+        version = f"schema version {_short(repr(first['input']))}, this program reads {SCHEMA_VERSION}"
         return f"{source} has {version}: use the release that wrote it"
-    place = ".".join(map(str, first["loc"]))
-    return f"{source} is not a valid {kind} ({place + ': ' if place else ''}{first['msg']}): restore it"
+    place = _short(".".join(map(str, first["loc"])))
+    return _refused(kind, source, f"{place + ': ' if place else ''}{first['msg']}")
+
+
+def _refused(kind: str, source: str, reason: object) -> str:
+    return f"{source} is not a valid {kind} ({_short(reason)}): restore it"
+
+
+def _short(text: object) -> str:
+    """So much of what may be millions of characters as a line has room for."""
+    told = shown(str(text)[: _MOST_TOLD + 1])
+    return told if len(told) <= _MOST_TOLD else f"{told[:_MOST_TOLD]}..."

@@ -4,6 +4,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that do something to a terminal instead of being shown: escapes, line ends, what turns text around."""
+
 
 class UserError(Exception):
     """Something only the user can change. Printed without a traceback; the program ends with `exit_code`."""
@@ -41,3 +44,13 @@ def usage_errors() -> Iterator[None]:
 def without_credentials(text: str) -> str:
     """The text with user:password@ of every uri in it hidden; a password may hold slashes."""
     return re.sub(r"(\w[\w+.-]*:/{1,2})(?:[^\s@/:]*:[^\s@]*|[^\s@/]*)@", r"\1***@", text)
+
+
+def shown(text: object) -> str:
+    """The text in one line, with each control character as its code: what a document says can't steer a terminal."""
+    return CONTROLS.sub(lambda match: ascii(match[0])[1:-1], str(text))
+
+
+def shown_lines(text: str) -> str:
+    """The same of each line."""
+    return "\n".join(map(shown, text.split("\n")))

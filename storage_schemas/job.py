@@ -4,10 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from storage_schemas import paths
 from storage_schemas.documents import Document
 from storage_schemas.layout import Layout
 from storage_schemas.manifest import Window
-from storage_schemas.recipe import Sha256
+from storage_schemas.names import Count, DatasetName, JobName, Positive, RunName, Sha256, TaskName, Text, Time
 
 JobState = Literal["planning", "running", "sealed", "ended", "failed", "stopped", "refused"]
 
@@ -15,17 +16,22 @@ JobState = Literal["planning", "running", "sealed", "ended", "failed", "stopped"
 class Job(Document):
     """A plan under way; `status` needs nothing but this and the commits."""
 
-    job: str
-    dataset: str
+    job: JobName
+    dataset: DatasetName
     recipe_id: Sha256
     layout: Layout
     window: Window
-    parent: Annotated[int, Field(ge=0, description="number of the manifest it was planned from, 0 for none")]
-    tasks_total: int
-    tasks_missing: Annotated[int, Field(description="tasks of the window that the parent did not list")]
-    runner: str
-    workers: int
-    started_at: str
+    parent: Annotated[Count, Field(description="number of the manifest it was planned from, 0 for none")]
+    tasks_total: Count
+    tasks_missing: Annotated[Count, Field(description="tasks of the window that the parent did not list")]
+    runner: Text
+    workers: Count
+    started_at: Time
+
+    @property
+    def own_paths(self) -> tuple[str, ...]:
+        """By its name."""
+        return (paths.job_path(self.job),)
 
 
 class Heartbeat(Document):
@@ -35,35 +41,45 @@ class Heartbeat(Document):
     stopped; planning -> refused. A job that lost the race to seal is planning again.
     """
 
-    at: str
+    at: Time
     state: JobState
-    found: int = 0
+    found: Count = 0
 
 
 class Prune(Document):
     """Who prunes, when it last said that it lives, and whether it still does."""
 
-    run: str
-    machine: str
-    at: str
+    run: JobName
+    machine: Text
+    at: Time
     ended: bool = False
 
 
 class Failure(Document):
     """A task that was set aside after its last attempt."""
 
-    task: str
-    error: str
-    traceback: str
-    attempts: int
-    machine: str
-    failed_at: str
+    task: TaskName
+    error: Text
+    traceback: Text
+    attempts: Count
+    machine: Text
+    failed_at: Time
+
+    @property
+    def own_paths(self) -> tuple[str, ...]:
+        """By its task, in the folder of its job."""
+        return (f"failures/{self.task}.json",)
 
 
 class Pin(Document):
     """A reader that holds a manifest until `expires_at` (ISO 8601, UTC)."""
 
-    run: str
-    dataset: str
-    number: int
-    expires_at: str
+    run: RunName
+    dataset: DatasetName
+    number: Positive
+    expires_at: Time
+
+    @property
+    def own_paths(self) -> tuple[str, ...]:
+        """By its reader."""
+        return (paths.pin_path(self.run),)

@@ -2,10 +2,11 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from storage_schemas.documents import Document
 from storage_schemas.errors import UsageError
+from storage_schemas.names import Samples
 from storage_schemas.recipe import Recipe
 
 SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
@@ -15,7 +16,7 @@ class Layout(Document):
     """File format, samples per shard and compression, with an id that a person can read: parquet-2048."""
 
     format: Literal["parquet", "webdataset"] = "parquet"
-    samples_per_shard: int = Field(default=2048, ge=1)
+    samples_per_shard: Samples = 2048
     compression: Literal["none", "zstd"] = "none"
 
     @model_validator(mode="after")

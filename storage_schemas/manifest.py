@@ -6,14 +6,15 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
+from storage_schemas import paths
 from storage_schemas.canonical import digest
 from storage_schemas.commit import Task
 from storage_schemas.documents import SCHEMA_VERSION, Document
 from storage_schemas.layout import Layout
-from storage_schemas.recipe import Sha256
+from storage_schemas.names import Count, DatasetName, JobName, Positive, Sha256, StoredPath, TaskName, Text, Time
 from storage_schemas.record import SPLITS, Split
 
-Bounds = tuple[int, int]
+Bounds = tuple[Count, Count]
 
 
 class Window(Document):
@@ -50,9 +51,9 @@ class Window(Document):
 class ShardTableRecord(Document):
     """The table of shards beside the manifest, named by its sha256."""
 
-    path: str
+    path: StoredPath
     sha256: Sha256
-    count: int
+    count: Count
 
 
 class Floor(Document):
@@ -61,9 +62,15 @@ class Floor(Document):
     From `sweep_at` on, what only older manifests name may be deleted, and so may what none named at `sealed_at`.
     """
 
-    number: int = Field(default=1, ge=1)
-    sealed_at: str | None = None
-    sweep_at: str | None = None
+    number: Positive = 1
+    sealed_at: Time | None = None
+    sweep_at: Time | None = None
+
+    @model_validator(mode="after")
+    def _times_go_together(self) -> Self:
+        if (self.sealed_at is None) != (self.sweep_at is None):
+            raise ValueError("a floor has the time of its sealing and that of its sweep, or neither")
+        return self
 
 
 class Manifest(Document):
@@ -74,21 +81,45 @@ class Manifest(Document):
     """
 
     schema_version: Literal[2] = SCHEMA_VERSION
-    dataset: str
-    number: int = Field(ge=1)
+    dataset: DatasetName
+    number: Positive
     parent_digest: Sha256 | None
-    writer: str
+    writer: JobName
     recipe_id: Sha256
     layout: Layout
     window: Window
-    missing: tuple[str, ...] = ()
-    rows: dict[Split, int]
+    missing: tuple[TaskName, ...] = ()
+    rows: dict[Split, Count]
     shards: ShardTableRecord
     content_digest: Sha256
     floor: Floor = Floor()
-    ticks: dict[str, str] = Field(default_factory=dict)
-    train_changed_at: str
-    sealed_at: str
+    ticks: dict[Text, Text] = Field(default_factory=dict)
+    train_changed_at: Time
+    sealed_at: Time
+
+    @model_validator(mode="after")
+    def _names_its_own(self) -> Self:
+        if self.shards.path != paths.shard_table_path(self.dataset, self.shards.sha256):
+            raise ValueError("its table of shards is not named by its digest, beside it")
+        if self.floor.number > self.number:
+            raise ValueError(f"it serves from manifest {self.floor.number} on, which is later")
+        if self.rows.keys() != set(SPLITS):
+            raise ValueError("it doesn't count the rows of every split")
+        return self
+
+    @model_validator(mode="after")
+    def _accounts_for_its_tasks(self) -> Self:
+        """A window may be as long as it likes; who asks for each of its tasks finds so many in the table."""
+        asked = sum(len(self.window.task_range(split, self.layout.samples_per_shard)) for split in SPLITS)
+        told = self.shards.count + len(self.missing)
+        if asked > told:
+            raise ValueError(f"its window has {asked} tasks, it lists and misses {told}")
+        return self
+
+    @property
+    def own_paths(self) -> tuple[str, ...]:
+        """By its dataset and number."""
+        return (paths.manifest_path(self.dataset, self.number),)
 
     @property
     def digest(self) -> str:
@@ -99,14 +130,14 @@ class Manifest(Document):
 class ManifestDraft(Document):
     """What a driver wants to seal on top of `parent` (the latest that it planned on)."""
 
-    dataset: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")
+    dataset: DatasetName
     parent: Manifest | None
-    writer: str
+    writer: JobName
     recipe_id: Sha256
     layout: Layout
     window: Window
-    missing: tuple[str, ...] = ()
-    ticks: dict[str, str] = Field(default_factory=dict, description="newly served; the parent's others are kept")
+    missing: tuple[TaskName, ...] = ()
+    ticks: dict[Text, Text] = Field(default_factory=dict, description="newly served; the parent's others are kept")
 
     @property
     def number(self) -> int:

@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from storage_schemas import paths
 from storage_schemas.canonical import digest
 from storage_schemas.documents import SCHEMA_VERSION, Document
 from storage_schemas.errors import UsageError
+from storage_schemas.names import Count, Positive, Text, Time
 from storage_schemas.recipe import Condition, Guidance, Recipe, TeacherRecord
 from storage_schemas.store import Store
 
@@ -16,9 +17,9 @@ from storage_schemas.store import Store
 class CalibrationPoint(Document):
     """RMS error over coordinates and samples, relative to `scale`, with its 95% interval; None: it is not finite."""
 
-    solver: str
-    steps: int = Field(ge=1)
-    nfe: int = Field(ge=1)
+    solver: Text
+    steps: Positive
+    nfe: Positive
     error: float | None
     low: float | None
     high: float | None
@@ -27,9 +28,9 @@ class CalibrationPoint(Document):
 class Reference(Document):
     """What errors are measured against; `error` is its difference from the same solver at half the steps."""
 
-    solver: str
-    steps: int
-    nfe: int
+    solver: Text
+    steps: Positive
+    nfe: Positive
     error: float
 
 
@@ -45,18 +46,18 @@ class Calibration(Document):
     guidance: Guidance
     condition: Condition
     grid: dict[str, Any]
-    solve_dtype: str
-    autocast: str
+    solve_dtype: Text
+    autocast: Text
     tf32: bool
-    seed: int
-    count: int
+    seed: Count
+    count: Positive
     tolerance: float
     scale: float
     reference: Reference
     points: tuple[CalibrationPoint, ...]
-    choice: int | None
-    machine: dict[str, str]
-    made_at: str
+    choice: Count | None
+    machine: dict[Text, Text]
+    made_at: Time
 
     @model_validator(mode="after")
     def _choice_is_a_point(self) -> Self:

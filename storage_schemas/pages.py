@@ -7,7 +7,7 @@ https://github.com/apache/parquet-format, PageHeader.
 
 from typing import Any, NamedTuple
 
-_DATA_PAGE, _PLAIN = 0, 0
+_DATA_PAGE, _DICTIONARY, _PLAIN = 0, 2, 0
 _STOP, _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = range(13)
 
 
@@ -34,6 +34,32 @@ def find_pages(chunk: bytes | memoryview, rows: int, nbytes: int, *, compressed:
     except (IndexError, KeyError, TypeError, ValueError, RecursionError):
         return None
     return pages if (at, first_row) == (len(chunk), rows) else None
+
+
+class Stored(NamedTuple):
+    """What the header of a page says: whether it is a dictionary, bytes once decompressed, values, their encoding."""
+
+    is_dictionary: bool
+    size: int
+    values: int
+    encoding: int
+
+
+def stored_pages(chunk: bytes | memoryview) -> list[Stored] | None:
+    """The pages of any column chunk by their headers; None where they are no such pages, one after another."""
+    pages, at = list[Stored](), 0
+    try:
+        while at < len(chunk):
+            header, start = _struct(chunk, at)
+            about = header[7] if header[1] == _DICTIONARY else header[5]
+            page = Stored(header[1] == _DICTIONARY, header[2], about[1], about[2])
+            if min(page.size, page.values, header[3] - 1) < 0:
+                return None
+            pages.append(page)
+            at = start + header[3]
+    except (IndexError, KeyError, TypeError, ValueError, RecursionError):
+        return None
+    return pages if at == len(chunk) else None
 
 
 def _page(chunk: bytes | memoryview, at: int, first_row: int, nbytes: int, compressed: bool) -> tuple[Page, int]:

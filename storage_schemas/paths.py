@@ -1,12 +1,15 @@
 """Where everything lies, relative to the store's root."""
 
+import re
 import secrets
-from pathlib import PurePosixPath
+
+from storage_schemas.errors import CONTROLS, StoreError, shown
 
 STORE = "store.json"
 NOT_LAYOUTS = ("recipe.json", "teacher", "conditions", "notes")
 """What else lies in a recipe's folder."""
 
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 RECIPES, DATASETS, JOBS, PINS, PRUNES = "recipes", "datasets", "jobs", "pins", "prunes"
 
 
@@ -55,6 +58,16 @@ def commit_path(recipe_id: str, layout_id: str, task: str) -> str:
     return f"{commits_folder(recipe_id, layout_id)}/{task}.json"
 
 
+def records_folder(recipe_id: str, layout_id: str) -> str:
+    """Commits of one layout by their attempts."""
+    return f"recipes/{recipe_id}/{layout_id}/records"
+
+
+def record_path(recipe_id: str, layout_id: str, task: str, attempt: str) -> str:
+    """The document that makes a shard exist, under a name that is never used again."""
+    return f"{records_folder(recipe_id, layout_id)}/{task}-{attempt}.json"
+
+
 def manifests_folder(dataset: str) -> str:
     """Sealed views of one dataset."""
     return f"datasets/{dataset}/manifests"
@@ -100,7 +113,21 @@ def prune_path(number: int) -> str:
     return f"{PRUNES}/{number:06d}.json"
 
 
-def is_inside(path: str) -> bool:
-    """Whether a path from a document stays below the store's root."""
-    parts = PurePosixPath(path).parts
-    return bool(parts) and not path.startswith("/") and ".." not in parts
+def is_outside(path: str) -> bool:
+    """Whether a path may lead out of the store, or isn't a plain one.
+
+    That is: absolute, with empty parts, `.` or `..`, a drive letter or another scheme, backslashes, control characters.
+    """
+    return (
+        any(part in ("", ".", "..") for part in path.split("/"))
+        or "\\" in path
+        or _SCHEME.match(path) is not None
+        or CONTROLS.search(path) is not None
+    )
+
+
+def join(root: str, path: str) -> str:
+    """A path in the store as a full one. Every path goes through here."""
+    if is_outside(path):
+        raise StoreError(f"{shown(path)!r} is no path in a store: no document names a file outside of it")
+    return f"{root}/{path}"

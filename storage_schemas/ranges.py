@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import xxhash
 
+from storage_schemas.backends import open_regular
 from storage_schemas.commit import Chunk, Commit
 from storage_schemas.cuts import watch
 from storage_schemas.errors import CorruptShard, StoreError
@@ -44,7 +45,7 @@ def map_shard(store: Store, commit: Commit) -> memoryview | None:
     if path is None:
         return None
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
         raise MissingFile(f"{store.uri}/{commit.path} is missing") from None

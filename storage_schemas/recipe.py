@@ -5,18 +5,19 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from storage_schemas import record
+from storage_schemas import paths, record
 from storage_schemas.canonical import digest
 from storage_schemas.documents import Document
+from storage_schemas.names import Count, Positive, Samples, Sha256, Text
 from storage_schemas.record import StorageDtype
 
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Dimension = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
 class TeacherRecord(Document):
     """Who was solved: where it came from, what its weights hash to, and how to build it."""
 
-    uri: str
+    uri: Text
     weights_sha256: Sha256
     model: dict[str, Any]
     source_sha256: Sha256 | None = None
@@ -69,8 +70,8 @@ class Guidance(Document):
 class SolverRecord(Document):
     """Solver, number of steps, the frame it works in and the options that made the grid."""
 
-    name: str
-    steps: int = Field(ge=1)
+    name: Text
+    steps: Positive
     frame: Literal["sigma", "flow"]
     grid: dict[str, Any]
 
@@ -85,7 +86,7 @@ class DataStart(Document):
     """Chains start from noised images: those of a source's train split, and the digest of their pixels and labels."""
 
     kind: Literal["data"] = "data"
-    images: str
+    images: Text
     digest: Sha256
 
 
@@ -99,22 +100,22 @@ class UniformLabels(Document):
     """Labels drawn uniformly from 0..num_classes-1 by the sample id."""
 
     kind: Literal["uniform_labels"] = "uniform_labels"
-    num_classes: int = Field(ge=1)
+    num_classes: Positive
 
 
 class DataLabels(Document):
     """The labels of the images that chains start from, of a teacher with so many classes."""
 
     kind: Literal["data_labels"] = "data_labels"
-    num_classes: int = Field(ge=1)
+    num_classes: Positive
 
 
 class NoiseRecord(Document):
     """The counter-based generator of everything random about a sample."""
 
-    algorithm: str
-    version: int
-    seed: int = Field(ge=0)
+    algorithm: Text
+    version: Count
+    seed: Count
 
 
 Start = Annotated[PriorStart | DataStart, Field(discriminator="kind")]
@@ -130,20 +131,20 @@ class Recipe(Document):
     times: tuple[float, ...]
     alphas: tuple[float, ...]
     sigmas: tuple[float, ...]
-    states: tuple[int, ...]
+    states: tuple[Count, ...]
     start: Start = PriorStart()
     condition: Condition = NoCondition()
     noise: NoiseRecord
     chain: Literal["trajectory", "segment"] = "trajectory"
-    sample_shape: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+    sample_shape: Annotated[tuple[Dimension, ...], Field(min_length=1, max_length=8)]
     storage_dtype: StorageDtype = "float16"
     solve_dtype: Literal["float32", "float64"] = "float32"
     autocast: Literal["none", "bfloat16", "float16"] = "none"
     tf32: bool = False
     compile: Literal["none", "default", "reduce-overhead"] = "none"
     channels_last: bool = False
-    micro_batch: int = Field(ge=1)
-    numerics_version: int
+    micro_batch: Samples
+    numerics_version: Count
 
     @model_validator(mode="after")
     def _grid_is_one_grid(self) -> Self:
@@ -177,6 +178,11 @@ class Recipe(Document):
     def id(self) -> str:
         """sha256 of the canonical JSON."""
         return digest(self.plain())
+
+    @property
+    def own_paths(self) -> tuple[str, ...]:
+        """Under its digest."""
+        return (paths.recipe_path(self.id),)
 
     @property
     def num_steps(self) -> int:

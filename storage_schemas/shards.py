@@ -96,15 +96,6 @@ class ShardTable(Sequence[Shard]):
         return cls.of([Shard.of(commit) for commit in commits])
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Self:
-        """The table in a file."""
-        # Without Arrow's thread pools: a program that ends soon after has been seen to abort in their shutdown.
-        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
-        if "commit_sha256" not in table.column_names:  # an older release's
-            table = table.append_column(SCHEMA.field("commit_sha256"), pa.nulls(len(table), pa.string()))
-        return cls(table.cast(SCHEMA))
-
-    @classmethod
     def _sorted(cls, table: pa.Table) -> Self:
         # "train" sorts after "holdout": descending by name puts train first, as everywhere.
         return cls(table.sort_by([("split", "descending"), ("start", "ascending")]).combine_chunks())
@@ -184,22 +175,22 @@ class ShardTable(Sequence[Shard]):
     @cached_property
     def starts(self) -> np.ndarray:
         """First id of each shard, int64."""
-        return _integers(self.table["start"])
+        return integers(self.table["start"])
 
     @cached_property
     def stops(self) -> np.ndarray:
         """One past the last id of each shard, int64."""
-        return _integers(self.table["stop"])
+        return integers(self.table["stop"])
 
     @cached_property
     def rows(self) -> np.ndarray:
         """Rows of each shard, int64."""
-        return _integers(self.table["rows"])
+        return integers(self.table["rows"])
 
     @cached_property
     def quarantined(self) -> np.ndarray:
         """All quarantined ids of a one-split table, sorted."""
-        return np.sort(_integers(pc.list_flatten(self.table["quarantined"])))
+        return np.sort(integers(pc.list_flatten(self.table["quarantined"])))
 
     def gaps(self, start: int, stop: int) -> np.ndarray:
         """Id ranges of [start, stop) that a one-split table has no row for, int64 [k, 2]."""
@@ -219,6 +210,6 @@ class ShardTable(Sequence[Shard]):
         return shard, ids - self.starts[shard] - lost
 
 
-def _integers(column: pa.ChunkedArray) -> np.ndarray:
+def integers(column: pa.ChunkedArray) -> np.ndarray:
     """The column's values, int64 [n]. By DLPack: Arrow's `to_numpy` imports pandas."""
     return np.concatenate([np.empty(0, np.int64), *map(np.from_dlpack, column.chunks)])

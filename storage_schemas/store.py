@@ -14,8 +14,9 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field
 
 from storage_schemas import backends, paths
-from storage_schemas.documents import SCHEMA_VERSION, Document
+from storage_schemas.documents import MOST_BYTES, SCHEMA_VERSION, Document
 from storage_schemas.errors import StoreError, without_credentials
+from storage_schemas.names import Attempt
 
 TRIES = 12
 LONGEST_PAUSE = 20.0
@@ -52,7 +53,7 @@ class StoreDocument(Document):
 
     schema_version: Literal[2] = SCHEMA_VERSION
     single_writer: bool = False
-    writer: str = Field(default_factory=paths.new_attempt, description="who created it")
+    writer: Attempt = Field(default_factory=paths.new_attempt, description="who created it")
 
 
 class Store:
@@ -167,7 +168,7 @@ class Store:
     def _look(self, full: str) -> bytes | None:
         """What is there, None also when that can't be found out just now."""
         try:
-            return backends.read(self._fs, self.protocol, full)
+            return backends.read(self._fs, self.protocol, full, MOST_BYTES)
         except Exception:
             return None
 
@@ -201,13 +202,17 @@ class Store:
         except MissingFile:
             return
 
-    def read(self, path: str) -> bytes | None:
-        """The whole file, None if it is absent."""
+    def read(self, path: str, *, most: int | None = None) -> bytes | None:
+        """The whole file, None if it is absent. StoreError where it has more than `most` bytes, or any document may."""
         full = self._full(path)
+        most = MOST_BYTES if most is None and path.endswith(".json") else most
         try:
-            return self._call(path, lambda: backends.read(self._fs, self.protocol, full))
+            data = self._call(path, lambda: backends.read(self._fs, self.protocol, full, most))
         except MissingFile:
             return None
+        if most is not None and len(data) > most:
+            raise StoreError(f"{self.uri}/{path} has more than {most} bytes, which none of its kind has: restore it")
+        return data
 
     def read_many(self, many: Sequence[str]) -> Sequence[bytes | None]:
         """`read` of each, several at a time."""
@@ -235,7 +240,7 @@ class Store:
         except MissingFile:
             return []
         names = {str(name).rstrip("/").rpartition("/")[2] for name in found if str(name).rstrip("/") != full}
-        return sorted(name for name in names if name and not name.startswith("."))
+        return sorted(name for name in names if not name.startswith(".") and not paths.is_outside(name))
 
     def list_details(self, folder: str, *, unfinished: bool = False) -> Sequence[Listed]:
         """As `list`, files only, with sizes and times; or the hidden ones that killed writers left in a folder."""
@@ -248,7 +253,7 @@ class Store:
         files = [entry for entry in found if entry["type"] == "file"]
         names = [str(entry["name"]).rpartition("/")[2] for entry in files]
         listed = (Listed(name, int(it["size"]), backends.modified(it)) for name, it in zip(names, files, strict=True))
-        return sorted(one for one in listed if one.name and one.name.startswith(".") == unfinished)
+        return sorted(it for it in listed if it.name.startswith(".") == unfinished and not paths.is_outside(it.name))
 
     def size(self, path: str) -> int | None:
         """Bytes of a file, None if it is absent."""
@@ -268,9 +273,10 @@ class Store:
         return self._full(path) if self.protocol == "file" else None
 
     def _full(self, path: str) -> str:
-        if not paths.is_inside(path):
-            raise ValueError(f"{path!r} points outside the store")
-        return f"{self._root}/{path}"
+        full = paths.join(self._root, path)
+        if self.protocol == "file":
+            backends.check_inside(self._root, path)
+        return full
 
     def _turns(self) -> Iterator[int]:
         """Tries, with growing random pauses between them, until they or our patience are used up."""
@@ -318,5 +324,5 @@ def _reopen(uri: str, single_writer: bool) -> Store:
 
 
 def _pread(full: str, ranges: Sequence[Range]) -> list[bytes]:
-    with open(full, "rb") as file:
+    with backends.open_regular(full) as file:
         return [os.pread(file.fileno(), length, offset) for offset, length in ranges]

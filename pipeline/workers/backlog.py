@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pipeline.produce import Problem
 from storage_schemas.commit import Task, utc_now
 from storage_schemas.job import Failure
+from storage_schemas.names import MOST_TEXT
 
 LOOK_AHEAD = 16
 """Retries that are looked at for a worker that didn't fail them itself."""
@@ -87,8 +88,8 @@ class Backlog:
     def _set_aside(self, task: Task, problem: Problem) -> Failure:
         return Failure(
             task=task.name,
-            error=problem.error,
-            traceback=problem.traceback,
+            error=problem.error[:MOST_TEXT],
+            traceback=problem.traceback[-MOST_TEXT:],
             attempts=self._attempts[task] + self._node_losses[task],
             machine=problem.machine,
             failed_at=utc_now(),

@@ -161,9 +161,9 @@ class WatchedStore(Store):
         self.hook("remove", path)
         super().remove(path)
 
-    def read(self, path: str) -> bytes | None:
+    def read(self, path: str, *, most: int | None = None) -> bytes | None:
         self.hook("read", path)
-        return super().read(path)
+        return super().read(path, most=most)
 
     def read_ranges(self, path, ranges):  # type: ignore[no-untyped-def]
         self.hook("read_ranges", path)

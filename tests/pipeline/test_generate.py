@@ -52,7 +52,7 @@ def test_nothing_to_do_costs_few_requests_and_no_ray(generate, tmp_path, monkeyp
     generate(tmp_path)
     asked: list[str] = []
     read, ls = Store.read, Store.list
-    monkeypatch.setattr(Store, "read", lambda self, path: asked.append(path) or read(self, path))
+    monkeypatch.setattr(Store, "read", lambda self, path, **how: asked.append(path) or read(self, path, **how))
     monkeypatch.setattr(Store, "list", lambda self, path: asked.append(path) or ls(self, path))
     code, out, _ = generate(tmp_path, runner="ray")
     assert (code, "nothing to do" in out) == (0, True)

@@ -3,6 +3,7 @@ import pytest
 from pipeline.plan import Goal, grow, missing_tasks, slide
 from storage_schemas.layout import Layout
 from storage_schemas.manifest import Manifest, ShardTableRecord, Window
+from storage_schemas.paths import shard_table_path
 
 RECIPE, OTHER = "a" * 64, "b" * 64
 LAYOUT = Layout(samples_per_shard=64)
@@ -19,7 +20,7 @@ def manifest(train, holdout=(0, 0), *, recipe_id=RECIPE, layout=LAYOUT, missing=
         window=Window(train=train, holdout=holdout),
         missing=missing,
         rows={"train": 0, "holdout": 0},
-        shards=ShardTableRecord(path="p", sha256="c" * 64, count=0),
+        shards=ShardTableRecord(path=shard_table_path("main", "c" * 64), sha256="c" * 64, count=10**9),
         content_digest="d" * 64,
         ticks=dict(ticks),
         train_changed_at="2026-01-01T00:00:00+00:00",

@@ -12,7 +12,7 @@ def test_a_log_gets_a_line_an_interval_and_none_after_the_end(capsys):
         time.sleep(0.3)
         progress.count(Commit.model_construct(rows=128))
         failed = {"task": "train-00000001", "error": "ValueError: no", "traceback": "", "machine": "m"}
-        progress.count(Failure(attempts=3, failed_at="", **failed))
+        progress.count(Failure(attempts=3, failed_at="2026-01-01T00:00:00+00:00", **failed))
         time.sleep(0.3)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "0/3 tasks, 0 samples, 0 samples/s, 0 failures, no estimate yet"

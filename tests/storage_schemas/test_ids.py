@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from storage_schemas.ids import id_set, merge_ranges
 from storage_schemas.shards import Shard, ShardTable
+from storage_schemas.tables import decode
 
 ranges = st.lists(st.tuples(st.integers(-5, 60), st.integers(-5, 60)), max_size=8)
 
@@ -68,7 +69,7 @@ def test_rows_are_found_past_quarantined_ids() -> None:
 
 def test_a_table_comes_back_from_its_file_in_order() -> None:
     shards = [shard(3), shard(0, (4,)), shard(1, split="holdout")]
-    table = ShardTable.from_bytes(ShardTable.of(shards).to_bytes(writer="w"))
+    table = ShardTable(decode(ShardTable.of(shards).to_bytes(writer="w"), 3, "table"))
     assert list(table) == [shards[1], shards[0], shards[2]]
     assert table[-1] == shards[2]
     assert list(table[1:]) == [shards[0], shards[2]]
@@ -91,7 +92,7 @@ def test_two_hundred_thousand_shards_open_quickly() -> None:
     import pyarrow as pa
 
     data = ShardTable(pa.table(columns, schema=ShardTable.of([]).table.schema)).to_bytes(writer="w")
-    table = ShardTable.from_bytes(data)
+    table = ShardTable(decode(data, count, "table"))
     ids = np.random.default_rng(0).integers(0, 10 * count, 10_000)
     found, rows = table.of_split("train").locate(ids)
     np.testing.assert_array_equal(found * 10 + rows, ids)

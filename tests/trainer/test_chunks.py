@@ -42,9 +42,9 @@ def make_shard(store: Store, name: str, lengths: list[int], gaps: list[int] | No
         data += piece
     store.write(name, data)
     return Commit(
-        split="train", index=0, samples_per_shard=1, recipe_id="0" * 64, layout_id="-", attempt="-", path=name,
-        bytes=len(data), sha256="0" * 64, rows=len(lengths), chunks=tuple(chunks), seconds=0, nfe=0, machine={},
-        committed_at="-",
+        split="train", index=0, samples_per_shard=64, recipe_id="0" * 64, layout_id="parquet-64", attempt="0" * 16,
+        path=name, bytes=len(data), sha256="0" * 64, rows=len(lengths), chunks=tuple(chunks), seconds=0, nfe=0,
+        machine={}, committed_at="2026-01-01T00:00:00+00:00",
     )  # fmt: skip
 
 

@@ -404,7 +404,7 @@ def cut_commit(store: Store) -> str:
 
 def take_another_commit(store: Store) -> str:
     commit_file(store, 2).write_bytes(commit_file(store, 1).read_bytes())
-    return "is not what the manifest lists"
+    return "is the document of recipes/"
 
 
 def lose_a_chunk(store: Store) -> str:
@@ -426,11 +426,11 @@ def swap_chunks(store: Store) -> str:
     return "chunks that don't cover its 64 rows"
 
 
-def say_otherwise(**changes) -> Callable[[Store], str]:
+def say_otherwise(told: str, **changes) -> Callable[[Store], str]:
     def harm(store: Store) -> str:
         path = commit_file(store, 2)
         path.write_text(json.dumps(json.loads(path.read_bytes()) | changes))
-        return "is not what the manifest lists"
+        return told
 
     return harm
 
@@ -439,7 +439,8 @@ def say_otherwise(**changes) -> Callable[[Store], str]:
     "harm",
     [
         lose_file, cut_file, lose_commit, cut_commit, take_another_commit, lose_a_chunk, swap_chunks,
-        say_otherwise(rows=65), say_otherwise(index=3), say_otherwise(quarantined=[130]),
+        say_otherwise("more than 64 ids have", rows=65), say_otherwise("is the document of recipes/", index=3),
+        say_otherwise("is not what the manifest lists", quarantined=[130]),
     ],
 )  # fmt: skip
 @by_format

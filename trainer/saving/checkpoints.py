@@ -343,12 +343,11 @@ def _download(place: Store, path: str, told: File, target: Path) -> None:
 
 def remove_folder(place: Store, folder: str) -> None:
     """Remove a folder's files, and in a local place the folder with all that it holds. What is behind a link stays."""
-    local = place.local_path(folder)
+    try:
+        local = own_folder(place, folder)
+    except StoreError:
+        return
     if local:
-        try:
-            own_folder(place, folder)
-        except StoreError:
-            return
         shutil.rmtree(local, ignore_errors=True)  # which follows no link
         return
     names: Sequence[str] = [*place.list(folder), *(one.name for one in place.list_details(folder, unfinished=True))]
