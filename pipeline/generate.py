@@ -20,7 +20,7 @@ from pipeline.workers.drain import Stopped, stoppable
 from storage_schemas import paths
 from storage_schemas.commit import Task
 from storage_schemas.dataset import LostRace, Pruned, latest_manifest, read_shard_table, seal
-from storage_schemas.errors import UsageError, UserError, without_credentials
+from storage_schemas.errors import UsageError, UserError, shown, without_credentials
 from storage_schemas.job import JobState
 from storage_schemas.manifest import Manifest, Window
 from storage_schemas.record import SPLITS
@@ -199,7 +199,7 @@ def _quarantined(table: ShardTable, window: Window) -> tuple[str, ...]:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(shown(line), file=sys.stderr, flush=True)
 
 
 def new_job() -> str:

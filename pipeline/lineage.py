@@ -12,6 +12,7 @@ from diffusion import checkpoint
 from diffusion.description import described
 from storage_schemas import paths
 from storage_schemas.errors import UsageError, usage_errors
+from storage_schemas.reading import read_document
 from storage_schemas.recipe import DataStart, Recipe
 from storage_schemas.store import Store
 
@@ -75,8 +76,7 @@ def _behind_model(
 
 def _recipe(store: Store, recipe_id: str) -> Recipe | None:
     path = paths.recipe_path(recipe_id)
-    data = store.read(path)
-    return None if data is None else Recipe.from_bytes(data, f"{store.uri}/{path}")
+    return read_document(store, path, Recipe)
 
 
 def _made(recipe: Recipe) -> Link:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from storage_schemas.errors import shown
 from storage_schemas.manifest import Manifest, Window
 from storage_schemas.record import SPLITS
 
@@ -67,7 +68,7 @@ class Outcome:
 
 def tell(outcome: Outcome, store: str, *, as_json: bool) -> None:
     """On stdout. `store` is the uri without credentials."""
-    print(json.dumps(outcome.plain()) if as_json else "\n".join(_lines(outcome, store)))
+    print(json.dumps(outcome.plain()) if as_json else "\n".join(map(shown, _lines(outcome, store))))
 
 
 def _lines(outcome: Outcome, store: str) -> list[str]:

@@ -10,6 +10,7 @@ import rich.progress as bars
 from rich.console import Console
 
 from storage_schemas.commit import Commit
+from storage_schemas.errors import shown
 from storage_schemas.job import Failure
 
 INTERVAL_SECONDS = 10.0
@@ -72,6 +73,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """A line beside the count, such as that workers wait for room."""
+        line = shown(line)
         if self._bar:
             self._bar.console.print(line, highlight=False, markup=False)
         else:

@@ -6,14 +6,16 @@ from datetime import UTC, datetime, timedelta
 
 from pipeline.config import StatusConfig
 from pipeline.heartbeat import age
-from pipeline.plan import Goal, missing_tasks
+from pipeline.plan import Goal
 from pipeline.upkeep.keep import Target, read_target
 from storage_schemas import paths
 from storage_schemas.commit import Commit, Task, list_committed, read_commits
 from storage_schemas.dataset import Pruned, latest_number, read_manifest, read_shard_table
-from storage_schemas.errors import StoreError
+from storage_schemas.errors import StoreError, shown_lines, warn
 from storage_schemas.job import Failure, Job
 from storage_schemas.manifest import Manifest
+from storage_schemas.reading import read_all
+from storage_schemas.record import SPLITS
 from storage_schemas.store import Store
 
 RECENT = 64
@@ -47,7 +49,7 @@ def run_status(config: StatusConfig) -> int:
     """The exit code: 0, whatever the job's."""
     store = Store.open(config.store)
     status = job_status(store, find_job(store, config.job), now=datetime.now(UTC))
-    print(json.dumps(asdict(status)) if config.as_json else told(status))
+    print(json.dumps(asdict(status)) if config.as_json else shown_lines(told(status)))
     return 0
 
 
@@ -58,22 +60,28 @@ def find_job(store: Store, job: str | None) -> Target:
         raise StoreError(f"{store.uri} has no job yet: `python -m pipeline generate` makes one")
     if job and job not in jobs:
         raise StoreError(f"{store.uri} has no job {job}: its last is {jobs[-1]}")
-    target = read_target(store, job or jobs[-1])
-    if target is None:
-        raise StoreError(f"{store.uri}/{paths.job_path(job or jobs[-1])} is missing: name another job with --job")
-    return target
+    for name in [job] if job else reversed(jobs):
+        try:
+            target = read_target(store, name)
+        except StoreError as error:
+            if job:
+                raise
+            warn([f"{error}; it is left alone"])
+            continue
+        if target:
+            return target
+        warn([f"{store.uri}/{paths.job_path(name)} is missing"])
+    raise StoreError(f"{store.uri} has no job that can be read: restore one, or name another with --job")
 
 
 def job_status(store: Store, target: Target, *, now: datetime) -> Status:
     """Counts commits of the job's tasks, whoever made them."""
     job, beat = target.job, target.beat
-    needed = _needed(store, job)
-    committed = list_committed(store, job.recipe_id, job.layout.id)
-    left = [task for task in needed if task.name not in committed]
-    done = len(needed) - len(left)
+    total, committed = _needed(store, job)
+    done, left = len(committed), total - len(committed)
     own = max(done - beat.found, 0)
     samples = own * job.layout.samples_per_shard
-    last = _last_commit(store, job, [task.name for task in needed if task.name in committed]) if own else None
+    last = _last_commit(store, job, committed) if own else None
     elapsed = (last - datetime.fromisoformat(job.started_at)).total_seconds() if last else 0.0
     failures = read_failures(store, job.job)
     sealed = _sealed_by(store, job)
@@ -82,10 +90,10 @@ def job_status(store: Store, target: Target, *, now: datetime) -> Status:
         dataset=job.dataset,
         state=_state(sealed, target, left, now),
         tasks_done=done,
-        tasks=len(needed),
+        tasks=total,
         samples_done=samples,
         samples_per_second=samples / elapsed if elapsed > 0 else None,
-        seconds_to_go=elapsed / own * len(left) if own else None,
+        seconds_to_go=elapsed / own * left if own else None,
         last_commit_age=(now - last).total_seconds() if last else None,
         failures=tuple({"task": failure.task, "error": failure.error} for failure in failures),
         manifest=sealed,
@@ -95,9 +103,9 @@ def job_status(store: Store, target: Target, *, now: datetime) -> Status:
 def read_failures(store: Store, job: str) -> list[Failure]:
     """What the job has set aside."""
     folder = paths.failures_folder(job)
-    names = store.list(folder)
-    found = store.read_many([f"{folder}/{name}" for name in names])
-    return [Failure.from_bytes(data, f"{store.uri}/{folder}") for data in found if data is not None]
+    found, unread = read_all(store, [f"{folder}/{name}" for name in store.list(folder)], Failure)
+    warn(unread.values())
+    return list(found.values())
 
 
 def told(status: Status) -> str:
@@ -112,15 +120,27 @@ def told(status: Status) -> str:
     return "\n".join(lines + [f"set aside {failure['task']}: {failure['error']}" for failure in status.failures])
 
 
-def _needed(store: Store, job: Job) -> list[Task]:
-    """The tasks that the job's parent did not list; all of its window's once the parent was pruned."""
+def _needed(store: Store, job: Job) -> tuple[int, list[str]]:
+    """How many tasks of its window the job's parent did not list, and which of them are committed, in order.
+
+    All of its window's once the parent was pruned. Nothing here is as long as the window, which may be anything.
+    """
     parent = read_manifest(store, job.dataset, job.parent) if job.parent else None
     goal = Goal(job.dataset, parent, job.recipe_id, job.layout, job.window)
     try:
         listed = read_shard_table(store, parent).tasks if parent and goal.continues else frozenset()
     except Pruned:
         listed = frozenset()
-    return missing_tasks(goal, listed)
+    size = job.layout.samples_per_shard
+    ranges = {split: job.window.task_range(split, size) for split in SPLITS}
+    committed = [Task.parse(name, size) for name in list_committed(store, job.recipe_id, job.layout.id) - listed]
+    inside = sorted((task for task in committed if task.index in ranges[task.split]), key=_in_order)
+    known = sum(task.index in ranges[task.split] for task in (Task.parse(name, size) for name in listed))
+    return sum(map(len, ranges.values())) - known, [task.name for task in inside]
+
+
+def _in_order(task: Task) -> tuple[int, int]:
+    return SPLITS.index(task.split), task.index
 
 
 def _last_commit(store: Store, job: Job, names: list[str]) -> datetime | None:
@@ -139,16 +159,16 @@ def _writer(manifest: Manifest | None) -> str | None:
     return manifest.writer if manifest else None
 
 
-def _state(sealed: int | None, target: Target, left: list[Task], now: datetime) -> str:
+def _state(sealed: int | None, target: Target, left: int, now: datetime) -> str:
     state, at = target.beat.state, target.beat.at
     if sealed:
         return f"sealed as manifest {sealed}"
     if state == "sealed":
         return f"sealed at {at}, a manifest that was pruned since"
     if state == "stopped":
-        return f"stopped with {len(left)} tasks missing, at {at}: generate again goes on from here"
+        return f"stopped with {left} tasks missing, at {at}: generate again goes on from here"
     if state == "failed":
-        return f"ended with {len(left)} tasks missing, nothing sealed, at {at}"
+        return f"ended with {left} tasks missing, nothing sealed, at {at}"
     if state in ("ended", "refused"):
         return f"ended at {at}: another job made what it asked for" if state == "ended" else f"refused at {at}"
     if age(at, now) > STALLED:

@@ -21,7 +21,7 @@ import tyro
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from storage_schemas.errors import UsageError, UserError, without_credentials
+from storage_schemas.errors import UsageError, UserError, shown, without_credentials
 from storage_schemas.places import local_path
 
 
@@ -72,7 +72,7 @@ def main(program: str, commands: Mapping[str, Command], arguments: Sequence[str]
         if debug:
             raise
         message = str(error) if isinstance(error, UserError) else f"{error} (--debug shows where)"
-        print(f"{program}: {without_credentials(' '.join(message.split()))}", file=sys.stderr)
+        print(f"{program}: {shown(without_credentials(' '.join(message.split())))}", file=sys.stderr)
         return error.exit_code if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         return 130

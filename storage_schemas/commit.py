@@ -177,8 +177,8 @@ def read_commits(store: Store, recipe_id: str, layout_id: str, tasks: Sequence[s
 
 def list_committed(store: Store, recipe_id: str, layout_id: str) -> set[str]:
     """Names of all tasks with a commit, by one listing past every cache."""
-    names = store.list(paths.commits_folder(recipe_id, layout_id))
-    return {name.removesuffix(".json") for name in names if name.endswith(".json")}
+    names = map(paths.COMMIT.fullmatch, store.list(paths.commits_folder(recipe_id, layout_id)))
+    return {match[1] for match in names if match}
 
 
 def column_statistics(fields: Sequence[record.Field], columns: Columns) -> dict[str, ColumnStatistics]:

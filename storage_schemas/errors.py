@@ -1,7 +1,8 @@
 """What a user is told: one line with the value, the rule and the way out."""
 
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -54,3 +55,9 @@ def shown(text: object) -> str:
 def shown_lines(text: str) -> str:
     """The same of each line."""
     return "\n".join(map(shown, text.split("\n")))
+
+
+def warn(lines: Iterable[str]) -> None:
+    """Lines on stderr, such as what is wrong with a document that is left alone."""
+    for line in lines:
+        print(shown(line), file=sys.stderr, flush=True)

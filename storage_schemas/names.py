@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from storage_schemas.errors import CONTROLS, shown
-from storage_schemas.paths import is_outside
+from storage_schemas.paths import INDEX, is_outside
 
 MOST = 2**63 - 1
 """What an int64 holds, as columns of ids do."""
@@ -19,9 +19,6 @@ MOST_SAMPLES_PER_SHARD = 2**26
 """The ids of a shard are in memory while it is read: 512 MiB of them."""
 
 MOST_TEXT = 1 << 20
-TASK = "([0-9]{8}|[1-9][0-9]{8,17})"
-"""The index in a task's name: with eight digits at least."""
-
 _TIME = re.compile(r"2[0-9]{3}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?\+00:00")
 _BARE = re.compile(rf"(?!\.{{1,2}}$)(?:(?!{CONTROLS.pattern})[^/\\])+")
 _LONGEST = 255
@@ -51,7 +48,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Attempt = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 LayoutId = Annotated[str, Field(pattern=r"^(parquet|parquet-zstd|webdataset)-[1-9][0-9]{0,7}$")]
-TaskName = Annotated[str, Field(pattern=rf"^(train|holdout)-{TASK}$")]
+TaskName = Annotated[str, Field(pattern=rf"^(train|holdout)-{INDEX}$")]
 DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=_LONGEST)]
 JobName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=_LONGEST)]
 """Of a job, or of another writer of manifests."""

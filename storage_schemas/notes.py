@@ -8,8 +8,9 @@ from pydantic import model_validator
 from storage_schemas import paths
 from storage_schemas.canonical import digest
 from storage_schemas.documents import SCHEMA_VERSION, Document
-from storage_schemas.errors import UsageError
+from storage_schemas.errors import UsageError, warn
 from storage_schemas.names import Count, Positive, Text, Time
+from storage_schemas.reading import read_all
 from storage_schemas.recipe import Condition, Guidance, Recipe, TeacherRecord
 from storage_schemas.store import Store
 
@@ -106,9 +107,9 @@ def read_calibrations(store: Store, recipe_id: str) -> list[Calibration]:
     """All that are among the recipe's notes, the newest last."""
     folder = paths.notes_folder(recipe_id)
     names = [f"{folder}/{name}" for name in store.list(folder) if name.startswith("calibration-")]
-    pairs = zip(names, store.read_many(names), strict=True)
-    found = [Calibration.from_bytes(data, f"{store.uri}/{name}") for name, data in pairs if data is not None]
-    return sorted(found, key=lambda calibration: calibration.made_at)
+    found, unread = read_all(store, names, Calibration)
+    warn(unread.values())
+    return sorted(found.values(), key=lambda calibration: calibration.made_at)
 
 
 def _measured(points: Iterable[CalibrationPoint]) -> str:

@@ -9,6 +9,12 @@ STORE = "store.json"
 NOT_LAYOUTS = ("recipe.json", "teacher", "conditions", "notes")
 """What else lies in a recipe's folder."""
 
+INDEX = "(?:[0-9]{8}|[1-9][0-9]{8,17})"
+"""Of a task, in its name: eight digits at least, and as many as it takes."""
+
+COMMIT = re.compile(rf"((?:train|holdout)-{INDEX})\.json")
+"""Names of our own in a folder of commits; another file there is nobody's commit."""
+
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 RECIPES, DATASETS, JOBS, PINS, PRUNES = "recipes", "datasets", "jobs", "pins", "prunes"
 

@@ -75,6 +75,12 @@ class SolverRecord(Document):
     frame: Literal["sigma", "flow"]
     grid: dict[str, Any]
 
+    @model_validator(mode="after")
+    def _grid_has_a_name(self) -> Self:
+        if not isinstance(self.grid.get("name"), str):
+            raise ValueError("the grid has no name")
+        return self
+
 
 class PriorStart(Document):
     """Chains start from x_T of the prior."""

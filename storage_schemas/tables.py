@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from storage_schemas import paths
 from storage_schemas.errors import CorruptShard
 from storage_schemas.manifest import Manifest
-from storage_schemas.names import TASK
 from storage_schemas.pages import stored_pages
+from storage_schemas.paths import INDEX
 from storage_schemas.record import SPLITS, Split
 from storage_schemas.shards import SCHEMA, ShardTable, integers
 
@@ -142,9 +142,9 @@ def _misnamed(table: pa.Table, split: Split, manifest: Manifest) -> Iterator[str
     attempt = "-[0-9a-f]{16}"
     for name, pattern in (
         ("split", split),
-        ("task", f"{split}-{TASK}"),
-        ("path", f"{shards}{split}-{TASK}{attempt}[.]{layout.suffix[1:]}"),
-        ("commit_path", f"({commits}{split}-{TASK}|{records}{split}-{TASK}{attempt})[.]json"),
+        ("task", f"{split}-{INDEX}"),
+        ("path", f"{shards}{split}-{INDEX}{attempt}[.]{layout.suffix[1:]}"),
+        ("commit_path", f"({commits}{split}-{INDEX}|{records}{split}-{INDEX}{attempt})[.]json"),
     ):
         if not _all(pc.match_substring_regex(table[name], rf"\A{pattern}\z")):
             yield f"has a {name!r} that no {split} shard of its manifest has"

@@ -11,6 +11,7 @@ from typing import Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from storage_schemas.errors import shown
 from trainer.saving.place import METRICS, lines_of, write_whole
 
 Figures = Mapping[str, float | int | str]
@@ -60,7 +61,7 @@ class RunLog:
 
     def say(self, line: str) -> None:
         """One line to the user."""
-        self._display.say(line)
+        self._display.say(shown(line))
 
 
 class NoLog:
@@ -93,8 +94,10 @@ class _Bar:
     """A rich bar on a terminal."""
 
     def __init__(self, total: int) -> None:
-        count, figures = TextColumn("{task.completed}/{task.total}"), TextColumn("{task.description}")
-        self._progress = Progress(BarColumn(), count, TimeRemainingColumn(), figures, console=Console(stderr=True))
+        count, figures = TextColumn("{task.completed}/{task.total}"), TextColumn("{task.description}", markup=False)
+        self._progress = Progress(
+            BarColumn(), count, TimeRemainingColumn(), figures, console=Console(stderr=True, markup=False)
+        )
         self._task = self._progress.add_task("", total=total)
 
     def start(self) -> None:
@@ -137,7 +140,7 @@ def _summary(figures: Figures) -> str:
 
 
 def _short(value: float | int | str) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else shown(value)
 
 
 def _board(folder: Path, *, purge_step: int) -> _Board | None:

@@ -76,7 +76,7 @@ def run_shuffle(config: ShuffleConfig) -> int:
     if config.as_json:
         print(json.dumps(measured, indent=1))
     else:
-        show(measured, Console())
+        show(measured, Console(markup=False, emoji=False))
     return 0
 
 

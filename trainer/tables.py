@@ -10,6 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from storage_schemas.errors import shown
+
 Figures = Mapping[str, Any]
 
 _QUALITY = {
@@ -26,24 +28,24 @@ _WIDE, _ROOMY = 140, 100
 
 def terminal() -> Console:
     """Standard output; as wide as a table is, where it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else _WIDE)
+    return Console(width=None if sys.stdout.isatty() else _WIDE, markup=False, emoji=False)
 
 
 def show(evaluation: Figures, console: Console) -> None:
     """The evaluation as a table, with what one must know to read it; a narrow terminal is not told the times."""
-    table = Table(title=title(evaluation), box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    table = Table(title=shown(title(evaluation)), box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
     headings, sections = quality(evaluation, with_times=console.width >= _ROOMY)
     table.add_column("", overflow="fold")
     for heading in headings[1:]:
         table.add_column(heading, justify="right", overflow="fold")
     for section in sections:
         for cells in section:
-            table.add_row(*cells, end_section=cells is section[-1])
+            table.add_row(*map(shown, cells), end_section=cells is section[-1])
     console.print(table)
     for line in legend(evaluation):
-        console.print(line, highlight=False)
+        console.print(shown(line), highlight=False)
     for note in evaluation["notes"]:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {shown(note)}", file=sys.stderr)
 
 
 def markdown(evaluation: Figures) -> str:

@@ -11,7 +11,7 @@ from pipeline.config import VerifyConfig
 from storage_schemas import paths
 from storage_schemas.commit import Task
 from storage_schemas.dataset import Dataset, find_dataset, read_manifest, wrong_figures
-from storage_schemas.errors import UserError
+from storage_schemas.errors import UserError, shown
 from storage_schemas.record import SPLITS
 from storage_schemas.shards import Shard
 from storage_schemas.store import Store
@@ -33,7 +33,7 @@ def run_verify(config: VerifyConfig) -> int:
         print(json.dumps(figures | {"problems": problems, "checks": [plain(check) for check in checks]}))
     else:
         lines = [*problems, *(check.line for check in checks), *([tally(checks)] if checks else [])]
-        print("\n".join([*lines, _summary(dataset, size, len(problems))]))
+        print("\n".join(map(shown, [*lines, _summary(dataset, size, len(problems))])))
     return 1 if problems or any(check.passed is False for check in checks) else 0
 
 

@@ -19,9 +19,10 @@ from pipeline.workers.once import WorkerDied
 from pipeline.workers.trial import try_out
 from storage_schemas import paths
 from storage_schemas.dataset import latest_manifest
-from storage_schemas.errors import UserError
+from storage_schemas.errors import UserError, warn
 from storage_schemas.job import Job
 from storage_schemas.layout import Layout
+from storage_schemas.reading import read_all, read_document
 from storage_schemas.recipe import Recipe
 from storage_schemas.store import Store
 
@@ -96,19 +97,17 @@ def _differs_at_most_there(held: Recipe, draft: Recipe, config: GenerateConfig) 
 
 def _begun(dataset: str, store: Store) -> Iterator[tuple[Recipe, Layout]]:
     """Recipes and layouts of the newest jobs of the dataset, newest first."""
-    for name in reversed(store.list(paths.JOBS)[-JOBS_LOOKED_AT:]):
-        path = paths.job_path(name)
-        data = store.read(path)
-        job = Job.from_bytes(data, f"{store.uri}/{path}") if data else None
-        recipe = _held(store, job.recipe_id) if job and job.dataset == dataset else None
-        if job and recipe:
+    newest = reversed(store.list(paths.JOBS)[-JOBS_LOOKED_AT:])
+    jobs, unread = read_all(store, [paths.job_path(name) for name in newest], Job)
+    warn(unread.values())
+    for job in jobs.values():
+        recipe = _held(store, job.recipe_id) if job.dataset == dataset else None
+        if recipe:
             yield recipe, job.layout
 
 
 def _held(store: Store, recipe_id: str) -> Recipe | None:
-    path = paths.recipe_path(recipe_id)
-    data = store.read(path)
-    return None if data is None else Recipe.from_bytes(data, f"{store.uri}/{path}")
+    return read_document(store, paths.recipe_path(recipe_id), Recipe)
 
 
 def sizes(samples_per_shard: int) -> list[int]:

@@ -28,7 +28,7 @@ from pipeline.rounds.record import Record, only_run
 from pipeline.rounds.report import show
 from pipeline.workers.drain import stoppable
 from storage_schemas.dataset import Dataset, latest_manifest, open_dataset
-from storage_schemas.errors import UsageError, UserError, usage_errors
+from storage_schemas.errors import UsageError, UserError, shown, usage_errors
 from storage_schemas.recipe import Recipe
 from storage_schemas.store import Store
 
@@ -238,4 +238,4 @@ def _document(model: Path) -> dict[str, Any] | None:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(shown(line), file=sys.stderr, flush=True)

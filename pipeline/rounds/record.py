@@ -4,12 +4,17 @@ import json
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
 
 from pipeline.rounds.config import ProgressiveConfig
-from storage_schemas.backends import write_local
+from storage_schemas.backends import read, write_local
+from storage_schemas.documents import MOST_BYTES, Document
 from storage_schemas.errors import UsageError, without_credentials
 from storage_schemas.locks import only_one
+from storage_schemas.names import Count, DatasetName, Positive, Seconds, Sha256, Text
 
 RECORD, LOCK = "progressive.json", ".progressive.lock"
 
@@ -44,6 +49,34 @@ def only_run(folder: Path, *, patience: float = PATIENCE) -> AbstractContextMana
     )
 
 
+@with_config(ConfigDict(extra="forbid", allow_inf_nan=False))
+class Facts(TypedDict, total=False):
+    """What is known of a round, of the reference or of direct distillation, as far as it has come."""
+
+    dataset: DatasetName
+    manifest: Positive
+    recipe: Sha256
+    teacher: Sha256
+    calls: Count
+    solve_seconds: Seconds
+    fit_seconds: Seconds
+    student: Sha256 | None
+    error: float | None
+    teacher_error: float | None
+    variance: float | None
+    errors: dict[Text, float | None]
+
+
+class Written(Document):
+    """The document as it is read."""
+
+    out: Text
+    settings: dict[str, Any]
+    reference: Facts
+    rounds: dict[Annotated[str, Field(pattern="^[1-9][0-9]{0,8}$")], Facts]
+    direct: Facts
+
+
 class Record:
     """The document, written whole at every change.
 
@@ -55,7 +88,7 @@ class Record:
         self._path = config.out / RECORD
         now = {"out": str(config.out), "settings": settings(config)}
         self.plain: dict[str, Any] = {**now, "reference": {}, "rounds": {}, "direct": {}}
-        there = json.loads(self._path.read_text()) if self._path.is_file() else None
+        there = _read(self._path)
         if there and there["rounds"]:  # before that nothing hangs on what was asked
             _check_goes_on(there, now, config)
             self.plain = there | now
@@ -77,6 +110,12 @@ class Record:
 
     def _save(self) -> None:
         write_local(self._path, (json.dumps(self.plain, indent=1) + "\n").encode())
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    return Written.from_bytes(read(None, "file", str(path), MOST_BYTES), str(path)).plain()
 
 
 def settings(config: ProgressiveConfig) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.rounds.config import ProgressiveConfig
+from storage_schemas.errors import shown
 
 
 def show(config: ProgressiveConfig, record: Mapping[str, Any]) -> None:
     """A line a round: the error that has piled up, beside direct progressive and the teacher's own solver."""
     direct, so_far = record["direct"] if "errors" in record["direct"] else {}, 0
-    table = Table(title=f"{config.teacher} in {config.num_steps} steps, halved round by round")
+    table = Table(title=f"{shown(config.teacher)} in {config.num_steps} steps, halved round by round")
     for heading in ("steps", "error", *(["direct"] if direct else []), "ddim", "calls", "so far", "solve s", "fit s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for steps in config.schedule:
@@ -20,7 +21,7 @@ def show(config: ProgressiveConfig, record: Mapping[str, Any]) -> None:
         so_far += part["calls"]
         errors = [part["error"], *([direct["errors"][str(steps)]] if direct else []), part["teacher_error"]]
         table.add_row(*map(_told, [steps, *errors, part["calls"], so_far, part["solve_seconds"], part["fit_seconds"]]))
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(table)
     variance = record["rounds"][str(config.schedule[0])]["variance"]
     where = f"dataset {record['reference']['dataset']}"
@@ -35,7 +36,7 @@ def show(config: ProgressiveConfig, record: Mapping[str, Any]) -> None:
             f"solved in {direct['solve_seconds']:.4g} s, fitted in {direct['fit_seconds']:.4g} s"
         )
     for line in lines:
-        console.print(line)
+        console.print(shown(line))
 
 
 def _told(value: float | None) -> str:

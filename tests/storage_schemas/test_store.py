@@ -12,7 +12,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from storage_schemas import backends
+from storage_schemas import backends, paths
 from storage_schemas import store as store_module
 from storage_schemas.errors import StoreError, UsageError
 from storage_schemas.paths import STORE
@@ -365,3 +365,79 @@ def test_a_folder_without_hard_links_is_refused(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(StoreError, match="without hard links"):
         Store.create(str(tmp_path / "store"))
     assert Store.create(str(tmp_path / "store"), single_writer=True).put_if_absent("a", b"1") == b"1"
+
+
+OUTWARD = (
+    lambda store, path: store.read(path),
+    lambda store, path: store.read_many([path]),
+    lambda store, path: store.read_range(path, 0, 1),
+    lambda store, path: store.size(path),
+    lambda store, path: store.local_path(path),
+    lambda store, path: store.write(path, b"x"),
+    lambda store, path: store.put_if_absent(path, b"x"),
+    lambda store, path: store.upload(__file__, path),
+    lambda store, path: store.remove(path),
+)
+
+
+@pytest.mark.parametrize("action", OUTWARD)
+@pytest.mark.parametrize("link", ["folder", "file", "to the root's namesake"])
+def test_nothing_goes_through_a_link_out_of_a_store(tmp_path: Path, action: Callable[..., object], link: str) -> None:
+    store = Store.create(str(tmp_path / "store"))
+    outside = tmp_path / ("store-too" if "namesake" in link else "mine")
+    outside.mkdir()
+    (outside / "thesis.tex").write_text("mine")
+    if link == "file":
+        (tmp_path / "store/shards").mkdir()
+        (tmp_path / "store/shards/thesis.tex").symlink_to(outside / "thesis.tex")
+    else:
+        (tmp_path / "store/shards").symlink_to(outside)
+    with pytest.raises(StoreError, match=r"is a link out of the store .*: remove it$"):
+        action(store, "shards/thesis.tex")
+    assert [path.read_text() for path in outside.iterdir()] == ["mine"]
+
+
+def test_links_inside_of_a_store_and_to_it_are_followed(tmp_path: Path) -> None:
+    Store.create(str(tmp_path / "real")).write("a/b", b"1")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real/c").symlink_to(tmp_path / "real/a")
+    store = Store.open(str(tmp_path / "link"))
+    assert store.read("a/b") == store.read("c/b") == b"1"
+    store.write("c/d", b"2")
+    assert store.list("a") == ["b", "d"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "",
+        "/a",
+        "a//b",
+        "a/",
+        "./a",
+        "a/.",
+        "a/../b",
+        "..",
+        "C:/a",
+        "s3:/a",
+        "s3://b/a",
+        "file:a",
+        "a\\b",
+        "a\nb",
+        "\x1b[2J",
+    ],
+)
+def test_one_rule_says_which_paths_are_in_a_store(path: str) -> None:
+    assert paths.is_outside(path)
+    with pytest.raises(StoreError, match="is no path in a store") as refused:
+        paths.join("/root", path)
+    assert len(str(refused.value).splitlines()) == 1
+    assert paths.join("/root", "pins/run:1-é.json") == "/root/pins/run:1-é.json"
+
+
+def test_names_that_no_path_may_have_are_not_listed(tmp_path: Path) -> None:
+    store = Store.create(str(tmp_path / "store"))
+    store.write("pins/a.json", b"{}")
+    for name in ("\x1b[2J.json", "a\nb", "C:x", "a\\b"):
+        (tmp_path / "store/pins" / name).write_bytes(b"{}")
+    assert list(store.list("pins")) == [listed.name for listed in store.list_details("pins")] == ["a.json"]

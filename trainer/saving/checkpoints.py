@@ -27,6 +27,7 @@ from storage_schemas import paths
 from storage_schemas.backends import sync_path
 from storage_schemas.documents import Document
 from storage_schemas.errors import StoreError, UserError
+from storage_schemas.names import Count, Positive, Xxh3
 from storage_schemas.store import Store
 from trainer.parallel import Ranks
 from trainer.saving.shards import NAME
@@ -50,7 +51,7 @@ class File(Document):
 
     name: Annotated[str, Field(max_length=99)]
     bytes: Annotated[int, Field(ge=0, lt=1 << 50)]
-    xxh3: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    xxh3: Xxh3
 
     @field_validator("name")
     @classmethod
@@ -65,11 +66,11 @@ class Marker(Document):
 
     format: Literal[1] = 1
     step: Annotated[int, Field(ge=0, lt=10**12)]
-    stage: Annotated[int, Field(ge=0)]
+    stage: Count
     folder: str
     files: tuple[File, ...]
     holdout_error: float | None
-    world_size: Annotated[int, Field(ge=1)]
+    world_size: Positive
 
     @model_validator(mode="after")
     def _names_its_own(self) -> Self:

@@ -22,7 +22,8 @@ from pydantic import Field
 
 from storage_schemas import paths
 from storage_schemas.documents import Document
-from storage_schemas.errors import StoreError, UsageError, UserError
+from storage_schemas.errors import StoreError, UsageError, UserError, shown
+from storage_schemas.names import Attempt, Count
 from storage_schemas.store import Store
 
 FITS = "fits"
@@ -40,9 +41,9 @@ class Claim(Document):
     """A fit at work. process: on which machine, and which process there; beats: how often it was renewed."""
 
     format: Literal[1] = 1
-    attempt: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+    attempt: Attempt
     process: Annotated[str, Field(max_length=200)]
-    beats: Annotated[int, Field(ge=0)] = 0
+    beats: Count = 0
     ended: bool = False
 
 
@@ -108,7 +109,7 @@ class Hold:
         rest = _LAPSES - self._age(number)
         if rest > 0:
             told = f"{self._place.uri} is a fit's that may be at work yet: waiting up to {rest:.0f} s"
-            print(told, file=sys.stderr, flush=True)
+            print(shown(told), file=sys.stderr, flush=True)
         until = time.monotonic() + rest
         while time.monotonic() < until:
             time.sleep(min(_LOOKS, rest))
