@@ -13,7 +13,7 @@ from pipeline import lineage
 from pipeline.config import InspectConfig
 from storage_schemas.commit import ColumnStatistics, Commit
 from storage_schemas.dataset import Dataset, latest_number, open_dataset
-from storage_schemas.errors import UserError, shown_lines
+from storage_schemas.errors import UserError, shown
 from storage_schemas.extras import need
 from storage_schemas.notes import Calibration, check_calibration, read_calibrations
 from storage_schemas.recipe import Recipe
@@ -32,11 +32,11 @@ def run_inspect(config: InspectConfig) -> int:
     store = Store.open(config.store)
     if config.lineage:
         links = list(_lineage(store, config))
-        print(json.dumps(links) if config.as_json else shown_lines(lineage.told(iter(links))))
+        print(json.dumps(links) if config.as_json else lineage.told(iter(links)))
         return 0
     dataset = open_dataset(store, config.dataset, config.manifest)
     found = describe(dataset)
-    print(json.dumps(found) if config.as_json else shown_lines(told(found)))
+    print(json.dumps(found) if config.as_json else told(found))
     if config.picture:
         draw(dataset, config.picture)
     return 0
@@ -119,7 +119,7 @@ def told(found: dict[str, Any]) -> str:
     lines.append(f"{'state':<12}" + "".join(f"{name:>12}" for name in ("mean", "std", "min", "max")))
     for name, figures in found["statistics"].items():
         lines.append(f"{name:<12}" + "".join(f"{value:>12.4g}" for value in (figures or {}).values()))
-    return "\n".join(lines)
+    return "\n".join(map(shown, lines))
 
 
 def _told_recipe(recipe_id: str, recipe: dict[str, Any], nfe: int | None) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from diffusion import checkpoint
 from diffusion.description import described
 from storage_schemas import paths
-from storage_schemas.errors import UsageError, usage_errors
+from storage_schemas.errors import UsageError, shown, usage_errors
 from storage_schemas.reading import read_document
 from storage_schemas.recipe import DataStart, Recipe
 from storage_schemas.store import Store
@@ -40,7 +40,7 @@ def lineage_of_student(store: Store, folder: str) -> Iterator[Link]:
 
 def told(links: Iterator[Link]) -> str:
     """A line a link."""
-    return "\n".join(_told_data(link) if link["kind"] == "data" else _told_model(link) for link in links)
+    return "\n".join(shown(_told_data(link) if link["kind"] == "data" else _told_model(link)) for link in links)
 
 
 def _behind_data(store: Store, recipe_id: str, dataset: str, met: set[str]) -> Iterator[Link]:

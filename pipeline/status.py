@@ -11,7 +11,7 @@ from pipeline.upkeep.keep import Target, read_target
 from storage_schemas import paths
 from storage_schemas.commit import Commit, Task, list_committed, read_commits
 from storage_schemas.dataset import Pruned, latest_number, read_manifest, read_shard_table
-from storage_schemas.errors import StoreError, shown_lines, warn
+from storage_schemas.errors import StoreError, shown, warn
 from storage_schemas.job import Failure, Job
 from storage_schemas.manifest import Manifest
 from storage_schemas.reading import read_all
@@ -49,7 +49,7 @@ def run_status(config: StatusConfig) -> int:
     """The exit code: 0, whatever the job's."""
     store = Store.open(config.store)
     status = job_status(store, find_job(store, config.job), now=datetime.now(UTC))
-    print(json.dumps(asdict(status)) if config.as_json else shown_lines(told(status)))
+    print(json.dumps(asdict(status)) if config.as_json else told(status))
     return 0
 
 
@@ -117,7 +117,8 @@ def told(status: Status) -> str:
         f"job {status.job} of {status.dataset}: {status.state}",
         f"{status.tasks_done}/{status.tasks} tasks, {status.samples_done} samples{rate}{eta}{age}",
     ]
-    return "\n".join(lines + [f"set aside {failure['task']}: {failure['error']}" for failure in status.failures])
+    lines += [f"set aside {failure['task']}: {failure['error']}" for failure in status.failures]
+    return "\n".join(map(shown, lines))
 
 
 def _needed(store: Store, job: Job) -> tuple[int, list[str]]:

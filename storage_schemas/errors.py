@@ -52,11 +52,6 @@ def shown(text: object) -> str:
     return CONTROLS.sub(lambda match: ascii(match[0])[1:-1], str(text))
 
 
-def shown_lines(text: str) -> str:
-    """The same of each line."""
-    return "\n".join(map(shown, text.split("\n")))
-
-
 def warn(lines: Iterable[str]) -> None:
     """Lines on stderr, such as what is wrong with a document that is left alone."""
     for line in lines:

@@ -12,7 +12,7 @@ from pipeline.config import ReproduceConfig
 from pipeline.produce import Order
 from pipeline.workers.once import run_once
 from storage_schemas.dataset import Dataset, open_dataset
-from storage_schemas.errors import UserError, shown_lines
+from storage_schemas.errors import UserError, shown
 from storage_schemas.store import Store
 
 
@@ -24,7 +24,7 @@ def run_reproduce(config: ReproduceConfig) -> int:
     source = TeacherSource(dataset.store, dataset.recipe, config.teacher)
     order = Order(dataset.store, dataset.recipe, dataset.layout, config.device, config.threads)
     replay = run_once(reproduce_one, source, order, stored, runner=config)
-    print(json.dumps(_plain(dataset, replay)) if config.as_json else shown_lines(told(replay)))
+    print(json.dumps(_plain(dataset, replay)) if config.as_json else told(replay))
     return 0 if agrees(replay, config.tolerance) else 1
 
 
@@ -61,7 +61,8 @@ def told(replay: Replay) -> str:
     else:
         lines = [f"{replay.sample}: other bits; largest difference of each state:"]
         lines += [f"  {name:<10} {value:.6g}" for name, value in replay.max_difference.items()]
-    return "\n".join([*lines, f"solved on  {_machine(replay.solved_on)}", f"here       {_machine(replay.here)}"])
+    lines += [f"solved on  {_machine(replay.solved_on)}", f"here       {_machine(replay.here)}"]
+    return "\n".join(map(shown, lines))
 
 
 def _machine(machine: dict[str, str]) -> str:
