@@ -20,7 +20,8 @@ from tests.pipeline.wrong_shards import spoil
 
 @pytest.fixture
 def store(generate, tmp_path):
-    generate(tmp_path / "store")
+    code, _, err = generate(tmp_path / "store")
+    assert code == 0, err
     return tmp_path / "store"
 
 
