@@ -25,6 +25,7 @@ from storage_schemas.tables import MOST_TABLE, read_table
 LOOKS = 8
 """Times that the latest manifest is looked for anew, where it was listed and then pruned before it was read."""
 
+_MANIFEST = re.compile(r"([0-9]{6}|[1-9][0-9]{6,17})\.json")
 _BATCH = 4096
 """Commits that are in memory at a time."""
 
@@ -43,7 +44,7 @@ class Pruned(StoreError):
 
 def list_numbers(store: Store, dataset: str) -> list[int]:
     """Numbers of the manifests that are there, ascending."""
-    names = (re.fullmatch(r"(\d{6,})\.json", name) for name in store.list(paths.manifests_folder(dataset)))
+    names = map(_MANIFEST.fullmatch, store.list(paths.manifests_folder(dataset)))
     return sorted(int(match[1]) for match in names if match)
 
 

@@ -11,7 +11,7 @@ from storage_schemas.canonical import digest
 from storage_schemas.commit import Task
 from storage_schemas.documents import SCHEMA_VERSION, Document
 from storage_schemas.layout import Layout
-from storage_schemas.names import Count, DatasetName, JobName, Positive, Sha256, StoredPath, TaskName, Text, Time
+from storage_schemas.names import MOST, Count, DatasetName, JobName, Positive, Sha256, StoredPath, TaskName, Text, Time
 from storage_schemas.record import SPLITS, Split
 
 Bounds = tuple[Count, Count]
@@ -110,10 +110,13 @@ class Manifest(Document):
     @model_validator(mode="after")
     def _accounts_for_its_tasks(self) -> Self:
         """A window may be as long as it likes; who asks for each of its tasks finds so many in the table."""
-        asked = sum(len(self.window.task_range(split, self.layout.samples_per_shard)) for split in SPLITS)
-        told = self.shards.count + len(self.missing)
+        size = self.layout.samples_per_shard
+        tasks = [self.window.task_range(split, size) for split in SPLITS]
+        asked, told = sum(map(len, tasks)), self.shards.count + len(self.missing)
         if asked > told:
             raise ValueError(f"its window has {asked} tasks, it lists and misses {told}")
+        if any(each.stop * size > MOST for each in tasks):
+            raise ValueError(f"its last task has ids beyond {MOST}")
         return self
 
     @property

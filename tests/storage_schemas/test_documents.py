@@ -283,6 +283,7 @@ WRONG_WHOLES: dict[str, dict[str, Any]] = {
     "which is later": {"floor": {"number": 3, "sealed_at": AT, "sweep_at": AT}},
     "or neither": {"floor": {"number": 1, "sealed_at": None, "sweep_at": AT}},
     "it lists and misses 4": {"window": {"train": [0, 10**12], "holdout": [0, 16]}},
+    "has ids beyond": {"window": {"train": [2**63 - 2, 2**63 - 1], "holdout": [0, 16]}},
     "is not named by its digest": {"shards": {"path": f"datasets/other/{SHA}.parquet", "sha256": SHA, "count": 3}},
     "less than or equal to 67108864": {"layout": {**LAYOUT.plain(), "samples_per_shard": 10**18}},
 }

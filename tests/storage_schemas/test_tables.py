@@ -145,6 +145,14 @@ def test_rows_are_each_once_in_order_and_inside_of_the_window() -> None:
     assert complaint(file_of(plain()), 5) == "s3://b/table.parquet has 4 rows, its manifest says 5: restore it"
 
 
+@pytest.mark.parametrize("at", range(len(ROWS)))
+@pytest.mark.parametrize("split", ["test", "", "Train", "holdout ", "train\0"])
+def test_there_are_two_splits(at: int, split: str) -> None:
+    columns = plain()
+    columns["split"][at] = split
+    assert complaint(file_of(columns))
+
+
 def test_other_columns_are_no_table() -> None:
     columns = plain()
     for name in SCHEMA.names:
