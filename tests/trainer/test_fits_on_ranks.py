@@ -99,8 +99,8 @@ def markers(out: Path) -> list[dict]:
 @pytest.mark.timeout(400)
 def test_weights_that_are_spread_go_on_over_another_number_of_ranks(make_store, bucket, tmp_path):
     store, whole, out = make_store(), tmp_path / "whole", tmp_path / "cut"
-    fit(whole, store, "--steps", 100)
-    place = ["--checkpoints", f"{bucket}/runs/one", "--parallel", "fsdp", "--steps", 100]
+    fit(whole, store, "--steps", 40)
+    place = ["--checkpoints", f"{bucket}/runs/one", "--parallel", "fsdp", "--steps", 40]
     process = start(out, store, *place, ranks=2)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (out / "best" / "model.json").exists():
