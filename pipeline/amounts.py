@@ -20,8 +20,8 @@ from storage_schemas.recipe import Recipe
 from storage_schemas.record import SEGMENT_STATES
 from storage_schemas.store import Store
 
-PER_TASK = 2
-"""Objects of a task: its shard and its commit."""
+PER_TASK = 3
+"""Objects of a task: its shard and its commit, which lies in two places."""
 
 
 def say_amounts(store: Store, recipe: Recipe, layout: Layout, tasks: Sequence[Task], *, calls: bool, here: int) -> None:

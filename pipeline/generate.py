@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
 
 from pipeline.amounts import say_amounts
 from pipeline.config import GenerateConfig
@@ -13,11 +12,11 @@ from pipeline.heartbeat import Pulse
 from pipeline.outcome import Outcome, What, names, tell
 from pipeline.plan import Aim, Goal, Nothing, Plans, Policy, Wanted, grow, missing_tasks
 from pipeline.prepare import Run, keep_recipe, prepare
-from pipeline.upkeep.keep import Lapsed, Place, StaleCommits, check_committed
+from pipeline.upkeep.keep import Lapsed, check_held
 from pipeline.upkeep.recheck import still_there, whole
-from pipeline.work import adopt, announce, solve_missing
+from pipeline.upkeep.targets import Place
+from pipeline.work import adopt, aim_at, solve_missing
 from pipeline.workers.drain import Stopped, stoppable
-from storage_schemas import paths
 from storage_schemas.commit import Task
 from storage_schemas.dataset import LostRace, Pruned, latest_manifest, read_shard_table, seal
 from storage_schemas.errors import UsageError, UserError, shown, without_credentials
@@ -55,7 +54,7 @@ def report(config: GenerateConfig, act: Callable[[], Outcome]) -> int:
 def _what(error: Exception) -> What:
     if isinstance(error, Stopped):
         return "stopped"
-    return "refused" if isinstance(error, UsageError | StaleCommits) else "failed"
+    return "refused" if isinstance(error, UsageError) else "failed"
 
 
 def bring_about(config: GenerateConfig, aim: Aim, policy: Policy | None = None) -> Outcome:
@@ -67,8 +66,7 @@ def bring_about(config: GenerateConfig, aim: Aim, policy: Policy | None = None) 
 
 def carry_out(run: Run, aim: Aim, policy: Policy | None = None) -> Outcome:
     """Plan on the latest manifest and seal the next one; who loses that race plans again from the new latest."""
-    run.job = new_job()
-    pulse = Pulse(run.store, run.job)
+    pulse = Pulse(run.store)
     last: JobState = "failed"
     try:
         outcome = _settle(run, aim, policy, pulse)
@@ -96,10 +94,7 @@ def _settle(run: Run, aim: Aim, policy: Policy | None, pulse: Pulse) -> Outcome:
         except Pruned as gone:
             why = str(gone)
         except Lapsed as lapsed:
-            run.shards.clear()
-            pulse.lapsed = False
             why = str(lapsed)
-        pulse.plan_again()
         _say(f"{why}: planning again")
 
 
@@ -122,8 +117,7 @@ def fulfil(run: Run, goal: Goal, pulse: Pulse) -> Outcome:
     listed = _listed(run, goal)
     needed = missing_tasks(goal, listed.tasks)
     if needed:
-        announce(run, goal, needed)
-        pulse.say("planning")
+        aim_at(run, goal, needed, pulse)
     keep_recipe(run)
     adopt(run, needed)
     to_solve = [task for task in needed if task.name not in run.shards and task.name not in run.failures]
@@ -135,8 +129,8 @@ def fulfil(run: Run, goal: Goal, pulse: Pulse) -> Outcome:
         run.tried |= {task.name for task in to_solve}
         solve_missing(run, to_solve)
     if needed:
-        check_committed(run.store, Place(run.recipe.id, run.layout.id), run.shards.keys(), pulse)
-    return _sealed(run, goal, listed, needed)
+        check_held(run.store, run.job, Place(run.recipe.id, run.layout.id), run.shards, run.early)
+    return _sealed(run, goal, listed, needed, pulse)
 
 
 def _listed(run: Run, goal: Goal) -> ShardTable:
@@ -145,7 +139,7 @@ def _listed(run: Run, goal: Goal) -> ShardTable:
     return whole(still_there(run.store, listed)) if run.config.recheck else listed
 
 
-def _sealed(run: Run, goal: Goal, listed: ShardTable, needed: list[Task]) -> Outcome:
+def _sealed(run: Run, goal: Goal, listed: ShardTable, needed: list[Task], pulse: Pulse) -> Outcome:
     missing = tuple(task.name for task in needed if task.name not in run.shards)
     done = Outcome(
         "sealed",
@@ -169,6 +163,8 @@ def _sealed(run: Run, goal: Goal, listed: ShardTable, needed: list[Task]) -> Out
         return replace(done, what="nothing", why=why)
     if too_many := _too_many_quarantined(run, goal, table):
         return replace(done, what="failed", why=too_many)
+    if not needed:  # so that no prune takes the table away before the manifest names it
+        aim_at(run, goal, needed, pulse)
     manifest = seal(run.store, goal.draft(run.job, missing), table)
     return replace(done, manifest=manifest, quarantined=_quarantined(new, goal.window))
 
@@ -200,8 +196,3 @@ def _quarantined(table: ShardTable, window: Window) -> tuple[str, ...]:
 
 def _say(line: str) -> None:
     print(shown(line), file=sys.stderr, flush=True)
-
-
-def new_job() -> str:
-    """An id that sorts by time, to the microsecond: 20260131T093000123456-1f2e3d4c."""
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{paths.new_attempt()[:8]}"

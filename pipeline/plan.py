@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Literal
 
-from storage_schemas.commit import Task, utc_now
+from storage_schemas.clock import utc_now
+from storage_schemas.commit import Task
 from storage_schemas.errors import StoreError, UsageError
 from storage_schemas.job import Job
 from storage_schemas.layout import Layout

@@ -32,7 +32,10 @@ TRIED = 2
 
 @dataclass
 class Run:
-    """One run of the command: what it asked for, and what it has learnt so far."""
+    """One run of the command: what it asked for, and what it has learnt so far.
+
+    job, began: of its last plan. early: when those of `shards` were committed that may be older than that.
+    """
 
     config: GenerateConfig
     store: Store
@@ -41,7 +44,9 @@ class Run:
     weights: Checkpoint | None = None
     calibration: Calibration | None = None
     job: str = ""
+    began: str = ""
     shards: dict[str, Shard] = field(default_factory=dict)
+    early: dict[str, str] = field(default_factory=dict)
     tried: set[str] = field(default_factory=set)
     again: set[str] = field(default_factory=set)
     failures: dict[str, Failure] = field(default_factory=dict)

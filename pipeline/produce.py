@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +24,14 @@ from pipeline.segments import starting_images
 from pipeline.solve import Solved, denoise_of, solve_task
 from pipeline.weights import kept_weights, teacher_differs
 from storage_schemas import formats, paths
+from storage_schemas.clock import utc
 from storage_schemas.commit import (
+    COMMIT_WITHIN,
     Commit,
     Task,
     column_statistics,
     is_sick,
+    is_whole,
     put_commit,
     read_commit,
     replace_commit,
@@ -37,9 +40,6 @@ from storage_schemas.errors import UserError, usage_errors, without_credentials
 from storage_schemas.layout import Layout
 from storage_schemas.recipe import DataStart, Recipe
 from storage_schemas.store import Store
-
-COMMIT_WITHIN = timedelta(hours=12)
-"""From the begin of an attempt's upload. Prune leaves shards alone that are younger than a day and not committed."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of mallopt, as malloc.h of glibc numbers them."""
@@ -100,7 +100,8 @@ class Producer:
         """
         order = self.order
         with self._solving:
-            there = read_commit(order.store, order.recipe.id, order.layout.id, task.name)
+            first = read_commit(order.store, order.recipe.id, order.layout.id, task.name)
+            there = first if first and is_whole(order.store, first) else None
             sick = there is not None and is_sick(task, there.quarantined, order.recipe.micro_batch)
             if there is not None and not sick and task.name not in order.again:
                 return there
@@ -109,7 +110,7 @@ class Producer:
             seconds = time.perf_counter() - started
         if there is not None and not sick and len(solved.quarantined) >= len(there.quarantined):
             return there
-        commit = put_commit if there is None else replace_commit
+        commit = put_commit if first is None else replace_commit
         return publish(order, task, solved, seconds=seconds, machine=self.machine, commit=commit)
 
 
@@ -154,12 +155,9 @@ def publish(
         labels=label_histogram(solved.columns["condition"]),
         committed_at=committed_at.isoformat(timespec="seconds"),
     )
-    return commit(order.store, ours)
-
-
-def utc() -> datetime:
-    """The wall clock, which goes on while a process or its machine is stopped."""
-    return datetime.now(UTC)
+    stands = commit(order.store, ours)
+    in_time(task, begun)  # it may have slept right before it committed
+    return stands
 
 
 def in_time(task: Task, begun: datetime) -> datetime:

@@ -5,16 +5,16 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 
 from pipeline.config import StatusConfig
-from pipeline.heartbeat import age
 from pipeline.plan import Goal
-from pipeline.upkeep.keep import Target
+from pipeline.upkeep.targets import Target, read_target
 from storage_schemas import paths
+from storage_schemas.clock import age
 from storage_schemas.commit import Commit, Task, list_committed, read_commits
 from storage_schemas.dataset import Pruned, latest_number, read_manifest, read_shard_table
 from storage_schemas.errors import StoreError, shown, warn
-from storage_schemas.job import Failure, Heartbeat, Job
+from storage_schemas.job import Failure, Job
 from storage_schemas.manifest import Manifest
-from storage_schemas.reading import read_all, read_document
+from storage_schemas.reading import read_all
 from storage_schemas.record import SPLITS
 from storage_schemas.store import Store
 
@@ -62,7 +62,7 @@ def find_job(store: Store, job: str | None) -> Target:
         raise StoreError(f"{store.uri} has no job {job}: its last is {jobs[-1]}")
     for name in [job] if job else reversed(jobs):
         try:
-            target = _read_target(store, name)
+            target = read_target(store, name)
         except StoreError as error:
             if job:
                 raise
@@ -72,13 +72,6 @@ def find_job(store: Store, job: str | None) -> Target:
             return target
         warn([f"{store.uri}/{paths.job_path(name)} is missing"])
     raise StoreError(f"{store.uri} has no job that can be read: restore one, or name another with --job")
-
-
-def _read_target(store: Store, name: str) -> Target | None:
-    job, path = read_document(store, paths.job_path(name), Job), paths.heartbeat_path(name)
-    beats, unread = read_all(store, [path], Heartbeat)
-    warn(unread.values())
-    return Target(job, beats.get(path) or Heartbeat(at=job.started_at, state="planning")) if job else None
 
 
 def job_status(store: Store, target: Target, *, now: datetime) -> Status:

@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 
+from pipeline.announce import announce, is_early, new_job
 from pipeline.config import GenerateConfig
+from pipeline.heartbeat import Pulse
 from pipeline.plan import Goal
 from pipeline.prepare import Run
 from pipeline.produce import Order
 from pipeline.progress import Progress
-from pipeline.upkeep.keep import Place, adoptable
+from pipeline.upkeep.keep import adoptable
+from pipeline.upkeep.targets import Place
 from pipeline.workers.dispatch import dispatch
 from pipeline.workers.drain import Drain
 from pipeline.workers.fleet import Fleet
@@ -22,16 +24,14 @@ from storage_schemas.record import SPLITS
 from storage_schemas.shards import Shard
 
 
-def announce(run: Run, goal: Goal, needed: list[Task]) -> None:
-    """Tell the store what this job aims at: from now on no prune begins that would delete it."""
-    job = goal.job(
-        run.job,
-        total=sum(len(goal.window.task_range(split, goal.layout.samples_per_shard)) for split in SPLITS),
-        missing=len(needed),
-        runner=run.config.runner,
-        workers=run.config.num_workers,
-    )
-    run.store.write(paths.job_path(run.job), job.to_bytes())
+def aim_at(run: Run, goal: Goal, needed: list[Task], pulse: Pulse) -> None:
+    """Announce the run's next job. What the job before it holds goes on with it, unless that was taken for dead."""
+    total = sum(len(goal.window.task_range(split, goal.layout.samples_per_shard)) for split in SPLITS)
+    runner, workers = run.config.runner, run.config.num_workers
+    job = goal.job(new_job(), total=total, missing=len(needed), runner=runner, workers=workers)
+    run.job, run.began = job.job, job.started_at
+    if not announce(run.store, run.recipe, job, pulse):
+        run.shards.clear()
 
 
 def adopt(run: Run, needed: list[Task]) -> None:
@@ -43,7 +43,7 @@ def adopt(run: Run, needed: list[Task]) -> None:
     tasks = {task.name: task for task in needed if task.name not in run.shards}
     if not tasks:
         return
-    found = adoptable(run.store, run.job, Place(run.recipe.id, run.layout.id), list(tasks), datetime.now(UTC))
+    found = adoptable(run.store, run.job, Place(run.recipe.id, run.layout.id), list(tasks))
     for name, shard in found.items():
         sick = is_sick(tasks[name], shard.quarantined, run.recipe.micro_batch)
         if sick or (run.config.recheck and shard.quarantined):
@@ -81,6 +81,8 @@ def _patience(config: GenerateConfig) -> Patience:
 def _record(run: Run, outcome: Commit | Failure) -> None:
     if isinstance(outcome, Commit):
         run.shards[outcome.task.name] = Shard.of(outcome)
+        if is_early(outcome, run.began):
+            run.early[outcome.task.name] = outcome.committed_at
     else:
         run.failures[outcome.task] = outcome
         run.store.put_if_absent(paths.failure_path(run.job, outcome.task), outcome.to_bytes())

@@ -4,7 +4,7 @@ import json
 
 from storage_schemas.commit import Commit
 from storage_schemas.documents import Document
-from storage_schemas.job import Failure, Heartbeat, Job, Pin, Prune
+from storage_schemas.job import Failure, Heartbeat, Job, Mark, Pin, Prune
 from storage_schemas.manifest import Manifest
 from storage_schemas.notes import Calibration
 from storage_schemas.recipe import Recipe
@@ -15,10 +15,12 @@ DOCUMENTS: dict[str, type[Document]] = {
     "recipes/<recipe id>/recipe.json": Recipe,
     "recipes/<recipe id>/notes/calibration-<digest>.json": Calibration,
     "recipes/<recipe id>/<layout>/commits/<task>.json": Commit,
+    "recipes/<recipe id>/<layout>/records/<task>-<attempt>.json": Commit,
     "datasets/<name>/manifests/<number>.json": Manifest,
     "jobs/<job>/job.json": Job,
     "jobs/<job>/failures/<task>.json": Failure,
     "jobs/<job>/heartbeat.json": Heartbeat,
+    "jobs/<job>/dead.json": Mark,
     "pins/<run>.json": Pin,
     "prunes/<number>.json": Prune,
 }

@@ -1,11 +1,15 @@
-"""A task is one whole shard's range of ids; a commit is what makes the shard exist."""
+"""A task is one whole shard's range of ids; a commit is what makes the shard exist.
+
+A commit lies in two places. Its record has the attempt in its name, which is never used again: manifests list records,
+so that no late deletion takes what came after. commits/<task>.json says only whose record was first.
+"""
 
 import hashlib
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import timedelta
 from functools import cached_property
 from typing import Literal, Self
 
@@ -23,6 +27,9 @@ MOST_QUARANTINED = 0.01
 
 SICK = 0.1
 """Of a task's samples, how many may not be finite before that is its worker's doing."""
+
+COMMIT_WITHIN = timedelta(hours=12)
+"""From the begin of an attempt's upload. Prune leaves shards alone that are younger than a day and not committed."""
 
 FOOTER = "footer"
 ALL_COLUMNS = "*"
@@ -128,15 +135,19 @@ class Commit(Document):
         return commit
 
     @property
+    def record_path(self) -> str:
+        """Where this document lies for good, by a name of its own attempt: what manifests list."""
+        return paths.record_path(self.recipe_id, self.layout_id, self.task.name, self.attempt)
+
+    @property
     def commit_path(self) -> str:
-        """Where this document lies."""
+        """Where it lies, too, as long as it is the one that others go on with."""
         return paths.commit_path(self.recipe_id, self.layout_id, self.task.name)
 
     @property
     def own_paths(self) -> tuple[str, ...]:
-        """Under its task's name, or under its attempt's own."""
-        recorded = paths.record_path(self.recipe_id, self.layout_id, self.task.name, self.attempt)
-        return self.commit_path, recorded
+        """Under its task's name, and under its attempt's own."""
+        return self.commit_path, self.record_path
 
 
 def is_sick(task: Task, quarantined: Collection[int], micro_batch: int) -> bool:
@@ -149,15 +160,32 @@ def is_sick(task: Task, quarantined: Collection[int], micro_batch: int) -> bool:
 
 
 def replace_commit(store: Store, commit: Commit) -> Commit:
-    """Ours in the place of one whose samples were quarantined; of two who replace one, either's rows are right."""
-    store.write(commit.commit_path, commit.to_bytes())
+    """Ours in the place of one whose samples or file are lost; of two who replace one, either's rows are right.
+
+    The record of the other stays, for the manifests that list it.
+    """
+    data = commit.to_bytes()
+    store.put_if_absent(commit.record_path, data)
+    store.write(commit.commit_path, data)
     return commit
 
 
 def put_commit(store: Store, commit: Commit) -> Commit:
     """The commit that stands now: ours, or that of whoever was first (compare `attempt`)."""
-    there = store.put_if_absent(commit.commit_path, commit.to_bytes())
-    return Commit.from_bytes(there, f"{store.uri}/{commit.commit_path}")
+    data = commit.to_bytes()
+    store.put_if_absent(commit.record_path, data)
+    there = store.put_if_absent(commit.commit_path, data)
+    first = Commit.from_bytes(there, f"{store.uri}/{commit.commit_path}")
+    if first.attempt != commit.attempt:
+        if not is_whole(store, first):
+            return replace_commit(store, commit)
+        store.remove(commit.record_path)  # which nobody has heard of: others go on with the first one's
+    return first
+
+
+def is_whole(store: Store, commit: Commit) -> bool:
+    """Whether a commit's shard is there in its length: one that came late may name a file that was pruned."""
+    return store.size(commit.path) == commit.bytes
 
 
 def read_commit(store: Store, recipe_id: str, layout_id: str, task: str) -> Commit | None:
@@ -181,6 +209,12 @@ def list_committed(store: Store, recipe_id: str, layout_id: str) -> set[str]:
     return {match[1] for match in names if match}
 
 
+def list_records(store: Store, recipe_id: str, layout_id: str) -> set[str]:
+    """Names of all records, <task>-<attempt>, by one listing past every cache."""
+    names = map(paths.RECORD.fullmatch, store.list(paths.records_folder(recipe_id, layout_id)))
+    return {match[1] for match in names if match}
+
+
 def column_statistics(fields: Sequence[record.Field], columns: Columns) -> dict[str, ColumnStatistics]:
     """Mean, standard deviation, minimum and maximum of every state column."""
     return {field.name: _statistics(field, columns[field.name]) for field in fields if not field.is_scalar}
@@ -201,8 +235,3 @@ def _blocks(field: record.Field, stored: np.ndarray) -> Iterator[np.ndarray]:
     rows = max(1, (1 << 20) * len(stored) // stored.size)
     for first in range(0, len(stored), rows):
         yield from_storage(stored[first : first + rows], field.dtype).astype(np.float64)
-
-
-def utc_now() -> str:
-    """The time as ISO 8601 in UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")

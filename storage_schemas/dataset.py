@@ -4,14 +4,15 @@ import hashlib
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from storage_schemas import formats, paths
 from storage_schemas.claims import check_commit
-from storage_schemas.commit import Commit, utc_now
+from storage_schemas.clock import utc_now
+from storage_schemas.commit import Commit
 from storage_schemas.errors import CorruptShard, StoreError
 from storage_schemas.ids import IdSet, id_set
 from storage_schemas.layout import Layout
@@ -116,7 +117,20 @@ def seal(store: Store, draft: ManifestDraft, shards: ShardTable) -> Manifest:
         train_changed_at=parent.train_changed_at if parent and draft.keeps_train else now,
         sealed_at=now,
     )
-    return _put(store, manifest)
+    sealed = _put(store, manifest)
+    if not store.exists(record.path):  # a prune took it for one that nothing will name, while this program slept
+        store.put_if_absent(record.path, table)
+    return sealed
+
+
+def seal_nothing(store: Store, latest: Manifest | None, draft: ManifestDraft) -> Manifest:
+    """The next manifest with the same content, empty for a dataset that has none: it takes the number of `draft`.
+
+    Whoever planned on `latest` loses the race to seal, however long after. LostRace as for `seal`.
+    """
+    if latest is None:
+        return seal(store, draft.model_copy(update={"window": Window(), "missing": (), "ticks": {}}), ShardTable.of([]))
+    return seal_floor(store, latest, writer=draft.writer, floor=latest.floor)
 
 
 def _attested(store: Store, shards: ShardTable) -> ShardTable:
@@ -128,7 +142,7 @@ def _attested(store: Store, shards: ShardTable) -> ShardTable:
             with suppress(StoreError):  # a commit that can't be read is for `verify` to name
                 commit = Commit.from_bytes(data, shard.commit_path) if data else None
                 if commit and shard.lists(commit):
-                    found.append(Shard.of(commit))
+                    found.append(replace(shard, commit_sha256=commit.digest))
     return ShardTable.of(found).plus(shards) if found else shards
 
 
@@ -219,8 +233,8 @@ class Dataset:
 
     def commit(self, shard: Shard) -> Commit:
         """The shard's commit, checked against the manifest: else CorruptShard, or Pruned where that is why."""
-        mine = paths.commit_path(self.recipe.id, self.layout.id, shard.task)
-        if shard.commit_path != mine or paths.is_outside(mine) or paths.is_outside(shard.path):
+        mine = paths.listed_paths(self.recipe.id, self.layout.id, shard.task, shard.path)
+        if shard.commit_path not in mine or any(map(paths.is_outside, (*mine, shard.path))):
             told = f"{self.store.uri}/{self.manifest.shards.path} places {shard.task!r} where no shard of its is"
             raise CorruptShard(f"{told}: restore it")
         data = self.store.read(shard.commit_path)

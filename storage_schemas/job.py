@@ -55,6 +55,13 @@ class Prune(Document):
     ended: bool = False
 
 
+class Mark(Document):
+    """A job that a prune has taken for dead: its driver can't seal what it planned, and nobody builds on its word."""
+
+    run: JobName
+    at: Time
+
+
 class Failure(Document):
     """A task that was set aside after its last attempt."""
 

@@ -56,15 +56,24 @@ class ShardTableRecord(Document):
     count: Count
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class Floor(Document):
     """The oldest manifest number that is still served. `sealed_at`: when the manifest that raised it was sealed.
 
-    From `sweep_at` on, what only older manifests name may be deleted, and so may what none named at `sealed_at`.
+    From `sweep_at` on, what only older manifests name may be deleted, and so may what none named at `sealed_at`. Until
+    then the floor before it holds: `swept` is its number, and what was committed before `since` is stale already.
+    `set_by`: the manifest that raised it. These three are absent from floors of older releases.
     """
 
     number: Positive = 1
     sealed_at: Time | None = None
     sweep_at: Time | None = None
+    swept: Positive | None = Field(default=None, exclude_if=_is_none)
+    since: Time | None = Field(default=None, exclude_if=_is_none)
+    set_by: Positive | None = Field(default=None, exclude_if=_is_none)
 
     @model_validator(mode="after")
     def _times_go_together(self) -> Self:

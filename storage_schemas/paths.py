@@ -2,6 +2,7 @@
 
 import re
 import secrets
+from pathlib import PurePosixPath
 
 from storage_schemas.errors import CONTROLS, StoreError, shown
 
@@ -12,11 +13,16 @@ NOT_LAYOUTS = ("recipe.json", "teacher", "conditions", "notes")
 INDEX = "(?:[0-9]{8}|[1-9][0-9]{8,17})"
 """Of a task, in its name: eight digits at least, and as many as it takes."""
 
-COMMIT = re.compile(rf"((?:train|holdout)-{INDEX})\.json")
-"""Names of our own in a folder of commits; another file there is nobody's commit."""
-
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 RECIPES, DATASETS, JOBS, PINS, PRUNES = "recipes", "datasets", "jobs", "pins", "prunes"
+
+_TASK, _ATTEMPT = f"(?:train|holdout)-{INDEX}", "[0-9a-f]{16}"
+COMMIT = re.compile(rf"({_TASK})\.json")
+RECORD = re.compile(rf"({_TASK}-{_ATTEMPT})\.json")
+SHARD = re.compile(rf"({_TASK}-{_ATTEMPT})\.(?:parquet|tar)")
+TABLE = re.compile(r"[0-9a-f]{64}\.parquet")
+UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+"""Names of our own in a store's folders. A prune leaves every other file where it is."""
 
 
 def new_attempt() -> str:
@@ -60,7 +66,7 @@ def shard_path(recipe_id: str, layout_id: str, task: str, attempt: str, suffix: 
 
 
 def commit_path(recipe_id: str, layout_id: str, task: str) -> str:
-    """The document that makes a shard exist."""
+    """The commit of a task that others go on with."""
     return f"{commits_folder(recipe_id, layout_id)}/{task}.json"
 
 
@@ -72,6 +78,17 @@ def records_folder(recipe_id: str, layout_id: str) -> str:
 def record_path(recipe_id: str, layout_id: str, task: str, attempt: str) -> str:
     """The document that makes a shard exist, under a name that is never used again."""
     return f"{records_folder(recipe_id, layout_id)}/{task}-{attempt}.json"
+
+
+def listed_paths(recipe_id: str, layout_id: str, task: str, shard: str) -> tuple[str, str]:
+    """Where the commit of a shard's path may lie: its record, or the task's commit, which older releases listed."""
+    record = f"{records_folder(recipe_id, layout_id)}/{PurePosixPath(shard).stem}.json"
+    return record, commit_path(recipe_id, layout_id, task)
+
+
+def task_of(record: str) -> str:
+    """The task in the name of a record, <task>-<attempt>; a task's own name as it is."""
+    return "-".join(record.split("-")[:2])
 
 
 def manifests_folder(dataset: str) -> str:
@@ -97,6 +114,11 @@ def job_path(job: str) -> str:
 def heartbeat_path(job: str) -> str:
     """When its driver last said that it lives."""
     return f"jobs/{job}/heartbeat.json"
+
+
+def mark_path(job: str) -> str:
+    """That a prune has taken it for dead."""
+    return f"jobs/{job}/dead.json"
 
 
 def failures_folder(job: str) -> str:

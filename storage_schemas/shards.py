@@ -4,6 +4,7 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from pathlib import PurePosixPath
 from typing import Self, overload
 
 import numpy as np
@@ -36,7 +37,8 @@ SCHEMA = pa.schema(
 class Shard:
     """One row of the table: a file with the rows of ids [start, stop) without the quarantined ones.
 
-    commit_sha256: of the commit's own bytes; None in a row that a release wrote which knew of none.
+    commit_path: of the commit's record; of the task's commit in a row of an older release. commit_sha256: of the
+    commit's own bytes; None in a row that a release wrote which knew of none.
     """
 
     task: str
@@ -50,6 +52,11 @@ class Shard:
     commit_path: str
     quarantined: tuple[int, ...]
     commit_sha256: str | None = None
+
+    @property
+    def commit_name(self) -> str:
+        """Of its commit's document, without .json: <task>-<attempt> of a record, <task> in an older table."""
+        return PurePosixPath(self.commit_path).stem
 
     @property
     def ids(self) -> np.ndarray:
@@ -66,7 +73,8 @@ class Shard:
 
     def lists(self, commit: Commit) -> bool:
         """Whether this row is the commit's: all that both say is one, the digest too where the row has it."""
-        return Shard.of(commit) == replace(self, commit_sha256=self.commit_sha256 or commit.digest)
+        row = replace(self, commit_path=commit.record_path, commit_sha256=self.commit_sha256 or commit.digest)
+        return self.commit_path in (commit.record_path, commit.commit_path) and Shard.of(commit) == row
 
     @classmethod
     def of(cls, commit: Commit) -> Self:
@@ -74,7 +82,7 @@ class Shard:
         task = commit.task
         return cls(
             task.name, task.split, task.start, task.stop, commit.path, commit.bytes, commit.rows, commit.sha256,
-            commit.commit_path, tuple(sorted(commit.quarantined)), commit.digest,
+            commit.record_path, tuple(sorted(commit.quarantined)), commit.digest,
         )  # fmt: skip
 
 
@@ -171,6 +179,11 @@ class ShardTable(Sequence[Shard]):
     def tasks(self) -> frozenset[str]:
         """Names of the tasks."""
         return frozenset(self.table["task"].to_pylist())
+
+    @property
+    def commits(self) -> set[str]:
+        """The `commit_name` of each shard."""
+        return {path.rpartition("/")[2].removesuffix(".json") for path in self.table["commit_path"].to_pylist()}
 
     @cached_property
     def starts(self) -> np.ndarray:

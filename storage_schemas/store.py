@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -261,6 +261,17 @@ class Store:
         self._fs.invalidate_cache(full)
         try:
             return int(self._call(path, lambda: self._fs.info(full))["size"])
+        except MissingFile:
+            return None
+
+    def modified(self, path: str) -> datetime | None:
+        """When the storage put a file into its place, by its own clock; None where it doesn't say, or has no file."""
+        full = self._full(path)
+        self._fs.invalidate_cache(full)
+        try:
+            if self.protocol == "file":  # not its mtime, which is that of the temporary file before
+                return datetime.fromtimestamp(self._call(path, lambda: os.stat(full)).st_ctime, UTC)
+            return backends.modified(self._call(path, lambda: self._fs.info(full)))
         except MissingFile:
             return None
 

@@ -23,7 +23,9 @@ def assert_exactly_once(uri, *, count, holdout=0, name="main"):
     prune(store, keep=1000, grace=timedelta(days=7), clock=lambda: a_month_later)
     left, still_named = _check(store, uri, count, holdout, name)
     assert (left, still_named) == (set(), named), "prune takes the orphans and nothing else"
-    assert not [path for path in every_file(store) if re.search(r"/(commits|manifests)/\.", path)], "half a file"
+    assert not [path for path in every_file(store) if re.search(r"/(commits|records|manifests)/\.", path)], (
+        "half a file"
+    )
     return orphans
 
 
@@ -65,7 +67,7 @@ def _files(store, dataset, manifests):
 
 
 DOCUMENTS = (
-    r"store\.json|recipes/\w+/(recipe\.json|[\w-]+/commits/[\w-]+\.json)|datasets/[\w-]+/manifests/\d{6}\.json"
+    r"store\.json|recipes/\w+/(recipe\.json|[\w-]+/(commits|records)/[\w-]+\.json)|datasets/[\w-]+/manifests/\d{6}\.json"
     r"|jobs/[\w-]+/(\w+\.json|failures/[\w-]+\.json)|prunes/\d+\.json"
     r"|.*/\.[^/]+\.tmp"  # what a killed writer leaves beside a local file; no list shows it
 )

@@ -1,8 +1,9 @@
 """Pins say that a run still reads a manifest, so that nothing it needs is pruned. A read-only store has none."""
 
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 from storage_schemas import paths
+from storage_schemas.clock import check_clock, utc
 from storage_schemas.errors import StoreError
 from storage_schemas.job import Pin
 from storage_schemas.store import Store
@@ -20,7 +21,7 @@ class Pins:
 
     def hold(self, number: int) -> str | None:
         """Pin a manifest, if that is due; a line for the user where the store refuses."""
-        now = datetime.now(UTC)
+        now = utc()
         written = self._written.get(number)
         if written is not None and now - written < _RENEWED:
             return None
@@ -30,6 +31,7 @@ class Pins:
         pin = Pin(run=name, dataset=self._dataset, number=number, expires_at=expires)
         try:
             self._store.write(paths.pin_path(name), pin.to_bytes())
+            check_clock(self._store, paths.pin_path(name), since=now)
         except StoreError as error:
             return f"manifest {number} is not pinned ({error}): a prune may remove what this run reads"
         return None

@@ -14,7 +14,7 @@ from pipeline.config import CalibrateConfig, GridConfig
 from pipeline.prepare import load
 from pipeline.recipe import build_recipe
 from pipeline.workers.trial import try_out
-from storage_schemas.commit import utc_now
+from storage_schemas.clock import utc_now
 from storage_schemas.errors import UserError, usage_errors
 from storage_schemas.extras import need
 from storage_schemas.notes import Calibration, CalibrationPoint, Reference, cheapest

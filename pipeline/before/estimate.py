@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from diffusion import checkpoint
-from pipeline.amounts import told_size
+from pipeline.amounts import PER_TASK, told_size
 from pipeline.before.timing import Timing, time_a_worker
 from pipeline.config import PlanConfig
 from pipeline.guard import check_continues
@@ -95,7 +95,7 @@ def find_work(run: Run) -> Work:
         tasks_in_window=sum(1 for _ in window.tasks(run.layout.samples_per_shard)),
         tasks_adopted=len(needed) - left,
         samples=left * run.layout.samples_per_shard,
-        objects=2 * left + PER_JOB + len(recipe) + (not run.store.exists(paths.STORE)),
+        objects=PER_TASK * left + PER_JOB + len(recipe) + (not run.store.exists(paths.STORE)),
         recipe_bytes=sum(recipe),
     )
 
@@ -121,7 +121,7 @@ def foretell(config: PlanConfig, run: Run, work: Work, timing: Timing) -> Estima
     first = timing.start + timing.load + max(0.0, timing.warm_up - statistics.median(timing.batches))
     wall = first + solve + write + (rounds - 1) * max(solve, write)
     device, units = _paid(config, timing, workers)
-    size = work.tasks * (timing.shard_bytes + timing.commit_bytes) + work.recipe_bytes
+    size = work.tasks * (timing.shard_bytes + (PER_TASK - 1) * timing.commit_bytes) + work.recipe_bytes
     hours = units * wall / HOUR
     return Estimate(
         nfe=timing.nfe,
@@ -167,7 +167,7 @@ def told(config: PlanConfig, run: Run, work: Work, timing: Timing | None, estima
     yield f"calls      {estimate.nfe} a sample (NFE), {estimate.nfe_total} in all"
     yield (
         f"bytes      {told_size(estimate.bytes)}, {told_size(timing.shard_bytes)} a shard, in {work.objects} objects: "
-        f"{work.tasks} shards, {work.tasks} commits, {work.objects - 2 * work.tasks} more"
+        f"{work.tasks} shards, {work.tasks} commits in two places, {work.objects - PER_TASK * work.tasks} more"
     )
     yield (
         f"a task     solving {_time(estimate.solve_seconds)}, writing {_time(estimate.write_seconds)} "

@@ -121,7 +121,7 @@ def _write(producer: Producer, solved: Solved, rows: int) -> Written:
     commit = publish(replace(producer.order, store=store), task, filled, seconds=0.0, machine=producer.machine)
     seconds, data = time.perf_counter() - began, store.read(commit.path)
     assert data is not None
-    for path in (commit.path, commit.commit_path):
+    for path in (commit.path, commit.record_path, commit.commit_path):
         store.remove(path)
     return Written(seconds, commit, data)
 

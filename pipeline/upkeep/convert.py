@@ -7,23 +7,20 @@ whole shards, also past the window, so a new shard may need ids that no old one 
 import json
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 from pipeline.after.scan import in_order
 from pipeline.amounts import say_amounts
+from pipeline.announce import announce, is_early, new_job
 from pipeline.config import ConvertConfig
-from pipeline.generate import new_job
 from pipeline.heartbeat import Pulse
 from pipeline.outcome import DONE, QUARANTINED, described, lacks_samples
 from pipeline.plan import Goal, Plans
 from pipeline.progress import Progress
-from pipeline.upkeep.keep import Lapsed, Place, adoptable, check_committed
+from pipeline.upkeep.keep import Lapsed, adoptable, check_held
 from pipeline.upkeep.relayout import convert_tasks, grouped, new_tasks
+from pipeline.upkeep.targets import Place
 from pipeline.workers.drain import stoppable
-from storage_schemas import paths
-from storage_schemas.commit import Task
 from storage_schemas.dataset import Dataset, LostRace, Pruned, latest_manifest, open_dataset, seal
 from storage_schemas.errors import UserError, usage_errors
 from storage_schemas.ids import id_set
@@ -37,7 +34,7 @@ from storage_schemas.store import Store
 
 @dataclass
 class Conversion:
-    """One run: from which dataset, into which layout and name, and what is committed in it so far."""
+    """One plan: from which dataset, into which layout and name, and what is committed in it so far."""
 
     source: Dataset
     layout: Layout
@@ -45,26 +42,27 @@ class Conversion:
     parent: Manifest | None
     job: str
     shards: dict[str, Shard] = field(default_factory=dict)
+    early: dict[str, str] = field(default_factory=dict)
     written: int = 0
 
 
 def run_convert(config: ConvertConfig) -> int:
     """The exit code."""
-    started, store, job = time.monotonic(), Store.open(config.store), new_job()
+    started, store = time.monotonic(), Store.open(config.store)
     with stoppable():
-        manifest, written = _carry_out(store, config, job)
+        manifest, job, written = _carry_out(store, config)
     _tell(manifest, written, job, time.monotonic() - started, as_json=config.as_json)
     return QUARANTINED if lacks_samples(manifest) else DONE
 
 
-def _carry_out(store: Store, config: ConvertConfig, job: str) -> tuple[Manifest, int]:
-    """`_settle`, with the job's last word."""
-    pulse = Pulse(store, job)
+def _carry_out(store: Store, config: ConvertConfig) -> tuple[Manifest, str, int]:
+    """`_settle`, with the job's last word, and the job."""
+    pulse = Pulse(store)
     last: JobState = "failed"
     try:
-        manifest, written = _settle(store, config, job, pulse)
-        last = "sealed" if manifest.writer == job else "ended"
-        return manifest, written
+        manifest, written = _settle(store, config, pulse)
+        last = "sealed" if manifest.writer == pulse.job else "ended"
+        return manifest, pulse.job, written
     except KeyboardInterrupt:
         last = "stopped"
         raise
@@ -72,20 +70,17 @@ def _carry_out(store: Store, config: ConvertConfig, job: str) -> tuple[Manifest,
         pulse.end(last)
 
 
-def _settle(store: Store, config: ConvertConfig, job: str, pulse: Pulse) -> tuple[Manifest, int]:
+def _settle(store: Store, config: ConvertConfig, pulse: Pulse) -> tuple[Manifest, int]:
     """The manifest that shows the dataset in the layout, and the shards written; planned anew after a lost race."""
     written, plans = 0, Plans(store)
     while True:
-        run = _planned(store, config, job)
+        run = _planned(store, config, new_job())
         plans.begin(run.parent)
         if run.parent is not None and _shows(run.parent, run):
             return run.parent, written
         try:
             return _fulfil(run, config, pulse), written + run.written
         except (LostRace, Pruned, Lapsed) as why:
-            if isinstance(why, Lapsed):
-                pulse.lapsed = False
-            pulse.plan_again()
             written += run.written
             print(f"{why}: planning again", file=sys.stderr, flush=True)
 
@@ -108,10 +103,10 @@ def _shows(manifest: Manifest, run: Conversion) -> bool:
 def _fulfil(run: Conversion, config: ConvertConfig, pulse: Pulse) -> Manifest:
     """Write what is not committed yet, and seal."""
     tasks, missing = new_tasks(run.source, run.layout)
-    _announce(run, tasks, threads=config.threads)
-    pulse.say("planning")
+    job = _goal(run).job(run.job, total=len(tasks), missing=len(tasks), runner="convert", workers=config.threads)
+    announce(run.source.store, run.source.recipe, job, pulse)
     # What an earlier run of this, or a `generate` of the same recipe, has committed in the layout.
-    run.shards = adoptable(run.source.store, run.job, _place(run), [task.name for task in tasks], datetime.now(UTC))
+    run.shards = adoptable(run.source.store, run.job, _place(run), [task.name for task in tasks])
     todo = [task for task in tasks if task.name not in run.shards]
     if todo:
         say_amounts(run.source.store, run.source.recipe, run.layout, todo, calls=False, here=0)
@@ -123,7 +118,9 @@ def _fulfil(run: Conversion, config: ConvertConfig, pulse: Pulse) -> Manifest:
                 progress.count(commit)
                 run.shards[commit.task.name] = Shard.of(commit)
                 run.written += 1
-    check_committed(run.source.store, _place(run), run.shards.keys(), pulse)
+                if is_early(commit, job.started_at):
+                    run.early[commit.task.name] = commit.committed_at
+    check_held(run.source.store, run.job, _place(run), run.shards, run.early)
     return _seal(run, missing)
 
 
@@ -134,12 +131,6 @@ def _place(run: Conversion) -> Place:
 def _goal(run: Conversion) -> Goal:
     manifest = run.source.manifest
     return Goal(run.dataset, run.parent, manifest.recipe_id, run.layout, manifest.window)
-
-
-def _announce(run: Conversion, tasks: Sequence[Task], *, threads: int) -> None:
-    """Tell the store what this job aims at: from now on no prune begins that would delete it."""
-    job = _goal(run).job(run.job, total=len(tasks), missing=len(tasks), runner="convert", workers=threads)
-    run.source.store.write(paths.job_path(run.job), job.to_bytes())
 
 
 def _seal(run: Conversion, missing: tuple[str, ...]) -> Manifest:

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from pipeline.plan import Plans
-from pipeline.upkeep.keep import Kept, Place, Target, name_tasks, served
+from pipeline.upkeep.keep import Kept, floor_in_force, grace_of, name_commits, next_floor, served
 from pipeline.upkeep.sweep import places
+from pipeline.upkeep.targets import Place, Target
 from storage_schemas import paths
-from storage_schemas.commit import list_committed
+from storage_schemas.commit import list_committed, list_records
 from storage_schemas.dataset import LostRace, Pruned, latest_manifest, list_numbers, read_manifest, seal_floor
 from storage_schemas.job import Pin
-from storage_schemas.manifest import Floor, Manifest
+from storage_schemas.manifest import Manifest
 from storage_schemas.store import Store
 
 
@@ -48,7 +49,7 @@ def find_spare(store: Store, latest: list[Manifest], pins: list[Pin], targets: t
         spare = [number for number in list_numbers(store, one.dataset) if number in below and number not in pinned]
         manifests += [paths.manifest_path(one.dataset, number) for number in spare]
         floors |= {one.dataset: below.stop} if spare else {}
-    kept = Kept(name_kept(store, latest, pins, floors), targets)
+    kept = Kept(name_kept(store, latest, pins, {it.dataset: it.floor.number for it in latest} | floors), targets)
     commits = tuple(_unnamed(store, kept))
     if commits and not floors and latest:
         floors = {latest[0].dataset: latest[0].floor.number}  # as before: it only marks the time
@@ -57,25 +58,46 @@ def find_spare(store: Store, latest: list[Manifest], pins: list[Pin], targets: t
 
 def _unnamed(store: Store, kept: Kept) -> Iterator[str]:
     for place in places(store):
-        for name in sorted(list_committed(store, *place)):
-            if not kept.has(place, name):
-                yield paths.commit_path(*place, name)
+        records = list_records(store, *place)
+        bare = list_committed(store, *place) - {paths.task_of(record) for record in records}
+        yield from sorted(paths.commit_path(*place, task) for task in bare if not kept.has(place, task))
+        folder = paths.records_folder(*place)
+        yield from (f"{folder}/{record}.json" for record in sorted(records) if not kept.has(place, record))
 
 
 def name_kept(
     store: Store, latest: list[Manifest], pins: Iterable[Pin], floors: Mapping[str, int]
 ) -> dict[Place, set[str]]:
-    """Tasks that served and pinned manifests list, as if `floors` were set already."""
-    named = name_tasks(store, [one for it in latest for one in served(store, it, floors.get(it.dataset))])
+    """Commits that the datasets' manifests from these floors on list, and pinned ones."""
+    named = name_commits(store, [one for it in latest for one in served(store, it, floors[it.dataset])])
     for pin in pins:
         manifest = read_manifest(store, pin.dataset, pin.number)
         try:
-            more = name_tasks(store, [manifest] if manifest else [])
+            more = name_commits(store, [manifest] if manifest else [])
         except Pruned:  # the pin came too late
             continue
-        for place, tasks in more.items():
-            named.setdefault(place, set()).update(tasks)
+        for place, commits in more.items():
+            named.setdefault(place, set()).update(commits)
     return named
+
+
+def as_observed(store: Store, manifest: Manifest) -> Manifest:
+    """The manifest with its floor due no earlier than a grace after the storage has taken it.
+
+    Whoever set the floor may have slept between writing down the times and putting the manifest.
+    """
+    floor = manifest.floor
+    path = paths.manifest_path(manifest.dataset, floor.set_by) if floor.set_by else None
+    taken = store.modified(path) if path else None
+    if taken is None or floor.sweep_at is None:
+        return manifest
+    sweep_at = max(datetime.fromisoformat(floor.sweep_at), taken + grace_of(floor)).isoformat(timespec="seconds")
+    return manifest.model_copy(update={"floor": floor.model_copy(update={"sweep_at": sweep_at})})
+
+
+def floors_in_force(latest: Iterable[Manifest], now: datetime) -> dict[str, int]:
+    """The lowest number of each dataset that is served still."""
+    return {manifest.dataset: floor_in_force(manifest.floor, now) for manifest in latest}
 
 
 def set_floor(
@@ -87,9 +109,7 @@ def set_floor(
         latest = latest_manifest(store, dataset)
         assert latest is not None  # the newest one is never deleted
         plans.begin(latest)
-        now = clock()
-        times = (time.isoformat(timespec="seconds") for time in (now, now + grace))
-        floor = Floor(number=max(number, latest.floor.number), sealed_at=next(times), sweep_at=next(times))
+        floor = next_floor(latest, number, now=clock(), grace=grace)
         try:
             return seal_floor(store, latest, writer=writer, floor=floor)
         except LostRace as lost:

@@ -1,85 +1,50 @@
 """What a store must keep: one rule for both sides. `prune` deletes none of it, a driver builds on nothing else.
 
-A commit is stale if it is older than the sealing of a floor whose sweep is due. Stale commits are kept where a served
-manifest, a pin or a job names them. Age is a fact in the documents, so no clock makes the two sides disagree on it.
+A commit is stale if it is older than the sealing of a floor whose sweep is due, or was due when another was set. Stale
+commits are kept where a served manifest, a pin or a job names them. Age is a fact in the documents, so no clock makes
+the two sides disagree on it.
 """
 
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import NamedTuple
 
-from pipeline.heartbeat import SKEW, SPARED, Pulse, age
+from pipeline.upkeep.targets import Place, Target, is_lost, vouchers
 from storage_schemas import paths
-from storage_schemas.commit import Task, list_committed, read_commits
+from storage_schemas.clock import SKEW, age, utc
+from storage_schemas.commit import COMMIT_WITHIN, Commit, list_records, read_commits
 from storage_schemas.dataset import latest_manifest, list_numbers, read_manifest, read_shard_table
-from storage_schemas.errors import StoreError
-from storage_schemas.job import Heartbeat, Job
 from storage_schemas.manifest import Floor, Manifest
 from storage_schemas.shards import Shard
 from storage_schemas.store import Store
 
-OVER = ("sealed", "ended", "refused")
-"""A job in one of these states has nothing that its manifest doesn't name."""
-
-VOUCHES = ("running", "failed", "stopped")
-"""A job in one of these states has checked what it builds on, so others may build on it too."""
-
-
 BATCH = 4096
 """Commits that are in memory at a time."""
-
-
-class StaleCommits(StoreError):
-    """Commits that a prune may be deleting just now."""
 
 
 class Lapsed(Exception):
     """What a job holds for committed may be gone, as its message says: it must look again."""
 
 
-class Place(NamedTuple):
-    """Where the shards of one recipe in one layout lie."""
-
-    recipe_id: str
-    layout_id: str
-
-    @classmethod
-    def of(cls, document: Manifest | Job) -> "Place":
-        """Where a manifest's shards or a job's lie."""
-        return cls(document.recipe_id, document.layout.id)
-
-
-@dataclass(frozen=True)
-class Target:
-    """A job and its last heartbeat."""
-
-    job: Job
-    beat: Heartbeat
-
-    def names(self, place: Place, task: str) -> bool:
-        """Whether the job's window has this task."""
-        if Place.of(self.job) != place:
-            return False
-        named = Task.parse(task, self.job.layout.samples_per_shard)
-        return named.index in self.job.window.task_range(named.split, named.samples_per_shard)
-
-
 @dataclass(frozen=True)
 class Kept:
-    """Tasks that must stay: named one by one by manifests, or by a job's window."""
+    """Commits that must stay: named one by one by manifests, or by the tasks of a job's window.
 
-    tasks: dict[Place, set[str]] = field(default_factory=dict)
+    A commit's name is that of its record, <task>-<attempt>; <task> alone where an older release listed it so.
+    """
+
+    commits: dict[Place, set[str]] = field(default_factory=dict)
     targets: tuple[Target, ...] = ()
 
-    def has(self, place: Place, task: str) -> bool:
-        """Whether anything names the task."""
-        return task in self.tasks.get(place, ()) or any(target.names(place, task) for target in self.targets)
+    def has(self, place: Place, name: str) -> bool:
+        """Whether anything names the commit."""
+        task = paths.task_of(name)
+        return name in self.commits.get(place, ()) or any(target.names(place, task) for target in self.targets)
 
     @property
     def recipes(self) -> set[str]:
         """Ids of the recipes of all that is kept."""
-        return {place.recipe_id for place in self.tasks} | {target.job.recipe_id for target in self.targets}
+        return {place.recipe_id for place in self.commits} | {target.job.recipe_id for target in self.targets}
 
 
 def latest_manifests(store: Store) -> list[Manifest]:
@@ -88,110 +53,147 @@ def latest_manifests(store: Store) -> list[Manifest]:
     return [manifest for manifest in found if manifest]
 
 
-def due(floors: Iterable[Floor], now: datetime) -> str | None:
-    """What was committed before this time is stale: the latest sealing of a floor that is due; None if none is."""
-    past = [floor for floor in floors if floor.sweep_at and datetime.fromisoformat(floor.sweep_at) <= now]
-    return max((floor.sealed_at for floor in past if floor.sealed_at), default=None)
+def is_due(floor: Floor, now: datetime) -> bool:
+    """Whether what the floor allows may be deleted."""
+    return floor.sweep_at is None or datetime.fromisoformat(floor.sweep_at) <= now
 
 
-def served(store: Store, latest: Manifest, floor: int | None = None) -> Iterator[Manifest]:
-    """The dataset's manifests from the floor on."""
+def floor_in_force(floor: Floor, now: datetime) -> int:
+    """The lowest number that is served still: until a floor is due, the one before it holds."""
+    return floor.number if is_due(floor, now) else floor.swept or 1
+
+
+def stale_since(floors: Iterable[Floor], now: datetime) -> str | None:
+    """What was committed before this time is stale: the latest sealing of a floor that is or was due."""
+    times = ((floor.sealed_at if is_due(floor, now) else floor.since) or floor.since for floor in floors)
+    return max((time for time in times if time), default=None)
+
+
+def served(store: Store, latest: Manifest, floor: int) -> Iterator[Manifest]:
+    """The dataset's manifests from a number on."""
     for number in list_numbers(store, latest.dataset):
-        manifest = read_manifest(store, latest.dataset, number) if number >= (floor or latest.floor.number) else None
+        manifest = read_manifest(store, latest.dataset, number) if number >= floor else None
         if manifest:
             yield manifest
 
 
-def name_tasks(store: Store, manifests: Iterable[Manifest]) -> dict[Place, set[str]]:
-    """The tasks that these manifests list."""
-    tasks: dict[Place, set[str]] = {}
+def name_commits(store: Store, manifests: Iterable[Manifest]) -> dict[Place, set[str]]:
+    """The commits that these manifests list."""
+    commits: dict[Place, set[str]] = {}
     seen: set[str] = set()
     for manifest in manifests:
-        known = tasks.setdefault(Place.of(manifest), set())
+        known = commits.setdefault(Place.of(manifest), set())
         if manifest.shards.path not in seen:
-            known |= read_shard_table(store, manifest).tasks
+            known |= read_shard_table(store, manifest).commits
             seen.add(manifest.shards.path)
-    return tasks
+    return commits
 
 
-def read_targets(store: Store) -> list[Target]:
-    """Every job whose document is there; one without a heartbeat has its first as of its start."""
-    names = store.list(paths.JOBS)
-    jobs = store.read_many([paths.job_path(name) for name in names])
-    beats = store.read_many([paths.heartbeat_path(name) for name in names])
-    return [_target(store, job, beat) for job, beat in zip(jobs, beats, strict=True) if job]
+def adoptable(store: Store, job: str, place: Place, tasks: Sequence[str]) -> dict[str, Shard]:
+    """Shards of those tasks that are committed. A commit that a prune may be deleting is taken back: solve it again.
 
+    `job` is announced in the store already; without one this changes nothing there.
 
-def read_target(store: Store, job: str) -> Target | None:
-    """One job, None if its document is not there."""
-    document, beat = store.read_many([paths.job_path(job), paths.heartbeat_path(job)])
-    return _target(store, document, beat) if document else None
-
-
-def _target(store: Store, job: bytes, beat: bytes | None) -> Target:
-    document = Job.from_bytes(job, f"{store.uri}/{paths.JOBS}")
-    first = Heartbeat(at=document.started_at, state="planning")
-    return Target(document, Heartbeat.from_bytes(beat, f"{store.uri}/{paths.JOBS}") if beat else first)
-
-
-def spared(targets: Iterable[Target], now: datetime, grace: timedelta) -> tuple[Target, ...]:
-    """Jobs that are at work, or that died or failed so lately that somebody may go on with them."""
-    patience = max(grace, SPARED)
-    return tuple(it for it in targets if it.beat.state not in OVER and age(it.beat.at, now) < patience)
-
-
-def adoptable(store: Store, job: str, place: Place, tasks: Sequence[str], now: datetime) -> dict[str, Shard]:
-    """Shards of those tasks that are committed. StaleCommits if a prune may be deleting one of the commits.
-
-    `job` is announced in the store already. A prune that has listed the jobs before that began its sweep before now:
-    what it may delete is stale now, and was then neither served nor named by a job. The floors are read before the
-    commits: should that prune have set another floor by then, what it deleted isn't listed any more.
+    A prune that has listed the jobs before that began its sweep before now: what it may delete is stale now, and was
+    then neither served nor named by a job. The floors and the other jobs are read before the commits: should that
+    prune have set another floor by then, what it deleted isn't listed any more.
     """
     latest = latest_manifests(store)
-    since = due((manifest.floor for manifest in latest), now + SKEW)
-    committed = list_committed(store, *place)
-    names = [name for name in tasks if name in committed]
+    named = _named(store, job, place, latest)
+    since = stale_since([it.floor for it in latest], utc() + SKEW)
+    written = {file.name: file.modified for file in store.list_details(paths.commits_folder(*place))}
+    files = {file.name: file.size for file in store.list_details(paths.shards_folder(*place))}
+    records = list_records(store, *place)
+    there = [name for name in tasks if f"{name}.json" in written]
     shards: dict[str, Shard] = {}
-    stale: list[str] = []
-    for first in range(0, len(names), BATCH):  # a commit is much larger than what is kept of it
-        commits = read_commits(store, *place, names[first : first + BATCH])
-        shards |= {name: Shard.of(commit) for name, commit in commits.items()}
-        stale += [name for name, commit in commits.items() if since and commit.committed_at < since]
-    if stale:
-        _refuse_unnamed(store, job, place, stale, latest, now)
+    for first in range(0, len(there), BATCH):  # a commit is much larger than what is kept of it
+        for name, commit in read_commits(store, *place, there[first : first + BATCH]).items():
+            if files.get(commit.path.rpartition("/")[2]) != commit.bytes:
+                continue  # a late commit of a shard that was pruned: whoever solves it again takes its place
+            if not _is_stale(commit, since, written[f"{name}.json"]) or named.names(commit):
+                shards[name] = Shard.of(commit)
+                if job and _record(commit) not in records:
+                    _put_record(store, commit)
+            elif job:
+                store.remove(commit.commit_path)
     return shards
 
 
-def _refuse_unnamed(
-    store: Store, job: str, place: Place, stale: Sequence[str], latest: Sequence[Manifest], now: datetime
-) -> None:
-    alike = (it for newest in latest for it in served(store, newest) if Place.of(it) == place)
-    kept = Kept(name_tasks(store, alike), _vouchers(store, job, [it.floor for it in latest], now))
-    names = [name for name in stale if not kept.has(place, name)]
-    if names:
-        raise StaleCommits(
-            f"{len(names)} tasks, such as {names[0]}, have commits that nothing in {store.uri} names any more and "
-            f"that a prune may delete: run `python -m pipeline prune {store.uri}` to its end first"
-        )
+@dataclass(frozen=True)
+class _Named:
+    """What was named when a job began to look."""
+
+    commits: Collection[str]
+    kept: Kept
+    place: Place
+
+    def names(self, commit: Commit) -> bool:
+        """By a served manifest, or by a job that has checked it."""
+        names = (_record(commit), commit.task.name)
+        return any(name in self.commits for name in names) or self.kept.has(self.place, commit.task.name)
 
 
-def check_committed(store: Store, place: Place, tasks: Set[str], pulse: Pulse) -> None:
-    """Right before sealing: Lapsed if commits that the job holds are gone, or if a prune may take it for dead.
+def _named(store: Store, job: str, place: Place, latest: Sequence[Manifest]) -> _Named:
+    now = utc() + SKEW
+    if stale_since([it.floor for it in latest], now) is None:
+        return _Named((), Kept(), place)  # nothing is stale, and nobody need ask
+    others = Kept(targets=vouchers(store, job))
+    alike = (it for newest in latest for it in served(store, newest, floor_in_force(newest.floor, now)))
+    commits = name_commits(store, (it for it in alike if Place.of(it) == place))
+    return _Named(commits.get(place, ()), others, place)
 
-    A prune's deletion whose answer was lost may be tried again when its task was made anew.
+
+def _is_stale(commit: Commit, since: str | None, written: datetime | None) -> bool:
+    """Whether a prune may delete it where nothing names it. One that came late may have been deleted before."""
+    is_late = written is not None and age(commit.committed_at, written) > COMMIT_WITHIN
+    return since is not None and (commit.committed_at < since or is_late)
+
+
+def _record(commit: Commit) -> str:
+    return f"{commit.task.name}-{commit.attempt}"
+
+
+def _put_record(store: Store, commit: Commit) -> None:
+    """Of a commit of an older release, which knew of no records."""
+    data = store.read(commit.commit_path)
+    if data is not None and Commit.from_bytes(data, commit.commit_path).attempt == commit.attempt:
+        store.put_if_absent(commit.record_path, data)
+
+
+def check_held(store: Store, job: str, place: Place, shards: dict[str, Shard], early: Mapping[str, str]) -> None:
+    """Right before sealing. Lapsed where a prune may delete, or has deleted, what the job holds: it is let go of here.
+
+    early: of shards that came from workers, those that may have been committed before the job was announced, and when.
     """
-    pulse.say("running", found=pulse.beat.found)  # the machine may just have woken up
-    if pulse.lapsed:
-        raise Lapsed("this job could not be heard of for long")
-    gone = tasks - list_committed(store, *place)
+    if is_lost(store, job):
+        shards.clear()
+        raise Lapsed("a prune took this job for dead")
+    records = list_records(store, *place)
+    gone = {name for name, shard in shards.items() if shard.commit_name not in records}
+    gone |= _doomed(store, job, place, {name: at for name, at in early.items() if name in shards})
+    for name in gone:
+        del shards[name]
     if gone:
         raise Lapsed(f"{len(gone)} commits of this job, such as {min(gone)}, are gone")
 
 
-def _vouchers(store: Store, job: str, floors: list[Floor], now: datetime) -> tuple[Target, ...]:
-    """Jobs that every sweep so far has spared: it spares them for the longest grace of any floor at least."""
-    others = [it for it in read_targets(store) if it.job.job != job and it.beat.state in VOUCHES]
-    return spared(others, now + SKEW, max(map(grace_of, floors), default=timedelta()))
+def _doomed(store: Store, job: str, place: Place, early: Mapping[str, str]) -> set[str]:
+    since = stale_since([it.floor for it in latest_manifests(store)], utc() + SKEW)
+    stale = [name for name, at in early.items() if since and at < since]
+    return set(stale) - adoptable(store, job, place, stale).keys() if stale else set()
+
+
+def next_floor(latest: Manifest, number: int, *, now: datetime, grace: timedelta) -> Floor:
+    """The floor at `number` or at the latest's own, whatever is higher, which is due after the grace."""
+    before = latest.floor
+    return Floor(
+        number=max(number, before.number),
+        sealed_at=now.isoformat(timespec="seconds"),
+        sweep_at=(now + grace).isoformat(timespec="seconds"),
+        swept=floor_in_force(before, now),
+        since=stale_since([before], now),
+        set_by=latest.number + 1,
+    )
 
 
 def grace_of(floor: Floor) -> timedelta:

@@ -1,12 +1,16 @@
 """One prune at a time: who takes the next number in prunes/ holds it, until the end or an hour of silence."""
 
 import platform
+import re
+import threading
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Self
 
-from pipeline.heartbeat import SKEW, SPARED, age
+from pipeline.heartbeat import SPARED
+from pipeline.upkeep.targets import readable
 from storage_schemas import paths
+from storage_schemas.clock import SKEW, age
 from storage_schemas.errors import StoreError
 from storage_schemas.job import Prune
 from storage_schemas.store import Store
@@ -15,33 +19,40 @@ RENEWED = timedelta(minutes=1)
 
 
 class Lease:
-    """Taken when made. `check` before every batch of deletions, `end` at the end."""
+    """Taken when made. `check` right before every deletion, `end` at the end."""
 
     def __init__(self, store: Store, run: str, clock: Callable[[], datetime]) -> None:
         self.store, self.run, self.clock = store, run, clock
+        self._lock = threading.Lock()
         number = _last_number(store)
         self._refuse_if_held(number)
         self.number = number + 1
-        there = store.put_if_absent(paths.prune_path(self.number), self._document().to_bytes())
+        there = store.put_if_absent(self.path, self._document().to_bytes())
         if Prune.from_bytes(there, store.uri).run != run:
             raise self._held(Prune.from_bytes(there, store.uri))
         self._renewed = clock()
 
+    @property
+    def path(self) -> str:
+        """Of the document by which it is held."""
+        return paths.prune_path(self.number)
+
     def check(self) -> None:
         """Say that we live, and make sure that nobody has taken us for dead."""
-        silent = self.clock() - self._renewed
-        if silent < RENEWED:
-            return
-        if silent > SPARED - SKEW or _last_number(self.store) != self.number:
-            raise StoreError(f"this prune of {self.store.uri} was held up for {silent}: run it again")
-        self._write(self._document())
+        with self._lock:
+            silent = self.clock() - self._renewed
+            if silent < RENEWED:
+                return
+            if silent > SPARED - SKEW or _last_number(self.store) != self.number:
+                raise StoreError(f"this prune of {self.store.uri} was held up for {silent}: run it again")
+            self._write(self._document())
 
     def end(self) -> None:
         """Let the next one begin."""
         self._write(self._document(ended=True))
-        for name in self.store.list(paths.PRUNES):
-            if name < paths.prune_path(self.number).rpartition("/")[2]:
-                self.store.remove(f"{paths.PRUNES}/{name}")
+        for number in _numbers(self.store):
+            if number < self.number:
+                self.store.remove(paths.prune_path(number))
 
     def __enter__(self) -> Self:
         return self
@@ -54,12 +65,12 @@ class Lease:
         return Prune(run=self.run, machine=platform.node(), at=at, ended=ended)
 
     def _write(self, document: Prune) -> None:
-        self.store.write(paths.prune_path(self.number), document.to_bytes())
+        self.store.write(self.path, document.to_bytes())
         self._renewed = self.clock()
 
     def _refuse_if_held(self, number: int) -> None:
-        data = self.store.read(paths.prune_path(number)) if number else None
-        last = Prune.from_bytes(data, self.store.uri) if data else None
+        path = paths.prune_path(number)
+        last = readable(self.store, [path], Prune, []).get(path) if number else None
         if last and not last.ended and age(last.at, self.clock()) < SPARED:
             raise self._held(last)
 
@@ -70,6 +81,10 @@ class Lease:
         )
 
 
+def _numbers(store: Store) -> list[int]:
+    names = (re.fullmatch(r"([0-9]{6,18})\.json", name) for name in store.list(paths.PRUNES))
+    return [int(match[1]) for match in names if match]
+
+
 def _last_number(store: Store) -> int:
-    names = [name.removesuffix(".json") for name in store.list(paths.PRUNES)]
-    return max((int(name) for name in names if name.isdecimal()), default=0)
+    return max(_numbers(store), default=0)

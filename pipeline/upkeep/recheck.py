@@ -15,15 +15,15 @@ THREADS = 16
 def still_there(store: Store, listed: ShardTable) -> ShardTable:
     """The shards whose commit and file are there. StoreError where a commit stands but its file is lost."""
     lost: list[str] = []
-    bare: list[Commit] = []
+    bare: list[Shard] = []
     for shard, commit, whole in _looked_up(store, listed):
         if commit is not None and not whole:
-            bare.append(commit)
+            bare.append(shard)
         elif commit is None or not shard.lists(commit):
             lost.append(shard.task)
     if bare:
         raise StoreError(
-            f"{len(bare)} tasks ({names([commit.task.name for commit in bare])}) have a commit in {store.uri} but "
+            f"{len(bare)} tasks ({names([shard.task for shard in bare])}) have a commit in {store.uri} but "
             f"their shard is gone or cut short: restore it, or delete {bare[0].commit_path}"
             f"{' and so on' * (len(bare) > 1)} and run this again"
         )

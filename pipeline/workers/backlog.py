@@ -4,7 +4,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
 from pipeline.produce import Problem
-from storage_schemas.commit import Task, utc_now
+from storage_schemas.clock import utc_now
+from storage_schemas.commit import Task
 from storage_schemas.job import Failure
 from storage_schemas.names import MOST_TEXT
 

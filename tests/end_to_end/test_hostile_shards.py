@@ -274,7 +274,7 @@ def retold(commit: dict[str, Any], data: bytes) -> dict[str, Any]:
 
 def attest(target: Target, commit: dict[str, Any], data: bytes) -> None:
     """Writes the commit as `data`, and lets the table list what it says, as far as a table can."""
-    path = next(path for path in target.files if path.name == f"{TASK}.json" and path.parent.name == "commits")
+    path = next(path for path in target.files if path.parent.name == "records" and path.name.startswith(TASK))
     path.write_bytes(data)
     known = {"sha256": str, "path": str, "bytes": int, "rows": int}
     said = {name: commit[name] for name, kind in known.items() if type(commit.get(name)) is kind}
@@ -294,7 +294,7 @@ def changes(draw: st.DrawFn) -> Callable[[Target], bool]:
     data = draw(st.data())
 
     def change(target: Target) -> bool:
-        commit_path = next(p for p in target.files if p.name == f"{TASK}.json" and p.parent.name == "commits")
+        commit_path = next(p for p in target.files if p.parent.name == "records" and p.name.startswith(TASK))
         commit = json.loads(target.files[commit_path])
         if kind == "commit":
             document = data.draw(st.composite(lambda pick: change_json(pick, commit))(), "commit")

@@ -3,6 +3,7 @@
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timedelta
 from functools import cache
 from pathlib import Path
@@ -11,10 +12,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.announce import is_early
 from pipeline.config import GenerateConfig
 from pipeline.prepare import Run
+from pipeline.produce import LateAttempt, in_time
 from storage_schemas import paths
-from storage_schemas.commit import Commit, Task, put_commit, read_commit, utc_now
+from storage_schemas.clock import utc, utc_now
+from storage_schemas.commit import Commit, Task, is_whole, put_commit, read_commit, replace_commit
 from storage_schemas.dataset import latest_manifest, list_numbers, open_dataset, put_recipe, read_shard_table, seal
 from storage_schemas.formats import EncodedShard, encode_shard
 from storage_schemas.layout import Layout
@@ -57,7 +61,14 @@ def encoded(task: Task, recipe_id: str) -> tuple[EncodedShard, bytes]:
         return shard, local.read_bytes()
 
 
-def commit_task(store: Store, task: Task, *, recipe: Recipe = RECIPE, at: str | None = None) -> Commit:
+def commit_task(
+    store: Store,
+    task: Task,
+    *,
+    recipe: Recipe = RECIPE,
+    at: str | None = None,
+    put: Callable[[Store, Commit], Commit] = put_commit,
+) -> Commit:
     """Upload and commit as a worker does, at a time of its own where `at` is given."""
     shard, data = encoded(task, recipe.id)
     attempt = paths.new_attempt()
@@ -80,7 +91,7 @@ def commit_task(store: Store, task: Task, *, recipe: Recipe = RECIPE, at: str | 
         machine={},
         committed_at=at or utc_now(),
     )
-    return put_commit(store, commit)
+    return put(store, commit)
 
 
 def seal_window(
@@ -120,8 +131,28 @@ def new_run(store: Store, count: int, *, dataset: str = "main", recipe: Recipe =
 def solve_by_hand(run: Run, tasks: list[Task]) -> None:
     """In place of pipeline.work.solve_missing: each task as a worker would do it, without the solve."""
     for task in tasks:
-        there = read_commit(run.store, run.recipe.id, run.layout.id, task.name)
-        run.shards[task.name] = Shard.of(there or commit_task(run.store, task, recipe=run.recipe))
+        commit = None
+        while commit is None:  # a worker that finds itself late begins again
+            with suppress(LateAttempt):
+                commit = _work(run, task)
+        run.shards[task.name] = Shard.of(commit)
+        if is_early(commit, run.began):
+            run.early[task.name] = commit.committed_at
+
+
+def _work(run: Run, task: Task) -> Commit:
+    first = read_commit(run.store, run.recipe.id, run.layout.id, task.name)
+    if first and is_whole(run.store, first):
+        return first
+    begun = utc()
+
+    def put(store: Store, commit: Commit) -> Commit:
+        in_time(task, begun)
+        stands = (replace_commit if first else put_commit)(store, commit)
+        in_time(task, begun)
+        return stands
+
+    return commit_task(run.store, task, recipe=run.recipe, put=put)
 
 
 def check_served(store: Store) -> None:
@@ -180,6 +211,10 @@ class WatchedStore(Store):
     def size(self, path: str) -> int | None:
         self.hook("size", path)
         return super().size(path)
+
+    def modified(self, path: str) -> datetime | None:
+        self.hook("modified", path)
+        return super().modified(path)
 
 
 class Stepper:

@@ -63,6 +63,14 @@ class IndexedFiles:
         except KeyError:
             raise FileNotFoundError(path) from None
 
+    def rm_file(self, path: str) -> None:
+        folder, _, name = path.rpartition("/")
+        if self.folders.get(folder, {}).pop(name, None) is None:
+            raise FileNotFoundError(path)
+
+    def info(self, path: str) -> dict[str, Any]:
+        return {"size": len(self.cat_file(path))}
+
     def ls(self, folder: str, detail: bool = False) -> list[str]:
         if folder not in self.folders:
             raise FileNotFoundError(folder)
@@ -116,6 +124,7 @@ class Cluster:
         attempt = f"{self.rng.getrandbits(64):016x}"
         path = paths.shard_path(self.recipe.id, self.layout.id, task.name, attempt, self.layout.suffix)
         self.uploaded.add(path)
+        self.store.write(path, b"x")
         return Commit(
             split=task.split, index=task.index, samples_per_shard=task.samples_per_shard,
             recipe_id=self.recipe.id, layout_id=self.layout.id, attempt=attempt, path=path,

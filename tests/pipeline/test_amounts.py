@@ -34,7 +34,7 @@ def test_the_line_says_what_is_made(generate, free, tmp_path):
     line = next(line for line in err.splitlines() if line.startswith("to make: "))
     # builtin:gaussian by heun: 2 calls a step but the last, of 3 states of float16; 4 shards of 64.
     assert line.startswith("to make: 256 samples in 4 shards of 64, 1792 network calls, ")
-    assert line.endswith(" in 8 objects, 5 GB are free")
+    assert line.endswith(" in 12 objects, 5 GB are free")
     code, _, err = generate(tmp_path)
     assert (code, "to make" in err) == (0, False)
     code, _, err = generate(tmp_path, count=200)

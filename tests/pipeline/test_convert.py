@@ -68,16 +68,17 @@ def test_its_job_and_its_end_are_told(generate, pipeline, tmp_path):
 def test_a_commit_that_is_gone_before_the_sealing_is_made_again(generate, pipeline, tmp_path, monkeypatch):
     """As if a prune had deleted it: the first look right before sealing finds one commit less than was written."""
     generate(tmp_path)
-    look, looks = keep.list_committed, []
+    look, looks = keep.list_records, []
 
     def missing_one(store, recipe_id, layout_id):
         looks.append(layout_id)
         if len(looks) == 2:
             (commit,) = tmp_path.glob("recipes/*/webdataset-64/commits/train-00000001.json")
-            commit.unlink()
+            (record,) = tmp_path.glob("recipes/*/webdataset-64/records/train-00000001-*.json")
+            commit.unlink(), record.unlink()
         return look(store, recipe_id, layout_id)
 
-    monkeypatch.setattr("pipeline.upkeep.keep.list_committed", missing_one)
+    monkeypatch.setattr("pipeline.upkeep.keep.list_records", missing_one)
     code, out, err = pipeline("convert", tmp_path, "--to", "webdataset", "--json")
     assert (code, json.loads(out)["written"], "train-00000001, are gone: planning again" in err) == (0, 5, True)
     assert pipeline("verify", tmp_path)[0] == 0

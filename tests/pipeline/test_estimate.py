@@ -80,7 +80,7 @@ def test_what_is_there_is_not_counted_again(at_home, plan, generate, tmp_path):
     inside = plan(store, count=192)["work"]  # the last shard holds these ids already
     assert (inside["tasks"], inside["objects"]) == (0, 4)
     more = plan(store, count=320)["work"]
-    assert (more["tasks"], more["tasks_in_window"], more["objects"], more["recipe_bytes"]) == (2, 6, 2 * 2 + 4, 0)
+    assert (more["tasks"], more["tasks_in_window"], more["objects"], more["recipe_bytes"]) == (2, 6, 2 * 3 + 4, 0)
     assert files(store) == before
 
 
@@ -137,7 +137,7 @@ TIMING = Timing(
     total=15.0,
     machine={"host": "gpu-1", "device": "cuda NVIDIA H100"},
 )
-WORK = Work(tasks=10, tasks_in_window=12, tasks_adopted=2, samples=10 * 1024, objects=30, recipe_bytes=500)
+WORK = Work(tasks=10, tasks_in_window=12, tasks_adopted=2, samples=10 * 1024, objects=40, recipe_bytes=500)
 
 
 def summed(timing=TIMING, **fields):
@@ -159,7 +159,7 @@ def test_the_sums():
     assert estimate.wall_seconds == (1 + 2 + (4 - 2)) + 8 + 4 + 2 * 8
     assert estimate.device_hours == pytest.approx(4 * 0.5 * 33 / 3600)
     assert estimate.compute_cost == pytest.approx(3.6 * 66 / 3600)
-    assert estimate.bytes == 10 * (10**9 + 1000) + 500
+    assert estimate.bytes == 10 * (10**9 + 2 * 1000) + 500
     assert estimate.storage_cost_a_month == pytest.approx(5.0, rel=1e-4)
     assert (estimate.nfe_total, estimate.micro_batches) == (31 * 10240, 40)
     assert "bottleneck solving" in text

@@ -254,18 +254,19 @@ def test_recheck_makes_again_what_is_lost(generate, pipeline, ids_of, tmp_path):
     generate(tmp_path)
     code, out, _ = generate(tmp_path, "--recheck")
     assert (code, "nothing to do" in out, "every listed shard is there" in out) == (0, True, True)
-    first, second = sorted(tmp_path.glob("recipes/*/*/commits/train-*.json"))[:2]
+    first, second = sorted(tmp_path.glob("recipes/*/*/records/train-*.json"))[:2]
     first.unlink()
+    (first.parent.parent / "commits" / f"{first.stem[:14]}.json").unlink()
     assert "nothing to do" in generate(tmp_path)[1], "what the parent lists isn't looked up"
     assert pipeline("verify", tmp_path)[0] == 1
     code, out, _ = generate(tmp_path, "--recheck")
     assert (code, "1 of 1 tasks run here" in out, manifest(tmp_path).number) == (0, True, 2)
     assert ids_of(tmp_path)["train"] == list(range(160))
     assert pipeline("verify", tmp_path)[0] == 0
-    next(iter(tmp_path.glob(f"recipes/*/*/shards/{second.stem}-*"))).write_bytes(b"short")
+    next(iter(tmp_path.glob(f"recipes/*/*/shards/{second.stem}.*"))).write_bytes(b"short")
     code, out, err = generate(tmp_path, "--recheck")
     assert (code, out, err.count("\n")) == (1, "", 1)
-    assert f"1 tasks ({second.stem}) have a commit in {tmp_path} but their shard is gone or cut short" in err
+    assert f"1 tasks ({second.stem[:14]}) have a commit in {tmp_path} but their shard is gone or cut short" in err
     second.unlink()
     assert generate(tmp_path, "--recheck")[0] == 0
     assert pipeline("verify", tmp_path)[0] == 0

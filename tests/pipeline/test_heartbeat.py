@@ -6,7 +6,7 @@ import time
 import pytest
 
 import pipeline.heartbeat
-from pipeline.heartbeat import LAPSED, Pulse
+from pipeline.heartbeat import Pulse
 from storage_schemas import paths
 from storage_schemas.errors import StoreError
 from storage_schemas.job import Heartbeat
@@ -33,9 +33,10 @@ def wait_until(condition):
 def test_it_beats_until_its_last_word(store, monkeypatch):
     times = iter(f"2026-01-01T00:{minute // 60:02d}:{minute % 60:02d}+00:00" for minute in range(3600))
     monkeypatch.setattr(pipeline.heartbeat, "utc_now", lambda: next(times))
-    pulse = Pulse(store, "job", every=0.01)
+    pulse = Pulse(store, every=0.01)
     assert last(store) is None, "a job that has nothing to do leaves nothing"
-    pulse.say("planning")
+    pulse.begin("job")
+    assert last(store).state == "planning"
     pulse.say("running", found=7)
     said = last(store)
     wait_until(lambda: last(store).at > said.at)
@@ -48,7 +49,7 @@ def test_it_beats_until_its_last_word(store, monkeypatch):
 
 
 def test_a_job_that_never_began_says_nothing_at_its_end(store):
-    Pulse(store, "job").end("failed")
+    Pulse(store).end("failed")
     assert store.list(paths.JOBS) == []
 
 
@@ -60,7 +61,8 @@ def test_a_store_that_refuses_it_does_the_job_no_harm(store, monkeypatch):
         raise (StoreError("full") if len(refused) % 2 else OSError("reset"))
 
     monkeypatch.setattr(Store, "write", refuse)
-    pulse = Pulse(store, "job", every=0.01)
+    pulse = Pulse(store, every=0.01)
+    pulse.begin("job")
     pulse.say("running")
     wait_until(lambda: len(refused) > 5)
     monkeypatch.undo()
@@ -68,18 +70,15 @@ def test_a_store_that_refuses_it_does_the_job_no_harm(store, monkeypatch):
     assert last(store).state == "failed"
 
 
-def test_a_long_silence_is_remembered_though_it_ended(store, monkeypatch):
-    now = time.time()
-    monkeypatch.setattr(pipeline.heartbeat.time, "time", lambda: now - 2 * LAPSED.total_seconds())
-    pulse = Pulse(store, "job", every=3600)
-    monkeypatch.setattr(pipeline.heartbeat.time, "time", lambda: now)
-    pulse.say("running")
-    assert not pulse.lapsed, "it rechecked a million shards before its first word"
-    monkeypatch.setattr(pipeline.heartbeat.time, "time", lambda: now + LAPSED.total_seconds() - 5)
-    pulse.say("running")
-    assert not pulse.lapsed
-    monkeypatch.setattr(pipeline.heartbeat.time, "time", lambda: now + 2 * LAPSED.total_seconds())
-    pulse.say("running")
-    pulse.say("running")
-    assert pulse.lapsed
-    pulse.end("sealed")
+def test_the_next_job_of_a_driver_ends_the_one_before_it(store):
+    pulse = Pulse(store, every=3600)
+    pulse.begin("first")
+    pulse.say("running", found=3)
+    pulse.begin("second")
+    assert [(last(store, job).state, last(store, job).found) for job in ("first", "second")] == [
+        ("ended", 3),
+        ("planning", 0),
+    ]
+    pulse.end("failed")
+    assert last(store, "second").state == "refused", "it has checked nothing"
+    assert last(store, "first").state == "ended"

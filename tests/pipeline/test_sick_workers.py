@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from pipeline.after.verify import check_dataset
 from pipeline.workers.dispatch import PAUSE_SECONDS, dispatch
 from pipeline.workers.fleet import Finished, Ready
 from storage_schemas.commit import Commit, Task, is_sick
@@ -157,3 +158,16 @@ def test_nobody_adopts_what_a_sick_worker_committed(generate, ids_of, tmp_path):
     assert ids_of(tmp_path, "second")["train"] == list(range(160))
     dataset = open_dataset(Store.open(str(tmp_path)), "second")
     assert not np.any(dataset.shards("train").quarantined)
+
+
+def test_what_listed_quarantined_samples_stays_readable_after_a_recheck(generate, ids_of, nan_at, tmp_path):
+    """The task's commit is another now, but a manifest that is served lists the record of the first one."""
+    nan_at(70)
+    generate(tmp_path, teacher=FLAKY)
+    nan_at()
+    assert generate(tmp_path, "--recheck", teacher=FLAKY)[0] == 0
+    store = Store.open(str(tmp_path))
+    first, second = (open_dataset(store, number=number) for number in (1, 2))
+    assert [len(dataset.shards("train").quarantined) for dataset in (first, second)] == [1, 0]
+    for dataset in (first, second):
+        assert check_dataset(dataset) == []

@@ -53,7 +53,7 @@ def test_a_flipped_bit_a_cut_file_and_a_missing_one_are_each_named(generate, pip
 
 
 def test_a_missing_commit_is_named(store, pipeline):
-    (commit,) = store.glob("recipes/*/*/commits/train-00000001.json")
+    (commit,) = store.glob("recipes/*/*/records/train-00000001-*.json")
     commit.unlink()
     code, out, _ = pipeline("verify", store)
     assert (code, out.startswith("train-00000001: "), "is missing" in out) == (1, True, True)
@@ -130,12 +130,12 @@ def test_an_older_manifest_can_be_asked_for(generate, pipeline, tmp_path):
 
 
 def test_a_commit_with_a_damaged_checksum_is_named(store, pipeline):
-    (path,) = store.glob("recipes/*/*/commits/train-00000001.json")
+    (path,) = store.glob("recipes/*/*/records/train-00000001-*.json")
     commit = json.loads(path.read_bytes())
     next(chunk for chunk in commit["chunks"] if chunk["column"] == "noise")["xxh3"] = "0" * 32
     path.write_text(json.dumps(commit))
     code, out, _ = pipeline("verify", store)
-    assert (code, "train-00000001.json is not what the manifest lists" in out) == (1, True)
+    assert (code, f"{path.name} is not what the manifest lists" in out) == (1, True)
     forget_digests(Store.open(str(store)))
     code, out, _ = pipeline("verify", store)
     assert (code, out.count("train-00000001: ")) == (1, 1)

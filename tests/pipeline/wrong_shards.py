@@ -31,7 +31,8 @@ def spoil(folder, change=lambda columns, dataset, task: columns, *, tasks=None, 
             commit = dataset.commit(shard)
             columns = {name: np.array(column) for name, column in dataset.read(shard).items()}
             columns = change(columns, dataset, commit.task) or columns
-            (Path(folder) / shard.commit_path).unlink()
+            for path in (commit.commit_path, commit.record_path):
+                (Path(folder) / path).unlink()
             ids = tuple(lost(commit.task))
             kept = ~np.isin(columns["sample_id"], ids)
             columns = {name: column[kept] for name, column in columns.items()} if ids else columns

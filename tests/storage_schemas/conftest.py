@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from storage_schemas import paths
-from storage_schemas.commit import Commit, Task, column_statistics, put_commit, utc_now
+from storage_schemas.clock import utc_now
+from storage_schemas.commit import Commit, Task, column_statistics, put_commit
 from storage_schemas.formats import encode_shard
 from storage_schemas.layout import Layout
 from storage_schemas.recipe import NoiseRecord, Recipe, SolverRecord, TeacherRecord, UniformLabels

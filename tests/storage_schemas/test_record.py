@@ -173,5 +173,5 @@ def test_a_document_that_is_not_ours_is_one_line() -> None:
 def test_the_module_prints_json_schemas() -> None:
     printed = subprocess.run([sys.executable, "-m", "storage_schemas"], capture_output=True, check=True).stdout
     schemas = json.loads(printed)
-    assert len(schemas) == 10
+    assert len(schemas) == 12
     assert schemas["recipes/<recipe id>/recipe.json"]["additionalProperties"] is False

@@ -14,7 +14,8 @@ from diffusion import noise
 from diffusion.grids import karras
 from diffusion.teachers import builtin_checkpoint, load_teacher
 from storage_schemas import paths
-from storage_schemas.commit import Commit, Task, put_commit, utc_now
+from storage_schemas.clock import utc_now
+from storage_schemas.commit import Commit, Task, put_commit
 from storage_schemas.dataset import put_recipe, seal
 from storage_schemas.formats import encode_shard
 from storage_schemas.layout import Layout

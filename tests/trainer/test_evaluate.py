@@ -13,8 +13,9 @@ from diffusion.solvers import solve
 from diffusion.spec import model_from_spec, process_from_spec
 from diffusion.teachers import Teacher, builtin_checkpoint, from_checkpoint
 from storage_schemas import paths
+from storage_schemas.clock import utc_now
 from storage_schemas.command_line import Command, main
-from storage_schemas.commit import Commit, put_commit, utc_now
+from storage_schemas.commit import Commit, put_commit
 from storage_schemas.dataset import put_recipe, seal
 from storage_schemas.errors import ManifestMismatch
 from storage_schemas.formats import encode_shard

@@ -146,7 +146,7 @@ def ours(told: str) -> list[str]:
 
 def spoil(store, number: int, how: str) -> None:
     """Flip a bit of a train shard's outputs, or remove the shard."""
-    (path,) = Path(store.uri).glob(f"recipes/*/*/commits/train-{number:08d}.json")
+    (path,) = Path(store.uri).glob(f"recipes/*/*/records/train-{number:08d}-*.json")
     commit = json.loads(path.read_text())
     shard = Path(store.uri) / commit["path"]
     if how == "missing":

@@ -13,7 +13,8 @@ from diffusion.gaussian import GaussianTeacher
 from diffusion.grids import karras
 from diffusion.process import VE
 from storage_schemas import paths
-from storage_schemas.commit import Commit, put_commit, utc_now
+from storage_schemas.clock import utc_now
+from storage_schemas.commit import Commit, put_commit
 from storage_schemas.dataset import open_dataset, put_recipe, seal
 from storage_schemas.errors import ManifestMismatch
 from storage_schemas.formats import encode_shard

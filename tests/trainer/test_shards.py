@@ -20,7 +20,7 @@ from storage_schemas.ranges import checksum
 from storage_schemas.recipe import UniformLabels
 from storage_schemas.record import Columns, Field
 from storage_schemas.store import Store
-from tests.forged import follow_commits, forget_digests, rewrite
+from tests.forged import forget_digests
 from tests.trainer import conftest
 from trainer.reading.chunks import Chunks, Reading
 from trainer.reading.rows import Rows, copy_rows
@@ -251,34 +251,6 @@ def test_a_tar_of_somebody_else_is_parsed_once(make, source, monkeypatch, whole_
     again = source(store)
     assert_known(again.load(shuffled(again)), again)
     assert not parsed, "the cache has what was parsed"
-
-
-def zeroed(recipe, task, ids) -> Columns:
-    known = known_columns(recipe, task, ids)
-    return known | {field.name: np.zeros_like(known[field.name]) for field in recipe.fields if not field.is_scalar}
-
-
-@by_format
-def test_a_store_that_claims_anothers_sums_fills_nothing_of_its_cache(make, source, monkeypatch, format):
-    """Both are decoded into one cache, and the forger's commits name the bytes of the honest store's files."""
-    codec = formats.Codec(foreign_encode(True), webdataset.decode)
-    monkeypatch.setitem(formats.CODECS, "webdataset", codec)
-    options = {"format": format, "dtype": "float16"} | ({"compression": "zstd"} if format == "parquet" else {})
-    honest = make("honest", **options)
-    monkeypatch.setattr(conftest, "exact_columns", zeroed)
-    forged = make("forged", **options)
-    sums = {shard.commit_path: shard.sha256 for shard in open_dataset(honest).table}
-    for path, sha256 in sums.items():
-        rewrite(forged, path, lambda commit, sha256=sha256: commit.update(sha256=sha256))
-    follow_commits(forged)
-    theirs = source(forged)
-    wrong = theirs.load(shuffled(theirs))
-    for field in theirs.fields:
-        out = np.ones((len(wrong), field.nbytes), np.uint8)
-        copy_rows(wrong.addresses[field.name], out)
-        assert not out.any(), "the cache holds what it has"
-    ours = source(honest)
-    assert_known(ours.load(shuffled(ours)), ours)
 
 
 def test_a_tar_with_fewer_rows_than_its_commit_is_refused(make, source, monkeypatch):
