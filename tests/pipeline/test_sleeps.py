@@ -188,7 +188,7 @@ def slides(store):
     return drive(store, (16, 36), "main")
 
 
-@pytest.mark.parametrize("pairs", [4, pytest.param(120, marks=[pytest.mark.faults, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("pairs", [4, pytest.param(40, marks=[pytest.mark.faults, pytest.mark.timeout(900)])])
 @pytest.mark.parametrize("second", [slides, begins, prunes])
 @pytest.mark.parametrize("first", ACTORS)
 def test_two_sleep_at_any_pair_of_steps(uri, clock, first, second, pairs):
