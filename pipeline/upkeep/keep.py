@@ -5,7 +5,7 @@ commits are kept where a served manifest, a pin or a job names them. Age is a fa
 the two sides disagree on it.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
@@ -98,9 +98,9 @@ def adoptable(store: Store, job: str, place: Place, tasks: Sequence[str]) -> dic
     then neither served nor named by a job. The floors and the other jobs are read before the commits: should that
     prune have set another floor by then, what it deleted isn't listed any more.
     """
-    latest = latest_manifests(store)
-    named = _named(store, job, place, latest)
-    since = stale_since([it.floor for it in latest], utc() + SKEW)
+    latest, now = latest_manifests(store), utc() + SKEW
+    since = stale_since([it.floor for it in latest], now)
+    named = _named(store, job, place, latest, now) if since else Kept()  # nothing is stale, and nobody need ask
     written = {file.name: file.modified for file in store.list_details(paths.commits_folder(*place))}
     files = {file.name: file.size for file in store.list_details(paths.shards_folder(*place))}
     records = list_records(store, *place)
@@ -110,7 +110,8 @@ def adoptable(store: Store, job: str, place: Place, tasks: Sequence[str]) -> dic
         for name, commit in read_commits(store, *place, there[first : first + BATCH]).items():
             if files.get(commit.path.rpartition("/")[2]) != commit.bytes:
                 continue  # a late commit of a shard that was pruned: whoever solves it again takes its place
-            if not _is_stale(commit, since, written[f"{name}.json"]) or named.names(commit):
+            is_named = named.has(place, _record(commit)) or named.has(place, name)
+            if is_named or not _is_stale(commit, since, written[f"{name}.json"]):
                 shards[name] = Shard.of(commit)
                 if job and _record(commit) not in records:
                     _put_record(store, commit)
@@ -119,28 +120,11 @@ def adoptable(store: Store, job: str, place: Place, tasks: Sequence[str]) -> dic
     return shards
 
 
-@dataclass(frozen=True)
-class _Named:
-    """What was named when a job began to look."""
-
-    commits: Collection[str]
-    kept: Kept
-    place: Place
-
-    def names(self, commit: Commit) -> bool:
-        """By a served manifest, or by a job that has checked it."""
-        names = (_record(commit), commit.task.name)
-        return any(name in self.commits for name in names) or self.kept.has(self.place, commit.task.name)
-
-
-def _named(store: Store, job: str, place: Place, latest: Sequence[Manifest]) -> _Named:
-    now = utc() + SKEW
-    if stale_since([it.floor for it in latest], now) is None:
-        return _Named((), Kept(), place)  # nothing is stale, and nobody need ask
-    others = Kept(targets=vouchers(store, job))
+def _named(store: Store, job: str, place: Place, latest: Sequence[Manifest], now: datetime) -> Kept:
+    """What served manifests list at a place, and jobs that have checked what they build on."""
+    others = vouchers(store, job)
     alike = (it for newest in latest for it in served(store, newest, floor_in_force(newest.floor, now)))
-    commits = name_commits(store, (it for it in alike if Place.of(it) == place))
-    return _Named(commits.get(place, ()), others, place)
+    return Kept(name_commits(store, (it for it in alike if Place.of(it) == place)), others)
 
 
 def _is_stale(commit: Commit, since: str | None, written: datetime | None) -> bool:
