@@ -25,8 +25,9 @@ venv: .venv/installed
 demo: venv
 	PATH="$(CURDIR)/$(BIN):$$PATH" ./tests/end_to_end/demo.sh runs/demo
 
+# On two cores at once, a file of tests after the other on each.
 test: lint $(BIN)/kubectl
-	$(BIN)/python -m pytest -m "not faults and not gpu"
+	$(BIN)/python -m pytest -m "not faults and not gpu" --numprocesses 2 --dist loadfile
 
 # Renders the overlays of deploy/ in its tests.
 $(BIN)/kubectl: .venv/installed

@@ -131,6 +131,7 @@ def test_a_task_past_its_deadline_has_its_process_ended(generate, ids_of, tmp_pa
     assert ids_of(tmp_path / "store")["train"] == list(range(160))
 
 
+@pytest.mark.faults
 def test_the_only_worker_can_not_be_ended_and_says_so(start, tmp_path):
     words = line_of_work(tmp_path, "--runner", "local", "--straggler-seconds", 1)
     job = start(*words, STRANGE_DELAY="20")

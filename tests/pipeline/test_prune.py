@@ -501,7 +501,11 @@ def lay_out(uri, files):
     memory.pipe({f"{uri.removeprefix('memory:/')}/{path}": data for path, data in files.items()})
 
 
-def at_every_point(place, act, rival, *, steps, make=old_store):
+EVERY = [3, pytest.param(1, marks=pytest.mark.faults)]
+"""Third points in the quick tests, each one in the others."""
+
+
+def at_every_point(place, act, rival, *, steps, stride=1, make=old_store):
     """`rival` does `steps(k)` operations at the k-th operation of `act` and the rest after it, for every k."""
     files = snapshot(place, make)
     k = 0
@@ -524,7 +528,7 @@ def at_every_point(place, act, rival, *, steps, make=old_store):
             check(Store(place), act, outcome)
         else:
             assert not isinstance(outcome, Exception) or rival is prunes_at_once, outcome
-        k += 1
+        k += stride
         if next(count) < k:
             return k
 
@@ -532,20 +536,23 @@ def at_every_point(place, act, rival, *, steps, make=old_store):
 ALL = 10**6
 
 
+@pytest.mark.parametrize("stride", EVERY)
 @pytest.mark.parametrize("rival", RIVALS)
-def test_everyone_at_every_point_of_a_prune(uri, rival):
-    assert at_every_point(uri, prune_at, rival, steps=lambda k: ALL) > 40
+def test_everyone_at_every_point_of_a_prune(uri, rival, stride):
+    assert at_every_point(uri, prune_at, rival, steps=lambda k: ALL, stride=stride) > 40
 
 
+@pytest.mark.parametrize("stride", EVERY)
 @pytest.mark.parametrize("act", RIVALS)
-def test_a_prune_at_every_point_of_everyone(uri, act):
-    assert at_every_point(uri, act, prune_at, steps=lambda k: ALL) > 5
+def test_a_prune_at_every_point_of_everyone(uri, act, stride):
+    assert at_every_point(uri, act, prune_at, steps=lambda k: ALL, stride=stride) > 5
 
 
+@pytest.mark.parametrize("stride", EVERY)
 @pytest.mark.parametrize("act", [plans, seals, reads])
-def test_floors_set_and_swept_at_once_at_every_point_of_everyone(uri, act):
+def test_floors_set_and_swept_at_once_at_every_point_of_everyone(uri, act, stride):
     """With no grace at all, and two in a row: only heartbeats and pins hold anything."""
-    assert at_every_point(uri, act, prunes_twice, steps=lambda k: ALL) > 5
+    assert at_every_point(uri, act, prunes_twice, steps=lambda k: ALL, stride=stride) > 5
 
 
 def begins(store):
@@ -591,7 +598,7 @@ def test_a_prune_that_dies_anywhere_leaves_what_the_next_one_takes(uri):
         prune_at(store, NOW + timedelta(days=2))
         check_served(store)
         assert (tasks_of(store), list_numbers(store, "main")) == ({2, 3}, [3, 4])
-        k += 1
+        k += 2
     assert k > 40
 
 

@@ -71,6 +71,7 @@ def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError(process.communicate()[1])
 
 
+@pytest.mark.faults
 def test_a_signal_to_one_rank_stops_both_and_one_process_goes_on(make_store, tmp_path):
     store, whole, out = make_store(), tmp_path / "whole", tmp_path / "cut"
     fit(whole, store, "--steps", 400)
