@@ -65,7 +65,7 @@ STEPS_OF_A_WORKER = {
     "while it encodes": partial(around, formats, "encode_shard", after=""),
     "before the upload": partial(around, Store, "upload", before=""),
     "during the upload": half_way,
-    "after the upload": partial(put, before="/commits/"),
+    "after the upload": partial(put, before="/records/"),
     "after the commit": partial(put, after="/commits/"),
 }
 STEPS_OF_A_DRIVER = {
