@@ -17,7 +17,7 @@ IMPATIENT = '{"config_kwargs": {"read_timeout": 2}}'
 """What a user of fsspec sets: the tests' hanging server is not worth a cloud's 15 s."""
 
 CREATES = {"commit": ("create", "/commits/"), "manifest": ("create", r"/manifests/\d+\.json")}
-OTHERS = {"upload": ("put", "/shards/"), "read": ("read", ""), "list": ("list", "")}
+OTHERS = {"upload": ("put", "/shards/"), "read": ("range", ""), "list": ("list", "")}
 
 
 ONLY_CREATES = ("conflict", "precondition", "precondition_after")
