@@ -170,8 +170,10 @@ def _state(sealed: int | None, target: Target, left: int, now: datetime) -> str:
         return f"stopped with {left} tasks missing, at {at}: generate again goes on from here"
     if state == "failed":
         return f"ended with {left} tasks missing, nothing sealed, at {at}"
-    if state in ("ended", "refused"):
-        return f"ended at {at}: another job made what it asked for" if state == "ended" else f"refused at {at}"
+    if state == "ended":
+        return f"ended at {at}: another job made what it asked for, or goes on with it"
+    if state == "refused":
+        return f"refused at {at}"
     if age(at, now) > STALLED:
         return f"stalled since {at}: it may be dead, generate again goes on from here"
     return "running" if left else "all tasks committed, not sealed"

@@ -38,7 +38,7 @@ class Heartbeat(Document):
     """A driver's last word on its job. `found`: tasks of the job that were committed before it began to solve.
 
     planning -> running (it has checked what it builds on) -> sealed, ended (another job made what was asked), failed,
-    stopped; planning -> refused. A job that lost the race to seal is planning again.
+    stopped; planning -> refused. A job that lost the race to seal has ended: its driver plans again as another.
     """
 
     at: Time

@@ -37,9 +37,9 @@ class Kept:
     targets: tuple[Target, ...] = ()
 
     def has(self, place: Place, name: str) -> bool:
-        """Whether anything names the commit."""
-        task = paths.task_of(name)
-        return name in self.commits.get(place, ()) or any(target.names(place, task) for target in self.targets)
+        """Whether anything names the commit; where an older release listed the task, all of the task's are kept."""
+        task, listed = paths.task_of(name), self.commits.get(place, ())
+        return name in listed or task in listed or any(target.names(place, task) for target in self.targets)
 
     @property
     def recipes(self) -> set[str]:
@@ -110,8 +110,7 @@ def adoptable(store: Store, job: str, place: Place, tasks: Sequence[str]) -> dic
         for name, commit in read_commits(store, *place, there[first : first + BATCH]).items():
             if files.get(commit.path.rpartition("/")[2]) != commit.bytes:
                 continue  # a late commit of a shard that was pruned: whoever solves it again takes its place
-            is_named = named.has(place, _record(commit)) or named.has(place, name)
-            if is_named or not _is_stale(commit, since, written[f"{name}.json"]):
+            if named.has(place, _record(commit)) or not _is_stale(commit, since, written[f"{name}.json"]):
                 shards[name] = Shard.of(commit)
                 if job and _record(commit) not in records:
                     _put_record(store, commit)
@@ -153,18 +152,22 @@ def check_held(store: Store, job: str, place: Place, shards: dict[str, Shard], e
         shards.clear()
         raise Lapsed("a prune took this job for dead")
     records = list_records(store, *place)
+    held = {name: at for name, at in early.items() if name in shards}
     gone = {name for name, shard in shards.items() if shard.commit_name not in records}
-    gone |= _doomed(store, job, place, {name: at for name, at in early.items() if name in shards})
+    gone |= _let_go(store, job, place, shards, held)
     for name in gone:
         del shards[name]
     if gone:
         raise Lapsed(f"{len(gone)} commits of this job, such as {min(gone)}, are gone")
 
 
-def _doomed(store: Store, job: str, place: Place, early: Mapping[str, str]) -> set[str]:
+def _let_go(store: Store, job: str, place: Place, shards: dict[str, Shard], early: Mapping[str, str]) -> set[str]:
+    """Stale ones that nobody may build on. Of the others, `shards` gets what stands for the task now."""
     since = stale_since([it.floor for it in latest_manifests(store)], utc() + SKEW)
     stale = [name for name, at in early.items() if since and at < since]
-    return set(stale) - adoptable(store, job, place, stale).keys() if stale else set()
+    standing = adoptable(store, job, place, stale) if stale else {}
+    shards |= standing
+    return set(stale) - standing.keys()
 
 
 def next_floor(latest: Manifest, number: int, *, now: datetime, grace: timedelta) -> Floor:

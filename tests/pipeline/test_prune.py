@@ -2,6 +2,7 @@
 
 import random
 import secrets
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -11,16 +12,18 @@ import pytest
 import pipeline.upkeep.sweep
 from pipeline.generate import carry_out
 from pipeline.plan import Wanted, grow
-from pipeline.upkeep.keep import adoptable
+from pipeline.upkeep.keep import Lapsed, adoptable, check_held
 from pipeline.upkeep.prune import prune
 from pipeline.upkeep.targets import Place, read_targets
 from storage_schemas import paths
-from storage_schemas.commit import Task, list_committed, read_commit
+from storage_schemas.commit import Task, list_committed, list_records, read_commit
 from storage_schemas.dataset import Pruned, latest_manifest, latest_number, list_numbers, open_dataset
 from storage_schemas.errors import StoreError, UserError
 from storage_schemas.job import Heartbeat, Job, Pin, Prune
 from storage_schemas.manifest import Window
+from storage_schemas.shards import Shard
 from storage_schemas.store import Listed, Store
+from tests.forged import relist
 from tests.pipeline.handmade import (
     LAYOUT,
     OTHER,
@@ -613,3 +616,37 @@ def test_the_command(uri, pipeline, monkeypatch):
     code, out, _ = pipeline("prune", uri, "--json")
     assert (code, '"deleted": {}' in out) == (0, True)
     assert make_recipe().id == RECIPE.id
+
+
+def test_what_an_older_release_listed_by_its_task_stays_when_a_newer_manifest_that_shares_it_goes(uri):
+    """A driver gives the commit a record; that one is nobody's later, but the older table still names the task."""
+    store = Store.create(uri)
+    seal_window(store, (4, 12), at=ago(NOW, days=30))
+    relist(store, lambda shard: replace(shard, commit_path=paths.commit_path(*PLACE, shard.task)))
+    for record in list_records(store, *PLACE):
+        store.remove(f"{paths.records_folder(*PLACE)}/{record}.json")
+    check_served(store)
+    assert drive(store, (4, 12), dataset="third").run == 0
+    assert len(list_records(store, *PLACE)) == 2
+    drive(store, (16, 24), dataset="third")
+    for days in (9, 18, 27):
+        prune_at(store, NOW + timedelta(days=days))
+    assert list_numbers(store, "third") != [1, 2], "the shared manifest went"
+    check_served(store)
+
+
+def test_a_stale_shard_of_a_late_worker_gives_way_to_what_stands_for_its_task(uri):
+    """The worker gave back one that a prune may take; another driver has put a young one in its place."""
+    store = old_store(uri)
+    stale = read_commit(store, *PLACE, "train-00000007")
+    shards, early = {"train-00000007": Shard.of(stale)}, {"train-00000007": stale.committed_at}
+    store.remove(stale.commit_path)
+    young = commit_task(store, Task("train", 7, SIZE))
+    announce(store, "job", (28, 32), "running", ago(NOW))
+    check_held(store, "job", Place(*PLACE), shards, early)
+    assert shards == {"train-00000007": Shard.of(young)}
+    store.remove(young.commit_path)
+    commit_task(store, Task("train", 7, SIZE), at=stale.committed_at)
+    with pytest.raises(Lapsed, match="1 commits of this job, such as train-00000007, are gone"):
+        check_held(store, "job", Place(*PLACE), shards, early)
+    assert shards == {}
