@@ -34,7 +34,7 @@ $(BIN)/kubectl: .venv/installed
 	$(BIN)/python -m tests.deploy.kubectl
 
 faults: venv
-	$(BIN)/python -m pytest -m "faults" --timeout 900
+	$(BIN)/python -m pytest -m "faults" --timeout 900 --numprocesses 2 --dist loadfile --durations 25
 
 # The quick tests of the programs with the oldest versions that pyproject.toml allows, but for torch, which is the pinned
 # one: an older one comes with gigabytes of CUDA. Then those of S3, with s3 or bucket in their names, since s3fs takes a

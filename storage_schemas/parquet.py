@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage_schemas.commit import FOOTER, Chunk, Commit, Task
-from storage_schemas.errors import CorruptShard
+from storage_schemas.errors import CorruptShard, shown
 from storage_schemas.layout import Layout
 from storage_schemas.pages import Page, find_pages
 from storage_schemas.ranges import check_chunk, checksum, fetch
@@ -195,7 +195,7 @@ def _as_committed(name: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
-        why = " ".join(str(error).split())
+        why = shown(" ".join(str(error).split()))
         raise CorruptShard(f"{name} is not the Parquet file of its commit: {why}") from None
 
 

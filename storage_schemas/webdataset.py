@@ -22,7 +22,7 @@ import numpy as np
 
 from storage_schemas.claims import ids_of
 from storage_schemas.commit import ALL_COLUMNS, FOOTER, Chunk, Commit, Task
-from storage_schemas.errors import CorruptShard
+from storage_schemas.errors import CorruptShard, shown
 from storage_schemas.layout import Layout
 from storage_schemas.ranges import check_chunk, checksum, fetch
 from storage_schemas.record import Columns, Field
@@ -178,7 +178,7 @@ def parse(data: memoryview, fields: Sequence[Field], names: Sequence[str], *, na
             found = decode_foreign_tar(data, names)
         return {field.name: _as_stored(field, rows, found[field.name]) for field in fields}
     except (tarfile.TarError, *NOT_OURS) as error:
-        why = " ".join(str(error).split())
+        why = shown(" ".join(str(error).split()))
         raise CorruptShard(f"{name} is not the tar of its commit: {why}") from None
 
 

@@ -27,6 +27,9 @@ ENDED_BADLY = ("FAILED", "STOPPED")
 ENDED = ("SUCCEEDED", *ENDED_BADLY)
 POLL_SECONDS = 2.0
 
+AGENT_SECONDS = 60.0
+"""A cluster that has just begun answers before it has an agent that starts jobs."""
+
 
 class JobClient(Protocol):
     """What is used of ray.job_submission.JobSubmissionClient."""
@@ -119,7 +122,7 @@ def hand_in(client: JobClient, submission: Submission, *, working_dir: str | Non
     for rerun in itertools.count():
         name = submission.submission_id + (f"-r{rerun}" if rerun else "")
         try:
-            client.submit_job(entrypoint=submission.entrypoint, submission_id=name, runtime_env=runtime_env)
+            _submit(client, entrypoint=submission.entrypoint, submission_id=name, runtime_env=runtime_env)
             return Receipt(name, submission.entrypoint, True, "PENDING")
         except RuntimeError as error:
             if "already exists" not in str(error):
@@ -128,6 +131,19 @@ def hand_in(client: JobClient, submission: Submission, *, working_dir: str | Non
         if status not in ENDED_BADLY:
             return Receipt(name, submission.entrypoint, False, status)
     raise AssertionError("counting ended")
+
+
+def _submit(client: JobClient, **job: Any) -> None:
+    """Ask until the cluster has an agent that starts jobs, for at most AGENT_SECONDS."""
+    deadline = time.monotonic() + AGENT_SECONDS
+    while True:
+        try:
+            client.submit_job(**job)
+            return
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() >= deadline:
+                raise
+        time.sleep(POLL_SECONDS)
 
 
 def wait_for(client: JobClient, receipt: Receipt) -> Receipt:

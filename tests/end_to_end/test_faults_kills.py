@@ -76,20 +76,25 @@ def test_workers_and_drivers_killed_at_every_step_on_a_bucket(struck, s3_environ
 
 
 @pytest.mark.faults
-def test_a_full_scratch_disk_fails_the_tasks_in_one_line(jobs, tmp_path):
-    """A file system of 48 KiB of its own, where this machine lets us mount one."""
+def test_a_scratch_disk_that_fills_fails_the_tasks_in_one_line(jobs, tmp_path):
+    """A small file system of our own, where this machine lets us mount one."""
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    mount = f"mount -t tmpfs -o size=48k none {scratch} && "
-    if subprocess.run(["unshare", "-Urm", "sh", "-c", f"{mount} true"], capture_output=True, check=False).returncode:
+
+    def inside(size):
+        return ["unshare", "-Urm", "sh", "-c", f'mount -t tmpfs -o size={size} none {scratch} && exec "$@"', "sh"]
+
+    if subprocess.run([*inside("48k"), "true"], capture_output=True, check=False).returncode:
         pytest.skip("no user namespaces here: no file system of our own can be mounted")
-    words = ["--workers", "2", "--samples-per-shard", "2048", "--micro-batch", "256"]
-    inside = ["unshare", "-Urm", "sh", "-c", f'{mount} exec "$@"', "sh"]
-    assert jobs.run(tmp_path / "s", *words, before=inside, TMPDIR=str(scratch)) == 1
+    words = ["--samples-per-shard", "2048", "--micro-batch", "256"]
+    given = {"teacher": "python:strange_teachers:filling_teacher", "TMPDIR": str(scratch), "STRANGE_FILLS": "1"}
+    assert jobs.run(tmp_path / "s", *words, before=inside("48k"), **given) == 2
+    assert jobs.told().splitlines()[-1].startswith(f"pipeline: {scratch}: 57.3 kB are needed, 49.2 kB are free: make")
+    assert jobs.run(tmp_path / "s", *words, before=inside("400k"), **given) == 1
     told = [line for line in jobs.told().splitlines() if "nothing sealed" in line]
     assert len(told) == 1
     assert f"the scratch folder {scratch} is full (No space left on device): free it, or set TMPDIR" in told[0]
-    assert jobs.run(tmp_path / "s", *words) == 0, "with room again"
+    assert jobs.run(tmp_path / "s", *words, teacher=given["teacher"]) == 0, "with room again"
     assert assert_exactly_once(tmp_path / "s", count=COUNT, holdout=HOLDOUT) == set()
 
 

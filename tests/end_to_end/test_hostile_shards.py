@@ -132,9 +132,13 @@ def by_loader(workers: int) -> Callable[[Dataset], Rows]:
             stream = TrajectoryStream(
                 dataset, states, batch_size=8, epochs=1, split=split, reading=reading, lanes=8, rank=0, world_size=1
             )
-            for batch in DataLoader(stream, batch_size=None, num_workers=workers):
-                for row, sample in enumerate(batch["ids"].tolist()):
-                    found[split, sample] = {name: batch[name][row].numpy().tobytes() for name in ("condition", *states)}
+            try:
+                for batch in DataLoader(stream, batch_size=None, num_workers=workers):
+                    for row, sample in enumerate(batch["ids"].tolist()):
+                        each = {name: batch[name][row].numpy().tobytes() for name in ("condition", *states)}
+                        found[split, sample] = each
+            except UserError as error:  # torch puts the traceback of its worker before what the error says
+                raise type(error)(str(error).strip().splitlines()[-1]) from None
         wanted = [(split, i) for split in SPLITS for i in dataset.ids(split).at(np.arange(dataset.ids(split).count))]
         rows = [{"sample_id": np.int64(i).tobytes()} | found[split, int(i)] for split, i in wanted]
         return {name: b"".join(row[name] for row in rows) for name in ("sample_id", "condition", *states)}

@@ -8,7 +8,9 @@ import ctypes
 import os
 import signal
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +114,19 @@ def crashing_teacher():
     def misbehave(x_0, bad):
         if bad.any():
             ctypes.string_at(0)
+        return x_0
+
+    return Strange(misbehave)
+
+
+def filling_teacher():
+    """Another program fills the scratch folder while the bad sample is solved, where the environment wants that."""
+
+    def misbehave(x_0, bad):
+        if bad.any() and "STRANGE_FILLS" in os.environ:
+            with suppress(OSError), open(Path(tempfile.gettempdir()) / "of another", "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(1024))
         return x_0
 
     return Strange(misbehave)

@@ -140,7 +140,7 @@ def test_a_driver_on_ray_that_is_told_to_stop(nodes, begin, wait_for, commits, i
     job = begin("--workers", 2)
     wait_for(4)
     job.send_signal(number)
-    out, _ = job.communicate(timeout=60)
+    out, _ = job.communicate(timeout=180)
     done = len(commits(tmp_path / "store"))
     assert job.returncode == 128 + number, out
     assert f"stopped by {number.name}: {done} of 20 missing tasks are committed, nothing is sealed" in out
@@ -168,7 +168,7 @@ def test_a_ray_of_the_drivers_own_outlives_a_signal_to_its_group(start, tmp_path
         time.sleep(0.05)
     before = len(commits(tmp_path))
     os.killpg(job.pid, signal.SIGINT)
-    out, _ = job.communicate(timeout=60)
+    out, _ = job.communicate(timeout=180)
     assert job.returncode == 130, out
     assert "set aside" not in out
     assert len(commits(tmp_path)) > before
@@ -182,7 +182,7 @@ def test_a_head_that_dies_ends_the_driver_in_one_line(nodes, begin, wait_for, co
     job = begin("--workers", 2)
     wait_for(2)
     nodes.head_node.kill_gcs_server(check_alive=False)
-    out, _ = job.communicate(timeout=90)
+    out, _ = job.communicate(timeout=180)
     told = [line for line in out.splitlines() if line.startswith("pipeline: ")]
     assert (job.returncode, len(told), "Traceback" in out, "rpc_client" in out) == (1, 1, False, False), out
     assert re.match(r"pipeline: the head of the Ray cluster at \S+ has not answered for 45 s .*run this again", told[0])

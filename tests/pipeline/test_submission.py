@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from pipeline.workers import submission as submission_module
 from pipeline.workers.submission import Receipt, Submission, hand_in, submission_of, wait_for
 from storage_schemas.errors import UsageError, UserError
 
@@ -14,12 +15,15 @@ LINE = ["generate", "--teacher", "builtin:digits", "--store", "s3://bucket/store
 class JobServer:
     """Refuses an id that it knows, as Ray's does."""
 
-    def __init__(self, **known):
+    def __init__(self, agents_after=0, **known):
+        self.agents_after = agents_after
         self.jobs = {name.replace("_", "-"): status for name, status in known.items()}
         self.asked = []
 
     def submit_job(self, *, entrypoint, submission_id, runtime_env):
         self.asked.append((submission_id, runtime_env))
+        if len(self.asked) <= self.agents_after:
+            raise RuntimeError("status code 500: No available agent to submit job, please try again later.")
         if submission_id in self.jobs:
             raise RuntimeError(f"status code 500: Job with submission_id {submission_id} already exists.")
         self.jobs[submission_id] = "PENDING"
@@ -39,6 +43,16 @@ def test_an_id_says_what_is_made_and_not_where():
     others = [["--count", "101"], ["--seed", "1"], ["--store", "s3://bucket/other"], ["--solver.steps", "8"]]
     ids = {submission_of([*LINE, *words]).submission_id for words in others}
     assert len(ids | {first}) == 5
+
+
+def test_a_cluster_that_begins_is_asked_again_until_it_has_an_agent(monkeypatch):
+    monkeypatch.setattr(submission_module, "POLL_SECONDS", 0.0)
+    server = JobServer(agents_after=3)
+    assert hand_in(server, submission_of(LINE), working_dir=None).submitted
+    assert len(server.asked) == 4
+    monkeypatch.setattr(submission_module, "AGENT_SECONDS", 0.0)
+    with pytest.raises(UserError, match=r"the job server refused .*No available agent"):
+        hand_in(JobServer(agents_after=1), submission_of(LINE), working_dir=None)
 
 
 def test_a_tick_is_part_of_the_id_and_a_schedule_needs_one():

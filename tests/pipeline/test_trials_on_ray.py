@@ -55,7 +55,8 @@ def test_a_plan_is_timed_by_an_actor(pipeline, cluster, tmp_path):
 def test_a_calibration_is_measured_by_an_actor(pipeline, cluster):
     cluster.write_text("")
     given = ["--teacher", "python:hungry_teachers:gpu_teacher", "--solvers", "ddim", "--steps", 8, "--tolerance", 0.5]
-    code, out, err = pipeline("calibrate", *given, "--count", 16, "--micro-batch", 16, "--json")
+    given += ["--reference-factor", 8, "--count", 16, "--micro-batch", 16]
+    code, out, err = pipeline("calibrate", *given, "--json")
     assert code == 0, err
     calls = (4 * 64 - 1) + (4 * 32 - 1) + 8
     assert cluster.read_text().split() == ["16"] * calls
