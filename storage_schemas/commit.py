@@ -80,7 +80,7 @@ class Chunk(Document):
 
 
 class ColumnStatistics(Document):
-    """Over all values of a column, in float64. None when there are no rows."""
+    """Over all values of a column, in float64. None where it is not finite, or there are no rows."""
 
     mean: float | None
     std: float | None
@@ -223,10 +223,12 @@ def column_statistics(fields: Sequence[record.Field], columns: Columns) -> dict[
 def _statistics(field: record.Field, stored: np.ndarray) -> ColumnStatistics:
     if not stored.size:
         return ColumnStatistics(mean=None, std=None, min=None, max=None)
-    mean = math.fsum(block.sum() for block in _blocks(field, stored)) / stored.size
-    variance = math.fsum(np.square(block - mean).sum() for block in _blocks(field, stored)) / stored.size
     low = min(float(block.min()) for block in _blocks(field, stored))
     high = max(float(block.max()) for block in _blocks(field, stored))
+    if not math.isfinite(low) or not math.isfinite(high):  # no solve of ours leaves such rows in; a forged shard may
+        return ColumnStatistics(mean=None, std=None, min=None, max=None)
+    mean = math.fsum(block.sum() for block in _blocks(field, stored)) / stored.size
+    variance = math.fsum(np.square(block - mean).sum() for block in _blocks(field, stored)) / stored.size
     return ColumnStatistics(mean=mean, std=math.sqrt(variance), min=low, max=high)
 
 

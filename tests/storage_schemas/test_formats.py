@@ -362,3 +362,6 @@ def test_statistics_are_over_numbers_not_bits(make_recipe: Make) -> None:
     assert (noise.mean, noise.min, noise.max) == (0.0, -6.0, 3.0)
     assert noise.std == pytest.approx(12.5**0.5)
     assert statistics["output"].mean is None
+    for bad in (np.inf, -np.inf, np.nan):  # of a shard that somebody else made
+        columns["noise"] = to_storage(np.array([[1.0, bad]]), "bfloat16")
+        assert column_statistics(recipe.fields, columns)["noise"].max is None
