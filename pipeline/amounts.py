@@ -7,17 +7,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from diffusion.denoiser import Guided
-from diffusion.solvers import plan
-from diffusion.spec import process_from_spec
+from diffusion.recipes.grid import recipe_nfe
 from storage_schemas import paths
 from storage_schemas.commit import Task
 from storage_schemas.errors import UsageError
 from storage_schemas.layout import Layout
 from storage_schemas.recipe import Recipe
-from storage_schemas.record import SEGMENT_STATES
 from storage_schemas.store import Store
 
 PER_TASK = 3
@@ -36,7 +31,7 @@ def say_amounts(store: Store, recipe: Recipe, layout: Layout, tasks: Sequence[Ta
     free = None if root is None else _free(root)
     words = [
         f"{samples} samples in {len(tasks)} shard{'s' * (len(tasks) > 1)} of {layout.samples_per_shard}",
-        *([f"{samples * calls_of(recipe)} network calls"] if calls else []),
+        *([f"{samples * recipe_nfe(recipe)} network calls"] if calls else []),
         f"{'at most ' if layout.compression != 'none' else ''}{told_size(size)} in {PER_TASK * len(tasks)} objects",
         *([] if free is None else [f"{told_size(free)} are free"]),
     ]
@@ -73,17 +68,6 @@ def _free(place: str) -> int:
 def _existing(place: str) -> Path:
     path = Path(place)
     return next(folder for folder in (path, *path.parents) if folder.exists())
-
-
-def calls_of(recipe: Recipe) -> int:
-    """Network calls behind one stored sample."""
-    is_told = recipe.teacher.model.get("network", {}).get("told_guidance", False)
-    guided = 1 if is_told or recipe.guidance.is_plain else Guided.nfe_per_call
-    if recipe.chain == "segment":  # steps of ddim, which makes one call each
-        return guided * (SEGMENT_STATES - 1)
-    process = process_from_spec(recipe.teacher.model["process"])
-    steps = plan(recipe.solver.name, process, torch.tensor(recipe.times, dtype=torch.float64))
-    return guided * sum(map(len, steps))
 
 
 def told_size(count: float) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from tyro.conf import Positional, arg
 
-from diffusion.schedulers import Ignorable
+from diffusion.models.schedulers import Ignorable
 from storage_schemas.command_line import Config
 from storage_schemas.commit import MOST_QUARANTINED
 from storage_schemas.places import LocalName, Source, StorePlace, source

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusion import checkpoint
-from diffusion.description import described
+from diffusion.models import checkpoint
+from diffusion.models.description import described
 from storage_schemas import paths
 from storage_schemas.errors import UsageError, shown, usage_errors
 from storage_schemas.reading import read_document

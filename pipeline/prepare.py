@@ -6,16 +6,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffusion.checkpoint import Checkpoint
-from diffusion.devices import pick_device
+from diffusion.models.checkpoint import Checkpoint
+from diffusion.models.teachers import Teacher, load_checkpoint, load_teacher
+from diffusion.recipes.devices import pick_device
+from diffusion.recipes.samples import draw_labels, draw_noise, draw_scales
+from diffusion.recipes.teacher import keep_weights
 from diffusion.solvers import answer
-from diffusion.teachers import Teacher, load_checkpoint, load_teacher
 from pipeline.before.micro_batch import settle
 from pipeline.config import GenerateConfig, TeacherConfig
 from pipeline.produce import describe
 from pipeline.recipe import build_recipe
-from pipeline.solve import draw_labels, draw_noise, draw_scales, guided
-from pipeline.weights import keep_weights
+from pipeline.solve import guided
 from storage_schemas import paths
 from storage_schemas.dataset import put_recipe
 from storage_schemas.errors import UsageError, UserError, usage_errors

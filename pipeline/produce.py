@@ -17,12 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffusion.devices import pick_device
-from diffusion.schedulers import IGNORABLE
-from diffusion.teachers import Teacher, from_checkpoint, load_teacher
+from diffusion.models.teachers import Teacher
+from diffusion.recipes.devices import pick_device
+from diffusion.recipes.teacher import NoTeacher, TeacherSource
 from pipeline.segments import starting_images
 from pipeline.solve import Solved, denoise_of, solve_task
-from pipeline.weights import kept_weights, teacher_differs
 from storage_schemas import formats, paths
 from storage_schemas.clock import utc
 from storage_schemas.commit import (
@@ -36,7 +35,7 @@ from storage_schemas.commit import (
     read_commit,
     replace_commit,
 )
-from storage_schemas.errors import UserError, usage_errors, without_credentials
+from storage_schemas.errors import UserError, without_credentials
 from storage_schemas.layout import Layout
 from storage_schemas.recipe import DataStart, Recipe
 from storage_schemas.store import Store
@@ -81,12 +80,11 @@ class Producer:
     """One teacher on one device. Two calls of `run` may be in flight: one uploads while the other solves."""
 
     def __init__(self, order: Order, teacher: Teacher | None = None) -> None:
-        """The recipe's teacher: `teacher`, which is on the order's device, else the store's, else that of its uri."""
+        """teacher: the recipe's, checked and on the order's device; else it is loaded from the store or its URI."""
         set_up_torch(threads=order.threads, tf32=order.recipe.tf32)
         self.order = order
-        self.device = device_here(order.device)
-        loaded = teacher or _load_teacher(order, self.device)
-        self.teacher = _same_teacher(order.recipe, loaded)
+        self.device = pick_device(order.device)
+        self.teacher = teacher or _load_teacher(order, self.device)
         self.denoise = denoise_of(order.recipe, self.teacher.denoiser, device=self.device)
         if isinstance(order.recipe.start, DataStart):
             starting_images(order.recipe.start)  # refused here, and not task by task
@@ -218,28 +216,12 @@ def label_histogram(condition: np.ndarray) -> dict[str, int]:
     return {str(value): int(count) for value, count in zip(values, counts, strict=True)}
 
 
-def device_here(name: str) -> torch.device:
-    """`pick_device`; UsageError for a device that this machine doesn't have."""
-    with usage_errors():
-        return pick_device(name)
-
-
 def _load_teacher(order: Order, device: torch.device) -> Teacher:
-    """On another machine there may be no other place than the store."""
-    uri = order.recipe.teacher.uri
-    kept = None if order.recipe.teacher.source_sha256 else kept_weights(order.store, order.recipe.id)
-    if kept is None:
-        return load_teacher(uri, device=device, ignore=IGNORABLE)  # whoever made the recipe has said so
-    return from_checkpoint(uri, kept, device=device)
-
-
-def _same_teacher(recipe: Recipe, teacher: Teacher) -> Teacher:
-    if differs := teacher_differs(recipe, teacher, teacher.uri):
-        raise UserError(
-            f"{differs}: it changed since the job began, or another machine has another file; start again with one "
-            "and the same"
-        )
-    return teacher
+    """The recipe's teacher: from the store, as on another machine there may be no other place, or from its URI."""
+    try:
+        return TeacherSource(order.store, order.recipe, trusts_recipe=True).load(device=device)
+    except NoTeacher as error:  # by now it is the worker that fails, not the command line that is wrong
+        raise UserError(str(error)) from error
 
 
 def set_up_torch(*, threads: int, tf32: bool) -> None:

@@ -7,8 +7,8 @@ import torch
 from diffusion import NUMERICS_VERSION, noise
 from diffusion.frames import frame_for
 from diffusion.grids import make_grid, near_ratio
+from diffusion.models.teachers import Teacher
 from diffusion.process import Process
-from diffusion.teachers import Teacher
 from pipeline.config import GenerateConfig, GridConfig
 from pipeline.segments import data_start
 from storage_schemas.layout import Layout, check_layout

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion import noise
 from diffusion.denoiser import Guided
 from diffusion.process import Process
+from diffusion.recipes.samples import draw_labels, draw_noise, draw_scales
 from diffusion.solvers import Solution, solve
 from pipeline.segments import draw_starts, two_steps
 from storage_schemas.commit import Task, is_sick
 from storage_schemas.errors import UserError
-from storage_schemas.recipe import NoCondition, Recipe, UniformLabels
-from storage_schemas.record import NO_CONDITION, SEGMENT_STATES, Columns, to_storage
+from storage_schemas.recipe import NoCondition, Recipe
+from storage_schemas.record import NO_CONDITION, SEGMENT_STATES, Columns
 
 Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -168,26 +168,6 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def draw_noise(recipe: Recipe, split: str, ids: np.ndarray) -> Tensor:
-    """x_T = sigma_T eps: [B, *shape], rounded to the storage dtype before the solve, so that a stored pair is exact."""
-    eps = noise.standard_normal(recipe.noise.seed, split, ids, recipe.sample_shape)
-    with np.errstate(over="ignore"):
-        stored = to_storage(recipe.sigmas[0] * eps, recipe.storage_dtype)
-    return _values(stored, recipe.storage_dtype).to(getattr(torch, recipe.solve_dtype))
-
-
-def draw_labels(recipe: Recipe, split: str, ids: np.ndarray) -> np.ndarray | None:
-    """int64 [B], or None for a recipe without conditions."""
-    if not isinstance(recipe.condition, UniformLabels):
-        return None
-    return noise.labels(recipe.noise.seed, split, ids, recipe.condition.num_classes)
-
-
-def draw_scales(recipe: Recipe, split: str, ids: np.ndarray) -> np.ndarray:
-    """The guidance scale of each id: float64 [B]."""
-    return noise.guidance_scales(recipe.noise.seed, split, ids, recipe.guidance.scales)
-
-
 def in_memory_format(recipe: Recipe, x_T: Tensor) -> Tensor:
     """[B, C, H, W] with channels last in memory where the recipe wants that; every x_t that is made of it keeps it."""
     return x_T.contiguous(memory_format=torch.channels_last) if recipe.channels_last else x_T
@@ -251,15 +231,8 @@ class _Autocast:
             return self.denoise(x_t, t, condition).to(x_t.dtype)
 
 
-def _values(stored: np.ndarray, dtype: str) -> Tensor:
-    """A stored array as a tensor; bfloat16's raw bits are read as what they are."""
-    if dtype == "bfloat16":
-        return torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(stored)
-
-
 def _bits(state: Tensor) -> np.ndarray:
-    """The inverse of _values: [B, ...] on any device to the stored array."""
+    """The stored array of a state [B, ...] on any device; bfloat16 as its raw bits."""
     if state.dtype == torch.bfloat16:
         return state.view(torch.int16).cpu().numpy().view("<u2")
     return state.cpu().numpy()

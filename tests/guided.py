@@ -5,10 +5,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from diffusion.checkpoint import Checkpoint, pack, widened
 from diffusion.gaussian import GaussianTeacher
+from diffusion.models.checkpoint import Checkpoint, pack, widened
+from diffusion.models.teachers import builtin_checkpoint
 from diffusion.process import VE
-from diffusion.teachers import builtin_checkpoint
 
 MEANS = (-1.0, 0.5, 2.0)
 """Of the classes; of the null label 0."""

@@ -12,13 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffusion.checkpoint import Checkpoint
 from diffusion.denoiser import Guided
-from diffusion.grids import make_grid
-from diffusion.process import Process
-from diffusion.solvers import plan, solve
-from diffusion.spec import process_from_spec
-from diffusion.teachers import Teacher
+from diffusion.models.checkpoint import Checkpoint
+from diffusion.models.spec import process_from_spec
+from diffusion.models.teachers import Teacher
+from diffusion.recipes.grid import calls_of, count_nfe, recipe_grid
+from diffusion.solvers import solve
 from storage_schemas.errors import ManifestMismatch
 from storage_schemas.recipe import Recipe, UniformLabels
 from trainer.holdout import Pairs
@@ -119,32 +118,6 @@ def teacher_solver(teacher: Teacher, recipe: Recipe, solver: str, steps: int) ->
 
     nfe = count_nfe(solver, teacher.process, times, recipe)
     return Contender(name=f"teacher {solver}", kind="teacher", steps=steps, nfe=nfe, sample=sample)
-
-
-def recipe_grid(recipe: Recipe, process: Process, steps: int) -> Tensor:
-    """The recipe's grid, or one of its kind with another number of steps: float64 [steps + 1]."""
-    if steps == recipe.num_steps:
-        return torch.tensor(recipe.times, dtype=torch.float64)
-    options: dict[str, Any] = dict(recipe.solver.grid)
-    return make_grid(options.pop("name"), process, steps, **options)
-
-
-def recipe_nfe(recipe: Recipe) -> int:
-    """Network calls behind one stored output."""
-    process = process_from_spec(recipe.teacher.model["process"])
-    times = torch.tensor(recipe.times, dtype=torch.float64)
-    return count_nfe(recipe.solver.name, process, times, recipe)
-
-
-def count_nfe(solver: str, process: Process, times: Tensor, recipe: Recipe) -> int:
-    """Network calls that a solver's plan makes for one sample, guided as the recipe says."""
-    return sum(len(step) for step in plan(solver, process, times)) * calls_of(recipe)
-
-
-def calls_of(recipe: Recipe) -> int:
-    """Network calls behind one guided x_0; of several scales a sample of scale 1 pays as much as the others."""
-    is_told = recipe.teacher.model.get("network", {}).get("told_guidance", False)
-    return 1 if is_told or recipe.guidance.is_plain else Guided.nfe_per_call
 
 
 def _check_student(run: Path, saved: Checkpoint, steps: int, recipe: Recipe) -> None:

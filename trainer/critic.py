@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from diffusion.checkpoint import Checkpoint, pack, widened
 from diffusion.denoiser import Denoiser, Guided
+from diffusion.models.checkpoint import Checkpoint, pack, widened
+from diffusion.models.teachers import Teacher
 from diffusion.process import scales
 from diffusion.solvers import answer
-from diffusion.teachers import Teacher
 from storage_schemas.errors import usage_errors
 from trainer.config import FitConfig
 from trainer.lora import with_low_rank

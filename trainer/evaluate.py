@@ -12,8 +12,10 @@ import tyro
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from diffusion.devices import pick_device
-from diffusion.teachers import Teacher
+from diffusion.models.teachers import Teacher
+from diffusion.recipes.devices import pick_device
+from diffusion.recipes.grid import recipe_nfe
+from diffusion.recipes.teacher import TeacherSource
 from storage_schemas.command_line import Config
 from storage_schemas.dataset import Dataset, open_dataset
 from storage_schemas.errors import UserError, usage_errors
@@ -21,7 +23,7 @@ from storage_schemas.images import KINDS
 from storage_schemas.places import LocalPath, Source, StorePlace
 from storage_schemas.recipe import Recipe
 from storage_schemas.store import Store
-from trainer.contenders import Contender, recipe_nfe, students, teacher_solvers
+from trainer.contenders import Contender, students, teacher_solvers
 from trainer.costs import Costs, student_costs
 from trainer.features import load_classifier, shipped_classifier, shipped_image_source
 from trainer.holdout import Pairs, read_pairs
@@ -30,7 +32,6 @@ from trainer.metrics import Frechet, Neighbours, holdout_error, sliced_wasserste
 from trainer.plots import check_plots, plot_quality
 from trainer.sampling import Way
 from trainer.tables import show, terminal
-from trainer.teacher import recipe_teacher
 
 _MOST = 2048
 
@@ -168,7 +169,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def _teacher(config: EvaluateConfig, dataset: Dataset, device: torch.device, notes: list[str]) -> Teacher | None:
     """The teacher's network; where it can't be had, a note says so, unless the user named one."""
     try:
-        return recipe_teacher(dataset.store, dataset.recipe, uri=config.teacher, device=device)
+        return TeacherSource(dataset.store, dataset.recipe, config.teacher).load(device=device)
     except UserError as error:
         if config.teacher is not None:
             raise

@@ -3,7 +3,7 @@
     python -m trainer classifier --out trainer/builtin/digits_classifier
 
 fits it on the train half of an image source, and says its accuracy on the reference half. The one for sklearn:digits
-is in the package. The folder is a native checkpoint (diffusion/checkpoint.py) of kind "classifier".
+is in the package. The folder is a native checkpoint (diffusion/models/checkpoint.py) of kind "classifier".
 """
 
 import json
@@ -15,10 +15,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffusion import checkpoint
-from diffusion.checkpoint import Checkpoint
-from diffusion.devices import pick_device
-from diffusion.spec import usable
+from diffusion.models import checkpoint
+from diffusion.models.checkpoint import Checkpoint
+from diffusion.models.spec import usable
+from diffusion.recipes.devices import pick_device
 from storage_schemas.command_line import Config
 from storage_schemas.errors import UsageError, usage_errors
 from storage_schemas.images import KINDS, num_classes

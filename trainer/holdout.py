@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion import noise
+from diffusion.recipes.samples import draw_scales
 from storage_schemas.dataset import Dataset
 from storage_schemas.errors import ManifestMismatch
 from storage_schemas.record import NO_CONDITION, Split, from_storage
@@ -66,7 +66,7 @@ def read_pairs(dataset: Dataset, split: Split, count: int | None, *, at_most: in
         noise=torch.from_numpy(columns["noise"]).to(dtype),
         output=torch.from_numpy(columns["output"]).to(dtype),
         condition=None if (condition == NO_CONDITION).all() else condition,
-        guidance=torch.from_numpy(noise.guidance_scales(recipe.noise.seed, split, ids, recipe.guidance.scales)),
+        guidance=torch.from_numpy(draw_scales(recipe, split, ids)),
         seed=recipe.noise.seed,
         split=split,
         ids=ids,

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from diffusion.devices import pick_device
+from diffusion.recipes.devices import pick_device
 from storage_schemas.errors import UserError, usage_errors
 
 # How long a rank waits for the others, who may be reading, validating or saving.

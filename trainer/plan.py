@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import torch
 
-from diffusion.checkpoint import Checkpoint
 from diffusion.flow_map import FlowMap
-from diffusion.teachers import Teacher
+from diffusion.models.checkpoint import Checkpoint
+from diffusion.models.teachers import Teacher
 from storage_schemas.images import images_digest, num_classes, summary
 from storage_schemas.recipe import TeacherRecord
 from storage_schemas.store import Store

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
-from diffusion.description import LONGEST
+from diffusion.models.description import LONGEST
 from storage_schemas.errors import UsageError, without_credentials
 from storage_schemas.locks import only_one
 from storage_schemas.store import Store

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from diffusion import noise
-from diffusion.checkpoint import Checkpoint
-from diffusion.devices import pick_device
+from diffusion.models.checkpoint import Checkpoint
+from diffusion.recipes.devices import pick_device
 from storage_schemas.command_line import Config
 from storage_schemas.errors import UsageError, usage_errors
 from storage_schemas.extras import need

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion import noise
-from diffusion.checkpoint import Checkpoint
 from diffusion.flow_map import FlowMap
+from diffusion.models.checkpoint import Checkpoint
 
 Way = Literal["jump", "renoise"]
 """A chain of jumps along the grid, or jumps to data with noise anew between them (consistency models)."""

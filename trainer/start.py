@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffusion.activations import checkpoint_activations
-from diffusion.checkpoint import Checkpoint, check_size, widened
 from diffusion.denoiser import Denoiser
 from diffusion.flow_map import FlowMap
-from diffusion.spec import model_from_spec
+from diffusion.models.activations import checkpoint_activations
+from diffusion.models.checkpoint import Checkpoint, check_size, widened
+from diffusion.models.spec import model_from_spec
 from storage_schemas.dataset import latest_manifest
 from storage_schemas.errors import ManifestMismatch, UsageError, without_credentials
 from storage_schemas.store import Store

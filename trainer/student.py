@@ -6,21 +6,18 @@
 Each is a native checkpoint whose `grids` name the time grids it was fitted for, by their number of steps.
 """
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffusion import checkpoint
-from diffusion.checkpoint import Checkpoint
 from diffusion.denoiser import Denoiser
+from diffusion.models import checkpoint
+from diffusion.models.checkpoint import Checkpoint
+from diffusion.models.spec import model_from_spec, process_from_spec
+from diffusion.models.unet import unet_spec
 from diffusion.prediction import Epsilon
-from diffusion.process import Process
-from diffusion.spec import model_from_spec, process_from_spec
-from diffusion.unet import unet_spec
 from storage_schemas.errors import ManifestMismatch
 from trainer.config import FitConfig
 
@@ -147,17 +144,3 @@ def _models(run_or_folder: str | Path) -> list[Path]:
     if not found:
         raise FileNotFoundError(f"{root} holds no student; name the --out folder of a finished fit, or a saved model")
     return found
-
-
-def recipe_process(
-    spec: dict[str, Any], times: Sequence[float], alphas: Sequence[float], sigmas: Sequence[float]
-) -> Process:
-    """The recipe's process, once its alpha and sigma at the recipe's times are the recorded ones, else refused."""
-    process = process_from_spec(spec)
-    t = torch.tensor(times, dtype=torch.float64)
-    for name, recorded, ours in (("alpha", alphas, process.alpha(t)), ("sigma", sigmas, process.sigma(t))):
-        for time, there, here in zip(times, recorded, ours.tolist(), strict=True):
-            if not math.isclose(there, here, rel_tol=1e-9, abs_tol=1e-12):
-                told = f"the recipe says {name} {there} at t = {time}, its process gives {here}"
-                raise ManifestMismatch(f"{told}: another release wrote it; generate the data anew")
-    return process

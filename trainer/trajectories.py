@@ -7,10 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.checkpoint import Checkpoint
-from diffusion.description import check_model
 from diffusion.flow_map import FlowMap
+from diffusion.models.checkpoint import Checkpoint
+from diffusion.models.description import check_model
 from diffusion.process import Process
+from diffusion.recipes.grid import recipe_process
+from diffusion.recipes.teacher import TeacherSource
 from storage_schemas.dataset import Dataset, open_dataset
 from storage_schemas.errors import ManifestMismatch
 from storage_schemas.recipe import Recipe
@@ -29,8 +31,7 @@ from trainer.reading.rows import gathered
 from trainer.reading.shards import ShardSource
 from trainer.stages import stages
 from trainer.stream import Batch
-from trainer.student import Shape, check_few_steps, check_fits, recipe_process, saved_model, scratch
-from trainer.teacher import recipe_checkpoint, recipe_teacher
+from trainer.student import Shape, check_few_steps, check_fits, saved_model, scratch
 
 # Rounding in the targets, as a share of the data's rms.
 _WARN, _REFUSE = 0.05, 0.5
@@ -44,7 +45,7 @@ def plan_trajectories(config: FitConfig, *, number: int | None) -> Plan:
     dataset = open_dataset(store, config.dataset, number)
     recipe = dataset.recipe
     _check_teacher(recipe)
-    process = recipe_process(recipe.teacher.model["process"], recipe.times, recipe.alphas, recipe.sigmas)
+    process = recipe_process(recipe)
     planned = stages(config, dataset)
     rms = _rms(config, dataset, process)
     theirs = {"name": "rectified_flow"} if config.objective.name == "reflow" else recipe.teacher.model["process"]
@@ -62,12 +63,14 @@ def plan_trajectories(config: FitConfig, *, number: int | None) -> Plan:
         warnings=_rounding_warnings(recipe, process, planned, rms),
         store=store,
         labels=recipe.condition.kind != "none",
-        teacher=lambda device: recipe_teacher(
-            store, recipe, flag="--teacher.uri", uri=config.teacher.uri, device=device
-        ),
+        teacher=lambda device: _teacher_source(config, dataset).load(device=device),
         made_by=recipe.teacher,
         guidance=recipe.guidance.scales,
     )
+
+
+def _teacher_source(config: FitConfig, dataset: Dataset) -> TeacherSource:
+    return TeacherSource(dataset.store, dataset.recipe, config.teacher.uri, flag="--teacher.uri")
 
 
 def _check_teacher(recipe: Recipe) -> None:
@@ -110,7 +113,7 @@ def start_student(config: FitConfig, dataset: Dataset, shape: Shape, first_time:
     if config.init == "scratch":
         start = scratch(config, shape)
     elif config.init == "teacher":
-        start = recipe_checkpoint(dataset.store, dataset.recipe, uri=config.teacher.uri)
+        start = _teacher_source(config, dataset).checkpoint()
     else:
         start = saved_model(config.init or "")
     name = dataset.recipe.teacher.uri if config.init == "teacher" else str(config.init)

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from diffusion.recipes.samples import draw_scales
 from diffusion.solvers import SOLVERS
 from pipeline.after.checks import Check, named
 from pipeline.after.resolve import Resolved, halves_last, is_own
 from pipeline.after.scan import Findings
 from pipeline.config import VerifyConfig
-from pipeline.solve import draw_scales
 from storage_schemas.recipe import Recipe
 from storage_schemas.record import state_column
 

@@ -10,6 +10,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from diffusion.recipes.devices import pick_device
+from diffusion.recipes.teacher import NoTeacher, TeacherSource
 from pipeline.after import checks
 from pipeline.after.accuracy import error_check, replay_check
 from pipeline.after.checks import Check
@@ -17,9 +19,8 @@ from pipeline.after.duplicates import Fingerprints, Repeats, Sample
 from pipeline.after.normality import NoiseSums
 from pipeline.after.resolve import Resolved, Stored, resolve
 from pipeline.after.scan import Findings, in_order, scan_shard
-from pipeline.after.teacher import NoTeacher, TeacherSource
 from pipeline.config import VerifyConfig
-from pipeline.produce import Order, device_here
+from pipeline.produce import Order
 from pipeline.workers.once import run_once
 from storage_schemas.dataset import Dataset
 from storage_schemas.errors import UserError
@@ -45,7 +46,7 @@ def audit(dataset: Dataset, config: VerifyConfig) -> tuple[list[str], list[Check
     assert config.audit
     refuse_segments(dataset.recipe)
     if config.runner == "local":
-        device_here(config.device)
+        pick_device(config.device)
     source = TeacherSource(dataset.store, dataset.recipe, config.teacher)
     no_teacher = _why_no_teacher(source, config)
     scanned = scan(dataset, pick(dataset, config.audit, config.seed))

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from diffusion import noise
+from diffusion.recipes.samples import draw_labels
 from pipeline.after.duplicates import EXACT_BYTES, Repeats, Sample, collision_tail, expected_pairs
 from pipeline.after.normality import FEWEST, chi_square_tail, judge_noise
 from pipeline.after.resolve import Stored
 from pipeline.after.scan import Findings, labels_asked
-from pipeline.solve import draw_labels
 from storage_schemas.commit import MOST_QUARANTINED
 from storage_schemas.dataset import Dataset
 from storage_schemas.recipe import Recipe, UniformLabels

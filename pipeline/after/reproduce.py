@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 
+from diffusion.recipes.teacher import TeacherSource
 from pipeline.after.audit import refuse_segments
 from pipeline.after.duplicates import Sample
 from pipeline.after.resolve import Replay, Stored, reproduce_one
-from pipeline.after.teacher import TeacherSource
 from pipeline.config import ReproduceConfig
 from pipeline.produce import Order
 from pipeline.workers.once import run_once

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from diffusion.grids import make_grid
 from diffusion.process import Process
+from diffusion.recipes.devices import pick_device
+from diffusion.recipes.teacher import TeacherSource
 from pipeline.after.duplicates import DIGITS, Sample
-from pipeline.after.teacher import TeacherSource
-from pipeline.produce import Order, Producer, device_here
+from pipeline.produce import Order, Producer
 from pipeline.solve import memory_told, micro_batches, solve_batch, solve_ids
 from storage_schemas.commit import Task
 from storage_schemas.recipe import Recipe
@@ -108,7 +109,7 @@ def reproduce_one(source: TeacherSource, order: Order, stored: Stored) -> Replay
 
 def open_producer(source: TeacherSource, order: Order) -> Producer:
     """The recipe's teacher on the order's device, set up just as in `generate`."""
-    return Producer(order, source.load(device=device_here(order.device)))
+    return Producer(order, source.load(device=pick_device(order.device)))
 
 
 def replay(producer: Producer, stored: Stored) -> Replay:

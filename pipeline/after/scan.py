@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from diffusion.recipes.samples import draw_scales
 from pipeline.after.duplicates import RECORD, Sample, fingerprints
 from pipeline.after.normality import NoiseSums, noise_sums
 from pipeline.after.resolve import Stored
-from pipeline.solve import draw_scales
 from storage_schemas.commit import Commit
 from storage_schemas.dataset import Dataset
 from storage_schemas.errors import CorruptShard

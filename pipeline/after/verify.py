@@ -3,7 +3,7 @@
 import hashlib
 import json
 
-from diffusion.checkpoint import WEIGHTS_FILE
+from diffusion.models.checkpoint import WEIGHTS_FILE
 from pipeline.after.audit import audit
 from pipeline.after.checks import Check, plain, tally
 from pipeline.after.scan import check_bytes, in_order, near

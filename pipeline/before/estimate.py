@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from diffusion import checkpoint
+from diffusion.models import checkpoint
 from pipeline.amounts import PER_TASK, told_size
 from pipeline.before.timing import Timing, time_a_worker
 from pipeline.config import PlanConfig

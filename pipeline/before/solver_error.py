@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.grids import make_grid
-from diffusion.teachers import Teacher, load_teacher
+from diffusion.models.teachers import Teacher, load_teacher
+from diffusion.recipes.devices import pick_device
 from pipeline.config import CalibrateConfig, GenerateConfig, TeacherConfig
-from pipeline.produce import device_here, machine_of, set_up_torch
+from pipeline.produce import machine_of, set_up_torch
 from pipeline.recipe import build_recipe, grid_options
 from pipeline.solve import denoise_of, memory_told, solve_ids
 from storage_schemas.recipe import Recipe
@@ -58,7 +59,7 @@ class Bench:
     def open(cls, config: CalibrateConfig) -> "Bench":
         """Load the teacher here, and set torch up as a worker does."""
         set_up_torch(threads=config.threads, tf32=config.tf32)
-        device = device_here(config.device)
+        device = pick_device(config.device)
         teacher = load_teacher(config.teacher, device=device, ignore=config.ignore)
         recipe = build_recipe(build_config(config, config.solvers[0], config.steps[0]), teacher)
         return cls(config, recipe, teacher, denoise_of(recipe, teacher.denoiser, device=device), device)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from diffusion.checkpoint import MODEL_FILE
+from diffusion.models.checkpoint import MODEL_FILE
 from pipeline.rounds.config import RAY_JOB, ProgressiveConfig
 from pipeline.rounds.plan import Round
 from pipeline.workers.submission import ENDED_BADLY, Submission, hand_in, wait_for

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusion import checkpoint
 from diffusion.denoiser import Guided
-from diffusion.description import described
+from diffusion.models import checkpoint
+from diffusion.models.description import described
 from pipeline.config import GenerateConfig
 from pipeline.generate import bring_about
 from pipeline.outcome import FAILED, QUARANTINED

@@ -28,8 +28,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from diffusion.devices import pick_device
-from diffusion.teachers import load_teacher
+from diffusion.models.teachers import load_teacher
+from diffusion.recipes.devices import pick_device
 from pipeline.config import GenerateConfig
 from pipeline.recipe import build_recipe
 from pipeline.solve import denoise_of, solve_task

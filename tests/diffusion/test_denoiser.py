@@ -5,7 +5,7 @@ import torch
 
 from diffusion.denoiser import Denoiser, Guided
 from diffusion.flow_map import FlowMap
-from diffusion.networks import ResidualMLP
+from diffusion.models.networks import ResidualMLP
 from diffusion.prediction import EDM, PREDICTIONS, VPrediction
 from diffusion.process import VE, CosineVP, LinearVP, RectifiedFlow
 

@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from diffusion.checkpoint import Checkpoint, pack, widened
 from diffusion.denoiser import Denoiser
 from diffusion.flow_map import FlowMap, jump_coefficients
 from diffusion.gaussian import GaussianTeacher
+from diffusion.models.checkpoint import Checkpoint, pack, widened
+from diffusion.models.spec import model_from_spec, process_spec
+from diffusion.models.teachers import builtin_checkpoint
 from diffusion.prediction import PREDICTIONS
 from diffusion.process import VE, CosineVP, LinearVP, RectifiedFlow, expand, scales
-from diffusion.spec import model_from_spec, process_spec
-from diffusion.teachers import builtin_checkpoint
 
 PROCESSES = [VE(), LinearVP(), CosineVP(), RectifiedFlow()]
 MEAN, VARIANCE = 0.5, 0.25

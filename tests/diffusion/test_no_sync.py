@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffusion.denoiser import Denoiser, Guided
 from diffusion.gaussian import GaussianTeacher, MixtureTeacher
 from diffusion.grids import karras
-from diffusion.networks import ResidualMLP
+from diffusion.models.networks import ResidualMLP
 from diffusion.prediction import PREDICTIONS
 from diffusion.process import VE, CosineVP, DiscreteVP, LinearVP, RectifiedFlow
 from diffusion.solvers import SOLVERS, solve

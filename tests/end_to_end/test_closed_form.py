@@ -14,8 +14,8 @@ from scipy.special import ndtri
 
 from diffusion.flow_map import FlowMap, jump_coefficients
 from diffusion.grids import subset_indices
+from diffusion.models.teachers import load_teacher
 from diffusion.solvers import solve
-from diffusion.teachers import load_teacher
 from pipeline.__main__ import COMMANDS as PIPELINE
 from storage_schemas.command_line import main
 from storage_schemas.dataset import open_dataset

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from diffusion import checkpoint
+from diffusion.models import checkpoint
 
 pytest.importorskip("s3fs")
 

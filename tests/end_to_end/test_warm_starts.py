@@ -3,7 +3,7 @@
 import json
 import shutil
 
-from diffusion import checkpoint
+from diffusion.models import checkpoint
 from pipeline.__main__ import COMMANDS
 from storage_schemas.command_line import main
 from tests.trainer.conftest import write_store

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffusion import checkpoint
-from diffusion.checkpoint import Checkpoint, pack
 from diffusion.flow_map import FlowMap, jump_coefficients
 from diffusion.grids import subset_indices
+from diffusion.models import checkpoint
+from diffusion.models.checkpoint import Checkpoint, pack
+from diffusion.models.spec import model_from_spec, process_spec
 from diffusion.process import VE
-from diffusion.spec import model_from_spec, process_spec
 from storage_schemas.dataset import open_dataset
 from storage_schemas.record import SPLITS, state_column
 from storage_schemas.store import Store

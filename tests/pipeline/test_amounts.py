@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffusion.teachers import load_teacher
-from pipeline.amounts import calls_of
+from diffusion.models.teachers import load_teacher
+from diffusion.recipes.grid import recipe_nfe
 from pipeline.config import GenerateConfig
 from pipeline.produce import Order, Producer
 from pipeline.recipe import build_layout, build_recipe
@@ -84,4 +84,4 @@ def test_calls_are_those_of_a_solve(given, tmp_path):
     producer = Producer(Order(Store.create(config.store), recipe, build_layout(config, recipe), "cpu", 1))
     ids = np.arange(2)
     solved = solve_batch(recipe, producer.denoise, producer.teacher.process, "train", ids, device=producer.device)
-    assert calls_of(recipe) == solved.nfe
+    assert recipe_nfe(recipe) == solved.nfe

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion.models.teachers import load_teacher
 from diffusion.process import VE, CosineVP, LinearVP, RectifiedFlow
-from diffusion.teachers import load_teacher
 from pipeline.after.accuracy import rms_interval
 from pipeline.after.duplicates import fingerprints
 from pipeline.after.normality import noise_sums

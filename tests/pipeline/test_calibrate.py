@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from diffusion.grids import karras
+from diffusion.models.teachers import load_teacher
+from diffusion.recipes.samples import draw_noise
 from diffusion.solvers import SOLVERS, solve
-from diffusion.teachers import load_teacher
 from pipeline.before.calibrate import _point, judge, orders
 from pipeline.before.solver_error import Trial, build_config, measure
 from pipeline.config import CalibrateConfig
 from pipeline.recipe import build_recipe
-from pipeline.solve import draw_noise
 from storage_schemas.errors import UserError
 from storage_schemas.notes import Calibration, CalibrationPoint, cheapest, read_calibrations
 from storage_schemas.recipe import Recipe

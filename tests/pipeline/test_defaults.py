@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from diffusion.teachers import load_teacher
+from diffusion.models.teachers import load_teacher
 from pipeline.__main__ import COMMANDS
 from pipeline.config import GenerateConfig
 from pipeline.recipe import _whole_shard, build_layout, build_recipe

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusion.teachers import load_teacher
+from diffusion.models.teachers import load_teacher
 from pipeline.before.estimate import Work, foretell, told
 from pipeline.before.timing import Timing
 from pipeline.config import PlanConfig

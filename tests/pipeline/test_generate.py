@@ -13,9 +13,9 @@ from typing import get_args
 import pytest
 
 import pipeline.generate
-from diffusion import checkpoint
+from diffusion.models import checkpoint
+from diffusion.models.teachers import load_teacher
 from diffusion.solvers import SOLVERS
-from diffusion.teachers import load_teacher
 from pipeline.config import GenerateConfig, SolverName
 from pipeline.generate import carry_out
 from pipeline.plan import Wanted

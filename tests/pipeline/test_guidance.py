@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import checkpoint, noise
-from diffusion.checkpoint import widened
-from diffusion.teachers import builtin_checkpoint, load_teacher
+from diffusion import noise
+from diffusion.models import checkpoint
+from diffusion.models.checkpoint import widened
+from diffusion.models.teachers import builtin_checkpoint, load_teacher
 from pipeline.before.solver_error import measure
 from pipeline.config import CalibrateConfig, GenerateConfig
 from pipeline.recipe import build_recipe

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusion.teachers import load_teacher
+from diffusion.models.teachers import load_teacher
 from pipeline.before.micro_batch import gpu_share, shortened, sizes
 from pipeline.config import GenerateConfig
 from pipeline.recipe import build_recipe

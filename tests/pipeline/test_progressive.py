@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import checkpoint
-from diffusion.checkpoint import pack
 from diffusion.flow_map import FlowMap
-from diffusion.spec import model_from_spec
-from diffusion.teachers import builtin_checkpoint
+from diffusion.models import checkpoint
+from diffusion.models.checkpoint import pack
+from diffusion.models.spec import model_from_spec
+from diffusion.models.teachers import builtin_checkpoint
 from pipeline.__main__ import COMMANDS
 from pipeline.config import GenerateConfig
 from pipeline.rounds import launch

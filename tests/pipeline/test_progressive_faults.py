@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from diffusion import checkpoint
+from diffusion.models import checkpoint
 from storage_schemas.dataset import open_dataset
 from storage_schemas.store import Store
 from tests.pipeline.test_drain import wait_until

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffusion.teachers import load_teacher
+from diffusion.models.teachers import load_teacher
 from pipeline import produce
 from pipeline.config import GenerateConfig
 from pipeline.produce import COMMIT_WITHIN, LateAttempt, Order, Producer, ScratchFull, attempt_task

@@ -8,9 +8,9 @@ import torch
 
 from diffusion import noise
 from diffusion.gaussian import GaussianTeacher
+from diffusion.models.spec import process_spec
+from diffusion.models.teachers import Teacher, builtin_checkpoint
 from diffusion.process import CosineVP
-from diffusion.spec import process_spec
-from diffusion.teachers import Teacher, builtin_checkpoint
 from pipeline.config import GenerateConfig
 from pipeline.recipe import build_recipe
 from pipeline.segments import data_start, starting_images

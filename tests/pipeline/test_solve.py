@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from diffusion import noise
+from diffusion.models.teachers import load_teacher
+from diffusion.recipes.samples import draw_noise
 from diffusion.solvers import solve
-from diffusion.teachers import load_teacher
 from pipeline.config import GenerateConfig
 from pipeline.recipe import build_recipe
-from pipeline.solve import Graphed, OutOfMemory, denoise_of, draw_noise, micro_batches, solve_task
+from pipeline.solve import Graphed, OutOfMemory, denoise_of, micro_batches, solve_task
 from storage_schemas.commit import Task
 from storage_schemas.record import from_storage
 

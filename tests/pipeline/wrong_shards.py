@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.after.teacher import TeacherSource
+from diffusion.recipes.teacher import TeacherSource
 from pipeline.produce import Order, publish
 from pipeline.solve import Solved, denoise_of, solve_task
 from storage_schemas import paths

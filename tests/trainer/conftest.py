@@ -12,7 +12,7 @@ import torch
 
 from diffusion import noise
 from diffusion.grids import karras
-from diffusion.teachers import builtin_checkpoint, load_teacher
+from diffusion.models.teachers import builtin_checkpoint, load_teacher
 from storage_schemas import paths
 from storage_schemas.clock import utc_now
 from storage_schemas.commit import Commit, Task, put_commit

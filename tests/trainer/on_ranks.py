@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from diffusion.flow_map import FlowMap
-from diffusion.spec import model_from_spec
+from diffusion.models.spec import model_from_spec
 from trainer.cast import Cast
 from trainer.config import FitConfig
 from trainer.loop import Stepper, step_seed

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from diffusion import noise
-from diffusion.checkpoint import widened
 from diffusion.flow_map import FlowMap
 from diffusion.gaussian import GaussianTeacher
+from diffusion.models.checkpoint import widened
+from diffusion.models.teachers import load_teacher
 from diffusion.process import VE
-from diffusion.teachers import load_teacher
 from storage_schemas.dataset import open_dataset
 from tests.guided import MEANS, VARIANCE, exact_output
 from tests.trainer.conftest import write_store

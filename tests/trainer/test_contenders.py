@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import checkpoint, noise
-from diffusion.checkpoint import Checkpoint, pack, widened
+from diffusion import noise
 from diffusion.flow_map import FlowMap
-from diffusion.spec import model_from_spec
-from diffusion.teachers import builtin_checkpoint
+from diffusion.models import checkpoint
+from diffusion.models.checkpoint import Checkpoint, pack, widened
+from diffusion.models.spec import model_from_spec
+from diffusion.models.teachers import builtin_checkpoint
 from storage_schemas.dataset import open_dataset
 from storage_schemas.errors import ManifestMismatch
 from trainer.contenders import student

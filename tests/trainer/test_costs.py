@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from diffusion import checkpoint
-from diffusion.teachers import builtin_checkpoint
+from diffusion.models import checkpoint
+from diffusion.models.teachers import builtin_checkpoint
 from storage_schemas.dataset import open_dataset, seal
 from storage_schemas.manifest import ManifestDraft, Window
 from tests.trainer.test_evaluate import config, make_recipe, make_store, rows_of, save_student

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion.checkpoint import Checkpoint, pack
 from diffusion.denoiser import Guided
 from diffusion.flow_map import FlowMap
-from diffusion.spec import model_from_spec
-from diffusion.teachers import Teacher, from_checkpoint, load_teacher
+from diffusion.models.checkpoint import Checkpoint, pack
+from diffusion.models.spec import model_from_spec
+from diffusion.models.teachers import Teacher, from_checkpoint, load_teacher
 from storage_schemas.errors import UsageError
 from trainer.cast import Cast
 from trainer.config import FitConfig

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import checkpoint, noise
-from diffusion.checkpoint import Checkpoint, pack
+from diffusion import noise
 from diffusion.grids import karras
+from diffusion.models import checkpoint
+from diffusion.models.checkpoint import Checkpoint, pack
+from diffusion.models.spec import model_from_spec, process_from_spec
+from diffusion.models.teachers import Teacher, builtin_checkpoint, from_checkpoint
+from diffusion.recipes.grid import recipe_nfe
 from diffusion.solvers import solve
-from diffusion.spec import model_from_spec, process_from_spec
-from diffusion.teachers import Teacher, builtin_checkpoint, from_checkpoint
 from storage_schemas import paths
 from storage_schemas.clock import utc_now
 from storage_schemas.command_line import Command, main
@@ -33,7 +35,7 @@ from storage_schemas.recipe import (
 from storage_schemas.record import NO_CONDITION
 from storage_schemas.shards import ShardTable
 from storage_schemas.store import Store
-from trainer.contenders import recipe_nfe, teacher_solvers
+from trainer.contenders import teacher_solvers
 from trainer.evaluate import EvaluateConfig, evaluate, run_evaluate
 from trainer.features import shipped_classifier
 from trainer.holdout import read_pairs

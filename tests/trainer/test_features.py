@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import checkpoint
-from diffusion.teachers import builtin_checkpoint
+from diffusion.models import checkpoint
+from diffusion.models.teachers import builtin_checkpoint
 from storage_schemas.errors import UsageError
 from trainer.features import (
     ClassifierConfig,

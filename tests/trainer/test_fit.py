@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion import checkpoint
 from diffusion.flow_map import FlowMap
-from diffusion.teachers import builtin_checkpoint
+from diffusion.models import checkpoint
+from diffusion.models.teachers import builtin_checkpoint
 from storage_schemas import paths
 from storage_schemas.command_line import Command, main
 from storage_schemas.commit import put_commit

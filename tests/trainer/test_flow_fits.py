@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from diffusion import checkpoint
-from diffusion.checkpoint import Checkpoint, pack
 from diffusion.flow_map import FlowMap
-from diffusion.spec import model_from_spec
+from diffusion.models import checkpoint
+from diffusion.models.checkpoint import Checkpoint, pack
+from diffusion.models.spec import model_from_spec
 from tests.trainer.on_ranks import OBJECTIVES, config, global_batch, student
 from tests.trainer.test_fit import TINY, fit, killed_after, refused, steady, weights
 from tests.trainer.test_parallel import distance, on_ranks, reference, rounding

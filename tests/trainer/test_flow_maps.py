@@ -6,11 +6,11 @@ import itertools
 import pytest
 import torch
 
-from diffusion.checkpoint import Checkpoint, pack, widened
 from diffusion.flow_map import FlowMap, jump_coefficients
 from diffusion.grids import karras
+from diffusion.models.checkpoint import Checkpoint, pack, widened
+from diffusion.models.spec import model_from_spec
 from diffusion.process import VE, CosineVP, LinearVP, RectifiedFlow
-from diffusion.spec import model_from_spec
 from tests.trainer.flows import (
     MEAN,
     VARIANCE,

@@ -6,12 +6,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from diffusion import noise
-from diffusion.teachers import load_teacher
+from diffusion.models.teachers import load_teacher
+from diffusion.recipes.grid import recipe_nfe
 from storage_schemas.dataset import open_dataset
 from storage_schemas.recipe import Guidance
 from tests.guided import exact_output
 from tests.trainer.test_stream import Numbered, assert_same, take, take_on_ranks
-from trainer.contenders import recipe_nfe, teacher_solver, teacher_solvers
+from trainer.contenders import teacher_solver, teacher_solvers
 from trainer.holdout import read_pairs
 from trainer.reading.chunks import Reading
 from trainer.reading.shards import ShardSource

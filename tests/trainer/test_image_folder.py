@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion import checkpoint
+from diffusion.models import checkpoint
 from storage_schemas.command_line import Command, main
 from storage_schemas.images import images_digest, summary
 from trainer.config import FitConfig

@@ -26,7 +26,7 @@ def config(**options) -> FitConfig:
 
 
 def stepper(*, dropout: float = 0.0, **options) -> Stepper:
-    from diffusion.spec import model_from_spec
+    from diffusion.models.spec import model_from_spec
 
     start = scratch(config(), SHAPE)
     denoiser = model_from_spec(with_dropout(start.model, dropout))

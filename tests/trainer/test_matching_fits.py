@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion import checkpoint
-from diffusion.teachers import builtin_checkpoint
+from diffusion.models import checkpoint
+from diffusion.models.teachers import builtin_checkpoint
 from storage_schemas.dataset import latest_manifest, open_dataset, read_recipe
 from tests.trainer import conftest
 from tests.trainer.test_fit import TINY, fit, go_on_past, killed_after

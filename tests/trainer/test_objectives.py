@@ -10,7 +10,7 @@ from diffusion.denoiser import Denoiser
 from diffusion.flow_map import FlowMap
 from diffusion.gaussian import GaussianTeacher
 from diffusion.grids import karras, uniform_time
-from diffusion.networks import ResidualMLP
+from diffusion.models.networks import ResidualMLP
 from diffusion.prediction import EDM, Sample
 from diffusion.process import VE, CosineVP, LinearVP, RectifiedFlow
 from trainer.cast import Cast

@@ -6,11 +6,12 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from diffusion import checkpoint, noise
-from diffusion.checkpoint import Checkpoint, pack, widened
+from diffusion import noise
 from diffusion.flow_map import FlowMap
-from diffusion.spec import model_from_spec
-from diffusion.teachers import builtin_checkpoint
+from diffusion.models import checkpoint
+from diffusion.models.checkpoint import Checkpoint, pack, widened
+from diffusion.models.spec import model_from_spec
+from diffusion.models.teachers import builtin_checkpoint
 from storage_schemas.errors import ManifestMismatch, UsageError
 from trainer.sample import SampleConfig, image_grid, run_sample
 

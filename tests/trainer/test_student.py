@@ -3,9 +3,11 @@ import json
 import pytest
 import torch
 
-from diffusion import checkpoint
-from diffusion.checkpoint import Checkpoint, pack
-from diffusion.spec import model_from_spec
+from diffusion.models import checkpoint
+from diffusion.models.checkpoint import Checkpoint, pack
+from diffusion.models.spec import model_from_spec
+from diffusion.recipes.grid import recipe_process
+from diffusion.recipes.teacher import TeacherSource
 from storage_schemas import paths
 from storage_schemas.dataset import open_dataset
 from storage_schemas.errors import ManifestMismatch, UsageError
@@ -15,13 +17,11 @@ from trainer.student import (
     check_few_steps,
     check_fits,
     find_student,
-    recipe_process,
     saved_model,
     scratch,
     student_steps,
     with_dropout,
 )
-from trainer.teacher import recipe_checkpoint
 from trainer.trajectories import start_student
 
 VE = {"name": "ve", "sigma_max": 80.0}
@@ -106,10 +106,9 @@ def test_students_of_a_run_are_found_by_their_steps(tmp_path):
 
 def test_a_recipe_whose_process_says_otherwise_is_refused(make_store):
     recipe = open_dataset(make_store()).recipe
-    spec = recipe.teacher.model["process"]
-    assert recipe_process(spec, recipe.times, recipe.alphas, recipe.sigmas).T == 80.0
+    assert recipe_process(recipe).T == 80.0
     with pytest.raises(ManifestMismatch, match="the recipe says sigma"):
-        recipe_process(spec, recipe.times, recipe.alphas, [sigma * 1.001 for sigma in recipe.sigmas])
+        recipe_process(recipe.model_copy(update={"sigmas": tuple(sigma * 1.001 for sigma in recipe.sigmas)}))
 
 
 def store_with_teacher(make_store, monkeypatch, saved: Checkpoint):
@@ -129,9 +128,9 @@ def test_a_teacher_kept_in_the_store_is_the_start(make_store, monkeypatch):
     with pytest.raises(
         UsageError, match=r"used only if you name it, too: give --teacher\.uri /nowhere/teacher; or generate"
     ):
-        recipe_checkpoint(dataset.store, dataset.recipe)
+        TeacherSource(dataset.store, dataset.recipe, flag="--teacher.uri").checkpoint()
     with pytest.raises(UsageError, match=r"/nowhere/teacher holds no model\.json: .*; or generate --with-weights"):
-        recipe_checkpoint(dataset.store, dataset.recipe, uri="/nowhere/teacher")
+        TeacherSource(dataset.store, dataset.recipe, "/nowhere/teacher").checkpoint()
     folder = paths.weights_folder(dataset.recipe.id)
     store.write(f"{folder}/model.safetensors", saved.weights)
     store.write(f"{folder}/model.json", json.dumps(saved.document()).encode())
@@ -148,7 +147,7 @@ def test_a_teacher_with_other_weights_is_refused(make_store, monkeypatch, tmp_pa
     moved = dataset.recipe.teacher.model_copy(update={"uri": str(tmp_path / "other")})
     monkeypatch.setitem(dataset.__dict__, "recipe", dataset.recipe.model_copy(update={"teacher": moved}))
     with pytest.raises(UsageError, match="the recipe says"):
-        recipe_checkpoint(dataset.store, dataset.recipe, uri=dataset.recipe.teacher.uri)
+        TeacherSource(dataset.store, dataset.recipe, dataset.recipe.teacher.uri).checkpoint()
 
 
 def test_a_closed_form_teacher_has_nothing_to_fit(make_store):

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion import checkpoint
-from diffusion.checkpoint import Checkpoint
-from diffusion.teachers import builtin_checkpoint, check_unasked, load_teacher
-from pipeline.after.teacher import NoTeacher, TeacherSource
+from diffusion.models import checkpoint
+from diffusion.models.checkpoint import Checkpoint
+from diffusion.models.teachers import builtin_checkpoint, check_unasked, load_teacher
+from diffusion.recipes.teacher import NoTeacher, TeacherSource
 from storage_schemas.errors import ManifestMismatch, UsageError
 from storage_schemas.store import Store
 from tests.trainer.test_costs import line, make_run
@@ -19,7 +19,6 @@ from trainer.costs import student_costs
 from trainer.logs import RunLog
 from trainer.run import RunRecord, new_record
 from trainer.saving.place import Place, lines_of
-from trainer.teacher import recipe_checkpoint, recipe_teacher
 from trainer.trajectories import plan_trajectories
 
 NAMED = {
@@ -42,7 +41,7 @@ def opened(monkeypatch):
     """Whatever is opened, asked or imported for a teacher."""
     asked: list[object] = []
     for name in ("checkpoint.load", "pipeline_checkpoint", "_from_factory"):
-        monkeypatch.setattr(f"diffusion.teachers.{name}", lambda *told, **more: asked.append(told))
+        monkeypatch.setattr(f"diffusion.models.teachers.{name}", lambda *told, **more: asked.append(told))
     return asked
 
 
@@ -53,12 +52,9 @@ def test_a_teacher_that_only_a_recipe_names_is_not_touched(tmp_path, opened, uri
     recipe = make_recipe(builtin_checkpoint("gaussian"), uri=uri)
     store = make_store(tmp_path / "pairs", builtin_checkpoint("gaussian"), recipe)
     lines = []
-    for refused, load in (
-        (UsageError, lambda: recipe_teacher(store, recipe, flag="--teacher.uri")),
-        (UsageError, lambda: recipe_checkpoint(store, recipe)),
-        (NoTeacher, lambda: TeacherSource(store, recipe).load()),
-    ):
-        with pytest.raises(refused) as told:
+    source = TeacherSource(store, recipe, flag="--teacher.uri")
+    for load in (source.load, source.checkpoint):
+        with pytest.raises(NoTeacher) as told:
             load()
         lines.append(str(told.value))
     assert opened == []
@@ -71,9 +67,9 @@ def test_what_the_user_names_is_used(tmp_path):
     uri = str(tmp_path / "model")
     recipe = make_recipe(saved, uri=uri)
     store = make_store(tmp_path / "pairs", saved, recipe)
-    assert recipe_teacher(store, recipe, flag="--teacher", uri=uri).uri == uri
-    assert recipe_checkpoint(store, recipe, uri=uri) == saved
-    assert TeacherSource(store, recipe, uri).load().uri == uri
+    source = TeacherSource(store, recipe, uri)
+    assert source.load().uri == uri
+    assert source.checkpoint() == saved
 
 
 def test_what_is_shipped_is_used_unasked():

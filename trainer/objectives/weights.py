@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffusion.embeddings import JointCoefficients
+from diffusion.models.embeddings import JointCoefficients
 from diffusion.process import Process
 from trainer.cast import Cast
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion import noise
+from diffusion.recipes.samples import draw_scales
 from storage_schemas.dataset import Dataset, Pruned
 from storage_schemas.errors import CorruptShard, ManifestMismatch
 from storage_schemas.record import Split
@@ -119,7 +119,7 @@ class ShardSource:
         condition = np.empty(len(ids), np.int64)
         copy_rows(addresses["condition"], condition.view(np.uint8).reshape(len(ids), 8))
         recipe = self._dataset.recipe
-        guidance = noise.guidance_scales(recipe.noise.seed, self._split_name, ids, recipe.guidance.scales)
+        guidance = draw_scales(recipe, self._split_name, ids)
         return Rows(ids, condition, guidance, addresses, views, substituted)
 
     def _read(self, shards: Sequence[int]) -> dict[int, list[Part] | CorruptShard]:

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from diffusion import checkpoint
-from diffusion.checkpoint import Checkpoint, pack
-from diffusion.spec import model_from_spec
+from diffusion.models import checkpoint
+from diffusion.models.checkpoint import Checkpoint, pack
+from diffusion.models.spec import model_from_spec
 from trainer.config import FitConfig
 from trainer.plan import Plan, Stage
 from trainer.run import RunRecord

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusion.checkpoint import MODEL_FILE, WEIGHTS_FILE
+from diffusion.models.checkpoint import MODEL_FILE, WEIGHTS_FILE
 from storage_schemas.locks import only_one
 from storage_schemas.store import Store
 from trainer.saving.checkpoints import FOLDER, remove_folder

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffusion.embeddings import told, zeroed
+from diffusion.models.embeddings import told, zeroed
 
 _COARSEST = 8
 """Levels halve an image down to this size, or as far as it is even."""

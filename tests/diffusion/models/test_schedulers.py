@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from diffusion.schedulers import TABLES_OF_BETAS, check_class, check_fields
-from diffusion.teachers import load_teacher
+from diffusion.models.schedulers import TABLES_OF_BETAS, check_class, check_fields
+from diffusion.models.teachers import load_teacher
 
 diffusers = pytest.importorskip("diffusers")
 

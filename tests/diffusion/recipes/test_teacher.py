@@ -4,14 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from diffusion.teachers import load_teacher
-from pipeline.after.teacher import NoTeacher, TeacherSource
+from diffusion.models.teachers import load_teacher
+from diffusion.recipes.teacher import NoTeacher, TeacherSource
 from pipeline.config import GenerateConfig
 from pipeline.produce import Order, Producer
 from pipeline.recipe import build_layout, build_recipe
-from storage_schemas.errors import UsageError, UserError
+from storage_schemas.errors import UserError
 from storage_schemas.store import Store
-from trainer.teacher import recipe_teacher
 
 OTHERS = {
     "description": {"model": {"kind": "gaussian", "sample_shape": [2], "num_classes": None, "mean": 1.5}},
@@ -21,7 +20,7 @@ OTHERS = {
 
 
 def produce(order, uri):
-    Producer(order, load_teacher(uri))
+    Producer(order)
 
 
 def audit(order, uri):
@@ -29,10 +28,10 @@ def audit(order, uri):
 
 
 def train(order, uri):
-    recipe_teacher(order.store, order.recipe, uri=uri)
+    TeacherSource(order.store, order.recipe, uri).checkpoint()
 
 
-@pytest.mark.parametrize(("use", "error"), [(produce, UserError), (audit, NoTeacher), (train, UsageError)])
+@pytest.mark.parametrize(("use", "error"), [(produce, UserError), (audit, NoTeacher), (train, NoTeacher)])
 @pytest.mark.parametrize("what", OTHERS)
 def test_a_teacher_that_differs_in_one_of_them_is_refused(tmp_path, use, error, what):
     uri = "builtin:gaussian"

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffusion import checkpoint
-from diffusion.checkpoint import Checkpoint
-from diffusion.diffusers_models import pipeline_checkpoint
+from diffusion.models import checkpoint
+from diffusion.models.checkpoint import Checkpoint
+from diffusion.models.diffusers_models import pipeline_checkpoint
+from diffusion.models.source import source_digest
+from diffusion.models.spec import process_from_spec, process_spec
 from diffusion.process import VE, Process
 from diffusion.solvers import no_exit
-from diffusion.source import source_digest
-from diffusion.spec import process_from_spec, process_spec
 
 _BUILTIN = Path(__file__).parent / "builtin"
 
@@ -39,7 +39,7 @@ _CLOSED_FORMS: dict[str, dict[str, Any]] = {
 class Teacher:
     """A denoiser (x_t, t, condition) -> x_0 in evaluation mode, and what a recipe must know of it.
 
-    source_sha256 is the digest of a `python:` factory's code (diffusion.source); elsewhere the spec and the weights say
+    source_sha256 is the digest of a `python:` factory's code (source.py); elsewhere the spec and the weights say
     everything.
     grids: of a student, the times that it was fitted for, by their number of steps.
     """

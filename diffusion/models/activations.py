@@ -5,8 +5,8 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from diffusion.networks import ResidualMLP
-from diffusion.unet import DiffusersUNet2D
+from diffusion.models.networks import ResidualMLP
+from diffusion.models.unet import DiffusersUNet2D
 
 
 def checkpoint_activations(module: nn.Module) -> None:

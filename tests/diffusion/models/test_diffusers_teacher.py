@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from diffusion.grids import karras
+from diffusion.models.teachers import load_teacher
 from diffusion.solvers import solve
-from diffusion.teachers import load_teacher
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion.embeddings import FourierTime, JointCoefficients, told, zeroed
-from diffusion.unet import DiffusersUNet2D
+from diffusion.models.embeddings import FourierTime, JointCoefficients, told, zeroed
+from diffusion.models.unet import DiffusersUNet2D
 
 
 class ResidualBlock(nn.Module):

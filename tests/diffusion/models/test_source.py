@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from diffusion.source import source_digest
+from diffusion.models.source import source_digest
 
 FILES = {
     "alone.py": "import json, torch\nfrom diffusion.process import VE\nmake = VE\n",

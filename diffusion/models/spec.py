@@ -18,7 +18,7 @@ from torch import nn
 
 from diffusion.denoiser import Denoiser
 from diffusion.gaussian import GaussianTeacher, MixtureTeacher
-from diffusion.networks import NETWORKS
+from diffusion.models.networks import NETWORKS
 from diffusion.prediction import PREDICTIONS, Prediction
 from diffusion.process import VE, CosineVP, DiscreteVP, LinearVP, Process, RectifiedFlow
 

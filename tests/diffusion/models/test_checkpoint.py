@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffusion import checkpoint
+from diffusion.models import checkpoint
+from diffusion.models.spec import model_from_spec, process_from_spec, process_spec
+from diffusion.models.teachers import load_teacher
 from diffusion.process import VE, CosineVP, DiscreteVP, LinearVP, RectifiedFlow
-from diffusion.spec import model_from_spec, process_from_spec, process_spec
-from diffusion.teachers import load_teacher
 
 SPEC = {
     "kind": "network",

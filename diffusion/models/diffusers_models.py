@@ -5,11 +5,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from diffusion.checkpoint import Checkpoint, pack
+from diffusion.models.checkpoint import Checkpoint, pack
+from diffusion.models.schedulers import check_class, check_fields
+from diffusion.models.spec import model_from_spec, process_spec
+from diffusion.models.unet import import_diffusers
 from diffusion.process import DiscreteVP
-from diffusion.schedulers import check_class, check_fields
-from diffusion.spec import model_from_spec, process_spec
-from diffusion.unet import import_diffusers
 
 _PATIENCE = 5.0
 """Seconds for the hub's first answer."""

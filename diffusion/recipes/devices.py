@@ -2,11 +2,13 @@
 
 import torch
 
+from storage_schemas.errors import UsageError
+
 
 def pick_device(name: str) -> torch.device:
-    """The device of a name; auto is the first GPU where there is one. ValueError for one that is not here.
+    """The device of a name; auto is the first GPU, or the CPU. Raises UsageError for one that this machine lacks.
 
-    A GPU that is there gets no context by that: a driver that only asks takes none of its memory.
+    A GPU gets no context by that: a driver that only asks takes none of its memory.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -15,5 +17,5 @@ def pick_device(name: str) -> torch.device:
         if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
             torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name}: {str(error).splitlines()[0]}; use auto or cpu") from error
+        raise UsageError(f"device {name}: {str(error).splitlines()[0]}; use auto or cpu") from error
     return device

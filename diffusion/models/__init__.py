@@ -1,0 +1,1 @@
+"""Networks by family, their specs and checkpoints, and teachers by URI: what is a model."""
