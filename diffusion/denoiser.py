@@ -147,3 +147,8 @@ class Guided:
 
 def _told(scale: float | Tensor) -> str:
     return "of each sample" if isinstance(scale, Tensor) else str(scale)
+
+
+def null_labelled(stored: Tensor, num_classes: int | None) -> Tensor | None:
+    """Stored labels [B] as a network takes them: -1 becomes its null label; None for a network without classes."""
+    return None if num_classes is None else torch.where(stored < 0, num_classes, stored)

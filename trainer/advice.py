@@ -11,9 +11,6 @@ from typing import Any
 
 from trainer.saving.place import METRICS, lines_of
 
-ADVISED = ("knowledge", "progressive", "flow_map", "ctm", "consistency")
-"""Objectives whose student is to reproduce the stored outputs: what others are to do, the error does not tell."""
-
 _GAP = 1.25
 _FALLING = 0.95
 _LATE = 0.8  # of a stage's steps: where the error that the last one is compared with was measured

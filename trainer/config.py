@@ -8,29 +8,22 @@ from pydantic import Field, model_validator
 from storage_schemas.command_line import Config
 from storage_schemas.images import KINDS
 from storage_schemas.places import LocalPath, Source, StorePlace
-from trainer.objectives.options import DISTRIBUTION_LEVEL, TWO_TIMES, ObjectiveConfig
+from trainer.objectives.kind import Kind, Options
+from trainer.objectives.options import ObjectiveConfig
+from trainer.objectives.table import WITH_CRITIC
 from trainer.order import default_batch
 
 ProcessName = Literal["ve", "linear_vp", "cosine_vp", "rectified_flow"]
 PredictionName = Literal["edm", "sample", "v_prediction", "velocity", "epsilon"]
 DtypeName = Literal["float32", "float16", "bfloat16"]
 
-_DISTILLED: dict[str, Any] = {"init": "teacher", "decay": "cosine", "ema": 0.999}
-# Where papers differ in how they train: Salimans & Ho 2022 take lr to 0 linearly in every stage and keep no average.
-_FIT_DEFAULTS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("knowledge", *TWO_TIMES, "consistency"), _DISTILLED),
-    **dict.fromkeys(DISTRIBUTION_LEVEL, _DISTILLED | {"lr": 1e-4, "beta1": 0.0}),
-    "progressive": {"init": "teacher", "decay": "linear", "ema": 0.0},
-    "reflow": {"init": "scratch", "decay": "cosine", "ema": 0.999},
-    "denoising": {"init": "scratch", "decay": "cosine", "ema": 0.999, "process": "ve"},
-}
 _WARMUP = 100
 # How a store is read.
 _OF_A_STORE = ("manifest", "follow_latest", "verify", "on_corrupt", "cache_folder", "cache_gib", "in_flight_mib")
 
 
 class CriticConfig(Config):
-    """dmd, vsd, sid: the network that learns the score of the student's samples."""
+    """The network that learns the score of the student's samples, for an objective that has one."""
 
     kind: Literal["copy", "lora"] = Field(
         "copy", description="A copy of the teacher, or low-rank changes of the teacher's own weights."
@@ -41,7 +34,7 @@ class CriticConfig(Config):
 
 
 class TeacherConfig(Config):
-    """The teacher's network: what --init teacher starts from, and dmd, vsd, sid have beside the student."""
+    """The teacher's network: what --init teacher starts from, and what is beside a student that has a critic."""
 
     uri: Source | None = Field(None, description="Its uri, where neither the store keeps it nor this package.")
     dtype: DtypeName = Field("float32", description="Its weights' dtype.")
@@ -65,14 +58,6 @@ class NetworkConfig(Config):
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout while fitting, whatever the student starts from.")
 
 
-def _refuse_options(objective: Any, process: str) -> None:
-    """The distribution of log sigma is that of process ve; the others draw their times uniformly."""
-    told = ObjectiveConfig.model_validate(objective or {})
-    for option in ("p_mean", "p_std"):
-        if getattr(told, option) is not None:
-            raise ValueError(f"objective.{option} means nothing to process {process}; it belongs to ve")
-
-
 class FitConfig(Config):
     """Fit a student on stored trajectories, or a teacher on images."""
 
@@ -84,8 +69,8 @@ class FitConfig(Config):
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="What is fitted.")
     init: Source | None = Field(None, description="teacher, scratch or the folder of a saved model to start from.")
     network: NetworkConfig = Field(NetworkConfig(), description="The student's network.")
-    critic: CriticConfig = Field(CriticConfig(), description="dmd, vsd, sid: the critic.")
-    teacher: TeacherConfig = Field(TeacherConfig(), description="dmd, vsd, sid: the teacher beside the student.")
+    critic: CriticConfig = Field(CriticConfig(), description=f"{WITH_CRITIC}: the critic.")
+    teacher: TeacherConfig = Field(TeacherConfig(), description=f"{WITH_CRITIC}: the teacher beside the student.")
     told_guidance: bool = Field(
         False, description="Tell the student each sample's guidance scale, of which the data has several."
     )
@@ -103,10 +88,10 @@ class FitConfig(Config):
     )
     micro_batch: int | None = Field(None, ge=1, description="Samples at a time on the device; divides the batch size.")
     lr: float | None = Field(
-        None, gt=0, description="Peak learning rate of AdamW; 1e-4 for dmd, vsd, sid, else 1e-3, unless told."
+        None, gt=0, description=f"Peak learning rate of AdamW; default: 1e-4 for {WITH_CRITIC}, else 1e-3."
     )
     beta1: float | None = Field(
-        None, ge=0, lt=1, description="AdamW's first beta; 0 for dmd, vsd, sid, else 0.9, unless told."
+        None, ge=0, lt=1, description=f"AdamW's first beta; default: 0 for {WITH_CRITIC}, else 0.9."
     )
     warmup: int | None = Field(
         None,
@@ -139,7 +124,7 @@ class FitConfig(Config):
     keep_best: bool = Field(
         True,
         description="Of the checkpoints on a validated step keep that of the least holdout error too, and its model "
-        "in OUT/best. Of dmd, vsd, sid none: that error does not judge their samples.",
+        f"in OUT/best. Not for {WITH_CRITIC}: that error does not judge their samples.",
     )
     resume: bool = Field(True, description="Go on from the run's last checkpoint; --no-resume starts it anew.")
     log_every: int = Field(50, ge=1, description="Steps between lines of metrics.")
@@ -180,9 +165,19 @@ class FitConfig(Config):
         return min(_WARMUP, self.steps // 10) if self.warmup is None else self.warmup
 
     @property
+    def kind(self) -> Kind[Any]:
+        """The objective that is fitted, and what it wants of a fit."""
+        return self.objective.kind
+
+    @property
+    def options(self) -> Options:
+        """The objective's own options."""
+        return self.objective.options
+
+    @property
     def keeps_best(self) -> bool:
         """Whether a least holdout error makes a model the best."""
-        return self.keep_best and self.objective.name not in DISTRIBUTION_LEVEL
+        return self.keep_best and not self.kind.has_critic
 
     @model_validator(mode="before")
     @classmethod
@@ -190,13 +185,18 @@ class FitConfig(Config):
         """Defaults that follow from the objective."""
         if not isinstance(given, Mapping):
             return given
-        objective = ObjectiveConfig.model_validate(given.get("objective") or {}).filled()
+        objective = ObjectiveConfig.model_validate(given.get("objective") or {})
         told = {key: value for key, value in given.items() if value is not None}
-        filled = {"lr": 1e-3, "beta1": 0.9, **_FIT_DEFAULTS[objective.name], **told, "objective": objective}
+        filled = {**objective.kind.fit_defaults, **told, "objective": objective.filled()}
         filled.setdefault("batch_size", default_batch(filled.get("micro_batch"), filled.get("lanes")))
         if filled.get("process", "ve") != "ve":
-            _refuse_options(given.get("objective"), filled["process"])
-            filled["objective"] = objective.model_copy(update={"p_mean": None, "p_std": None})
+            # The distribution of log sigma is that of process ve; the others draw their times uniformly.
+            for option in ("p_mean", "p_std"):
+                if getattr(objective, option) is not None:
+                    raise ValueError(
+                        f"objective.{option} means nothing to process {filled['process']}; it belongs to ve"
+                    )
+            filled["objective"] = filled["objective"].model_copy(update={"p_mean": None, "p_std": None})
         return filled
 
     @model_validator(mode="after")
@@ -215,33 +215,37 @@ class FitConfig(Config):
         return self
 
     def _check_input(self) -> None:
-        real = self.objective.name == "denoising"
+        real = self.kind.reads_images
         wanted, other = ("images", "data") if real else ("data", "images")
         if getattr(self, wanted) is None:
             raise ValueError(f"objective {self.objective.name} needs --{wanted}")
-        if getattr(self, other) is not None and not self.objective.gan:
+        if getattr(self, other) is not None and not self.options.has_discriminator:
             raise ValueError(f"objective {self.objective.name} reads --{wanted}; leave --{other} out")
         if real and self.init == "teacher":
-            raise ValueError("init teacher: denoising makes a teacher; use scratch or the folder of a saved model")
+            raise ValueError(
+                f"init teacher: {self.objective.name} makes a teacher; use scratch or the folder of a saved model"
+            )
         if not real and self.process is not None:
             raise ValueError(f"process {self.process}: a student has its teacher's process; leave --process out")
 
     def _check_others(self) -> None:
         """What belongs to the networks beside the student, and to data of several scales."""
-        if self.objective.name not in DISTRIBUTION_LEVEL:
+        if not self.kind.has_critic:
             begins = self.init == "teacher" and self.teacher == TeacherConfig(uri=self.teacher.uri)
             for name in ("critic",) if begins else ("critic", "teacher"):
                 if getattr(self, name) != FitConfig.model_fields[name].default:
-                    raise ValueError(f"{name}: {self.objective.name} has none; leave it out, or fit dmd, vsd or sid")
-        if (self.objective.critic_steps or 1) > self.steps:
-            told = f"objective.critic_steps {self.objective.critic_steps} leaves the student no update"
-            raise ValueError(f"{told} in {self.steps} steps; give more --steps")
+                    raise ValueError(
+                        f"{name}: {self.objective.name} has none; leave it out, or fit one of {WITH_CRITIC}"
+                    )
+        if self.options.student_every > self.steps:
+            late = f"objective.critic_steps {self.options.student_every} leaves the student no update"
+            raise ValueError(f"{late} in {self.steps} steps; give more --steps")
         if self.critic.kind == "lora":
             self._check_lora()
-        if self.parallel == "fsdp" and self.objective.gan:
+        if self.parallel == "fsdp" and self.options.has_discriminator:
             raise ValueError("objective.gan: its discriminator can't be sharded; use --parallel ddp")
-        if self.told_guidance and self.objective.name == "denoising":
-            raise ValueError("told_guidance: denoising has no guided targets; leave it out")
+        if self.told_guidance and self.kind.reads_images:
+            raise ValueError(f"told_guidance: {self.objective.name} has no guided targets; leave it out")
 
     def _check_lora(self) -> None:
         if self.teacher.offload or self.teacher.dtype != "float32":
@@ -258,11 +262,13 @@ class FitConfig(Config):
             raise ValueError(f"lanes {self.lanes} does not divide batch_size {self.batch_size}; choose a divisor")
         if self.follow_latest and self.manifest is not None:
             raise ValueError(f"follow_latest does not stay with manifest {self.manifest}; leave one of the two out")
-        if self.objective.name != "denoising":
+        if not self.kind.reads_images:
             return
         for name in _OF_A_STORE:
             if getattr(self, name) != FitConfig.model_fields[name].default:
-                raise ValueError(f"{name} {getattr(self, name)}: denoising reads images, no store; leave it out")
+                raise ValueError(
+                    f"{name} {getattr(self, name)}: {self.objective.name} reads images, no store; leave it out"
+                )
 
     def _check_network(self) -> None:
         given = {name for name in ("width", "depth", "dropout") if getattr(self.network, name)}

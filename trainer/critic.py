@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from diffusion.denoiser import Denoiser, Guided
+from diffusion.denoiser import Denoiser, Guided, null_labelled
 from diffusion.models.checkpoint import Checkpoint, pack, widened
 from diffusion.models.teachers import Teacher
 from diffusion.process import scales
@@ -20,7 +20,6 @@ from diffusion.solvers import answer
 from storage_schemas.errors import usage_errors
 from trainer.config import FitConfig
 from trainer.lora import with_low_rank
-from trainer.objectives import null_labelled
 
 
 class Critic(nn.Module):
@@ -77,7 +76,7 @@ def make_critic(config: FitConfig, teacher: Teacher, student: Denoiser) -> Criti
             denoiser = with_low_rank(teacher.denoiser, config.critic.rank)
         else:
             denoiser = _copied(teacher, student)
-        head = _head(denoiser.network) if config.objective.gan else None
+        head = _head(denoiser.network) if config.options.has_discriminator else None
     return Critic(denoiser, head).to(next(student.parameters()).device)
 
 
@@ -146,8 +145,8 @@ class _Guided(nn.Module):
 def frozen_teacher(
     config: FitConfig, teacher: Teacher, *, guidance: tuple[float, ...], device: torch.device
 ) -> FrozenTeacher:
-    """As the config says: guided by objective.guidance if told, else by the data's scale, of several each sample's."""
-    told = config.objective.guidance
-    scale = told if told is not None else guidance[0] if len(guidance) == 1 else None
+    """As the config says: guided by objective.guidance if given, else by the data's scale, of several each sample's."""
+    asked = config.options.real_guidance
+    scale = asked if asked is not None else guidance[0] if len(guidance) == 1 else None
     denoiser = teacher.denoiser.to(getattr(torch, config.teacher.dtype)).requires_grad_(False)
     return FrozenTeacher(denoiser, scale=scale, offload=config.teacher.offload, device=device)

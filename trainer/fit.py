@@ -15,10 +15,11 @@ from trainer.follow import Following
 from trainer.logs import NoLog, RunLog
 from trainer.loop import Stepper, StopRequest, check_device, step_seed, stop_on_signals
 from trainer.meter import Figures, Meter
+from trainer.objectives.kind import Stage
 from trainer.order import default_lanes
 from trainer.parallel import Ranks, ranks
 from trainer.pins import Pins
-from trainer.plan import Plan, Stage
+from trainer.plan import Plan
 from trainer.reading.content import check_division
 from trainer.run import RunRecord, as_begun, where
 from trainer.saving.checkpoints import Checkpoints, Found
@@ -131,7 +132,7 @@ class Fit:
         return 0
 
     def _greet(self) -> None:
-        for line in self.plan.said:
+        for line in self.plan.notes:
             self.log.say(line)
         for warning in self.warnings:
             self.log.say(f"warning: {warning}")

@@ -8,10 +8,10 @@ from typing import Any, Self
 from storage_schemas.dataset import latest_manifest
 from storage_schemas.errors import ManifestMismatch, UserError
 from trainer.config import FitConfig
-from trainer.objectives.options import DISTRIBUTION_LEVEL
+from trainer.objectives.kind import Stage
 from trainer.parallel import Ranks
 from trainer.pins import Pins
-from trainer.plan import Plan, Stage
+from trainer.plan import Plan
 from trainer.reading.shards import ShardSource
 from trainer.stream import Source
 from trainer.trajectories import plan_trajectories
@@ -101,7 +101,7 @@ class Following:
         source, before = new.source(self._columns), old.source(self._columns)
         if source.fields != before.fields:
             raise ManifestMismatch(f"{told} in another storage dtype; start another run on them")
-        if self._config.objective.name in DISTRIBUTION_LEVEL and _score(new) != _score(old):
+        if self._config.kind.has_critic and _score(new) != _score(old):
             raise ManifestMismatch(f"{told} of another teacher or guidance scale; start another run on their score")
         if isinstance(source, ShardSource) and isinstance(before, ShardSource):
             source.check_new(before)

@@ -18,7 +18,7 @@ from diffusion.flow_map import FlowMap
 from trainer import parallel
 from trainer.cast import Cast
 from trainer.config import FitConfig
-from trainer.objectives import AlternatingObjective, Objective
+from trainer.objectives.kind import AlternatingObjective, Objective
 from trainer.parallel import Ranks
 from trainer.player import Average, Player, frozen
 from trainer.stream import Batch
@@ -52,9 +52,9 @@ class Stepper:
         parallel.send_first(fitted, ranks)
         if cast.critic is not None:
             parallel.send_first(cast.critic, ranks)
-        denoiser, options = cast.student.denoiser, config.objective
+        denoiser, options = cast.student.denoiser, config.options
         self.average = Average(denoiser, config.ema) if config.ema else None
-        self.target = None if options.target_ema is None else Average(denoiser, options.target_ema)
+        self.target = None if options.target_decay is None else Average(denoiser, options.target_decay)
         critic_ema = config.critic.ema if cast.critic else 0.0
         self.critic_average = Average(cast.critic, critic_ema) if cast.critic and critic_ema else None
         if self.target is not None:
@@ -64,7 +64,7 @@ class Stepper:
         if sharded:
             self._share_out()
         assert config.lr is not None
-        self.student = Player(fitted, config, ranks, lr=config.lr, every=options.critic_steps or 1, sharded=sharded)
+        self.student = Player(fitted, config, ranks, lr=config.lr, every=options.student_every, sharded=sharded)
         self.critic: Player | None = None
         if cast.critic:
             self.critic = Player(cast.critic, config, ranks, lr=config.critic.lr or config.lr, sharded=sharded)

@@ -1,8 +1,8 @@
 """What a fit will do, from its config: the student to start from, the stages, and where samples come from."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -14,30 +14,10 @@ from storage_schemas.recipe import TeacherRecord
 from storage_schemas.store import Store
 from trainer.config import FitConfig
 from trainer.images import load_images
-from trainer.objectives import Objective
-from trainer.objectives.denoising import Denoising
+from trainer.objectives.kind import Given, Stage
+from trainer.objectives.table import make_stages
 from trainer.stream import ArraySource, Source
 from trainer.student import Shape, check_fits, saved_model, scratch
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A run of optimizer steps on one objective.
-
-    times: the grid on which its student is validated, if any. grids: those that it is saved to serve, by their number
-    of steps; that of `times` unless told. sampling: how it makes several steps.
-    """
-
-    name: str
-    objective: Objective
-    times: tuple[float, ...] = ()
-    grids: dict[int, tuple[float, ...]] = field(default_factory=dict)
-    sampling: Literal["jump", "renoise"] = "jump"
-
-    @property
-    def served(self) -> dict[int, tuple[float, ...]]:
-        """The grids that its student is saved with."""
-        return self.grids or ({len(self.times) - 1: self.times} if self.times else {})
 
 
 @dataclass(frozen=True)
@@ -45,7 +25,7 @@ class Plan:
     """A fit in full. reads: what data it is, in a few words and digests; store: where it lies, if in one.
 
     shape: what its students share with the samples. labels: whether its samples have any. teacher: whoever made them,
-    on a device; made_by: its record. guidance: the scales that it was guided by. said: what a user reads first.
+    on a device; made_by: its record. guidance: the scales that it was guided by. notes: what a user reads first.
     """
 
     start: Callable[[], Checkpoint]
@@ -55,7 +35,7 @@ class Plan:
     shape: Shape
     holdout_error: Callable[[FlowMap, Stage], float] | None = None
     train_error: Callable[[FlowMap, Stage], float] | None = None
-    said: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     store: Store | None = None
     labels: bool = True
@@ -84,22 +64,15 @@ def plan_images(config: FitConfig) -> Plan:
         process=_PROCESSES[config.process or "ve"],
         rms=float(images.double().square().mean().sqrt()),
     )
-    options = config.objective
-    objective = Denoising(
-        sample_shape=shape.sample_shape,
-        label_dropout=options.label_dropout or 0.0,
-        p_mean=options.p_mean if options.p_mean is not None else 0.0,
-        p_std=options.p_std or 1.0,
-    )
     digest = images_digest(images.numpy(), labels.numpy())
     return Plan(
         start=lambda: _start(config, shape),
-        stages=(Stage("denoising", objective),),
+        stages=make_stages(config.kind, config.options, Given(shape.sample_shape, config.seed)),
         source=lambda columns: ArraySource(images, labels, digest),
         reads={"images": config.images, "split": "train", "count": len(images), "content_digest": digest},
         shape=shape,
         labels=shape.num_classes is not None,
-        said=(summary(config.images or "", "train", images.numpy(), labels.numpy()),),
+        notes=(summary(config.images or "", "train", images.numpy(), labels.numpy()),),
     )
 
 

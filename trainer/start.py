@@ -18,7 +18,6 @@ from storage_schemas.store import Store
 from trainer.cast import Cast
 from trainer.config import FitConfig
 from trainer.critic import frozen_teacher, make_critic
-from trainer.objectives.options import DISTRIBUTION_LEVEL, TWO_TIMES
 from trainer.objectives.weights import Uncertainty
 from trainer.parallel import Ranks
 from trainer.plan import Plan, plan_images
@@ -99,7 +98,7 @@ def make_plan(config: FitConfig, crew: Ranks, earlier: RunRecord | None, found: 
         told = f"{config.out} was saved {'with' if tree['sharded'] else 'without'} --parallel fsdp"
         raise UsageError(f"{told}; go on in the same way, or start anew by --no-resume")
     reads = tree["reads"] if tree else earlier.reads if earlier else {}
-    if config.objective.name == "denoising":
+    if config.kind.reads_images:
         plan = plan_images(config)
     else:
         plan = plan_trajectories(config, number=crew.broadcast(_manifest(config, reads) if crew.is_first else None))
@@ -112,7 +111,10 @@ def make_plan(config: FitConfig, crew: Ranks, earlier: RunRecord | None, found: 
 
 def _check_beside(config: FitConfig, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse files beside the store that hold something else than at the run's start."""
-    for name, told in (("images_digest", f"images {config.images}"), ("lpips_sha256", f"{config.objective.lpips}")):
+    for name, told in (
+        ("images_digest", f"images {config.images}"),
+        ("lpips_sha256", f"{config.options.distance_file}"),
+    ):
         if name in before and before[name] != now.get(name):
             changed = f"{told} has sha256 {str(now.get(name))[:12]}..., {config.out} began with {before[name][:12]}..."
             raise UsageError(f"{changed}; bring back what it held, or choose another --out")
@@ -146,7 +148,7 @@ def start(config: FitConfig, plan: Plan, place: Place) -> tuple[RunRecord, Denoi
     start = plan.start()
     init = None if config.init in ("teacher", "scratch") else _known_of(start, uri=str(config.init))
     torch.manual_seed(config.seed)  # of what it is told beside its teacher
-    start = widened(start, second_time=config.objective.name in TWO_TIMES, told_guidance=config.told_guidance)
+    start = widened(start, second_time=config.kind.takes_target_time, told_guidance=config.told_guidance)
     _check_scales(start, plan.guidance)
     model = with_dropout(start.model, config.network.dropout)
     denoiser = built(model)
@@ -176,17 +178,17 @@ def built(model: dict[str, Any]) -> Denoiser:
 def gather(config: FitConfig, plan: Plan, student: FlowMap) -> Cast:
     """The student, and the networks beside it that its objective asks."""
     device = next(student.parameters()).device
-    weighting = Uncertainty(config.seed).to(device) if config.objective.weighting == "learned" else None
+    weighting = Uncertainty(config.seed).to(device) if config.options.learns_weighting else None
     cast = Cast(student, weighting=weighting)
     with_gradients: list[nn.Module] = [student]
-    if config.objective.name in DISTRIBUTION_LEVEL:
+    if config.kind.has_critic:
         assert plan.teacher is not None
         teacher = plan.teacher(torch.device("cpu") if config.teacher.offload else device)
         cast.critic = make_critic(config, teacher, student.denoiser)  # first: it starts in float32
         cast.teacher = frozen_teacher(config, teacher, guidance=plan.guidance, device=device)
         with_gradients.append(cast.critic)
-        # sid's lead through the teacher too; one that is offloaded answers again for them anyhow.
-        if config.objective.name == "sid" and not config.teacher.offload:
+        # One that is offloaded answers again for them anyhow.
+        if config.kind.through_teacher and not config.teacher.offload:
             with_gradients.append(teacher.denoiser)
     if config.gradient_checkpointing:
         for module in with_gradients:

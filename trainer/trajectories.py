@@ -18,18 +18,16 @@ from storage_schemas.errors import ManifestMismatch
 from storage_schemas.recipe import Recipe
 from storage_schemas.record import Split
 from storage_schemas.store import Store
-from trainer.advice import ADVISED
 from trainer.cast import Cast
 from trainer.config import FitConfig
-from trainer.objectives import Objective, student_condition
-from trainer.objectives.distances import Lpips
-from trainer.objectives.dmd import DistributionMatching
+from trainer.objectives.conditioning import student_labels
+from trainer.objectives.kind import Given, Stage
 from trainer.objectives.progressive import Progressive, ProgressiveSegments, progressive_target, rounding_error
-from trainer.plan import Plan, Stage
+from trainer.objectives.table import make_stages
+from trainer.plan import Plan
 from trainer.reading.chunks import Reading
 from trainer.reading.rows import gathered
 from trainer.reading.shards import ShardSource
-from trainer.stages import stages
 from trainer.stream import Batch
 from trainer.student import Shape, check_few_steps, check_fits, saved_model, scratch
 
@@ -44,22 +42,23 @@ def plan_trajectories(config: FitConfig, *, number: int | None) -> Plan:
     store = Store.open(config.data or "")
     dataset = open_dataset(store, config.dataset, number)
     recipe = dataset.recipe
-    _check_teacher(recipe)
+    _check_teacher(recipe, config)
     process = recipe_process(recipe)
-    planned = stages(config, dataset)
+    given = Given(recipe.sample_shape, config.seed, dataset, config.images)
+    planned = make_stages(config.kind, config.options, given)
     rms = _rms(config, dataset, process)
-    theirs = {"name": "rectified_flow"} if config.objective.name == "reflow" else recipe.teacher.model["process"]
+    theirs = dict(config.kind.process or recipe.teacher.model["process"])
     shape = Shape(recipe.sample_shape, recipe.teacher.model["num_classes"], theirs, rms)
-    has_holdout, advised = dataset.ids("holdout").count > 0, config.objective.name in ADVISED
+    has_holdout, judged = dataset.ids("holdout").count > 0, config.kind.judged_by_holdout
     return Plan(
         start=lambda: start_student(config, dataset, shape, planned[0].times[0]),
         stages=planned,
         source=lambda columns: _source(config, dataset, "train", columns),
-        reads=_named(dataset) | _beside(planned[0].objective),
+        reads=_named(dataset) | planned[0].reads,
         shape=shape,
         holdout_error=_error_on(config, dataset, "holdout") if has_holdout else None,
-        train_error=_error_on(config, dataset, "train") if has_holdout and advised else None,
-        said=_images_said(planned[0].objective),
+        train_error=_error_on(config, dataset, "train") if has_holdout and judged else None,
+        notes=planned[0].notes,
         warnings=_rounding_warnings(recipe, process, planned, rms),
         store=store,
         labels=recipe.condition.kind != "none",
@@ -73,12 +72,15 @@ def _teacher_source(config: FitConfig, dataset: Dataset) -> TeacherSource:
     return TeacherSource(dataset.store, dataset.recipe, config.teacher.uri, flag="--teacher.uri")
 
 
-def _check_teacher(recipe: Recipe) -> None:
-    """Refuse a recipe whose teacher is described by other fields than ours."""
+def _check_teacher(recipe: Recipe, config: FitConfig) -> None:
+    """Refuse a teacher that is described by other fields than ours, or that a critic can't be made from."""
     try:
         check_model(recipe.teacher.model)
     except ValueError as error:
         raise ManifestMismatch(f"recipe {recipe.id[:12]} describes no teacher of ours ({error}): restore it") from None
+    kind = recipe.teacher.model["kind"]
+    if config.critic.kind == "lora" and kind != "network":
+        raise ValueError(f"critic.kind lora changes a network's weights, the teacher is a {kind}; use copy")
 
 
 def _named(dataset: Dataset) -> dict[str, Any]:
@@ -92,22 +94,6 @@ def _named(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _beside(objective: Objective) -> dict[str, str]:
-    """Digests of what an objective reads beside the store: real images, and a network for LPIPS."""
-    found = {}
-    if isinstance(objective, DistributionMatching) and objective.real:
-        found["images_digest"] = objective.real.digest
-    if isinstance(distance := getattr(objective, "distance", None), Lpips):
-        found["lpips_sha256"] = distance.sha256
-    return found
-
-
-def _images_said(objective: Objective) -> tuple[str, ...]:
-    """What real images it reads beside the store, for the user."""
-    real = objective.real if isinstance(objective, DistributionMatching) else None
-    return (real.said,) if real else ()
-
-
 def start_student(config: FitConfig, dataset: Dataset, shape: Shape, first_time: float) -> Checkpoint:
     """What --init says: the recipe's teacher, a fresh network, or a saved model; refused if it can't fit the data."""
     if config.init == "scratch":
@@ -117,7 +103,7 @@ def start_student(config: FitConfig, dataset: Dataset, shape: Shape, first_time:
     else:
         start = saved_model(config.init or "")
     name = dataset.recipe.teacher.uri if config.init == "teacher" else str(config.init)
-    whose = "a reflow student of this data" if config.objective.name == "reflow" else "the data"
+    whose = f"a {config.objective.name} student of this data" if config.kind.process else "the data"
     check_fits(start, shape, name=name, whose=whose)
     check_few_steps(start, first_time)
     return start
@@ -197,7 +183,7 @@ class HoldoutError:
     @torch.no_grad()
     def __call__(self, student: FlowMap, stage: Stage) -> float:
         device = next(student.parameters()).device
-        condition = student_condition(student, self._condition.to(device))
+        condition = student_labels(student, self._condition.to(device))
         guidance = self._guidance.to(device) if student.told_guidance else None
         times = torch.tensor(stage.times, dtype=torch.float64)
         # A student with a process of its own has its own scale of noise.

@@ -11,7 +11,7 @@ from diffusion.gaussian import GaussianTeacher
 from diffusion.prediction import Sample
 from diffusion.process import Process, expand
 from trainer.cast import Cast
-from trainer.objectives import Objective
+from trainer.objectives.kind import Objective
 from trainer.stream import Batch
 
 MEAN, VARIANCE = 0.5, 0.25

@@ -20,12 +20,12 @@ from diffusion.models.spec import model_from_spec
 from trainer.cast import Cast
 from trainer.config import FitConfig
 from trainer.loop import Stepper, step_seed
-from trainer.objectives import Objective
 from trainer.objectives.consistency import Consistency
 from trainer.objectives.ctm import ConsistencyTrajectory
 from trainer.objectives.denoising import Denoising
 from trainer.objectives.distances import PseudoHuber, l2
 from trainer.objectives.flow_map import FlowMapOracle
+from trainer.objectives.kind import Objective
 from trainer.objectives.knowledge import Knowledge
 from trainer.objectives.progressive import Progressive
 from trainer.objectives.reflow import Reflow

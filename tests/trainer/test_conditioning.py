@@ -24,7 +24,7 @@ from trainer.config import FitConfig
 from trainer.contenders import student
 from trainer.critic import frozen_teacher
 from trainer.holdout import read_pairs
-from trainer.objectives.options import DISTRIBUTION_LEVEL, TWO_TIMES
+from trainer.objectives import table
 from trainer.start import gather
 from trainer.stream import Batch, Stream
 from trainer.student import find_student
@@ -144,13 +144,13 @@ class Heard:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_tells_every_network_each_rows_own_label_and_scale(several, tmp_path, name):
     """Also where labels are missing: then the null label, and for a guided teacher its answer without a label."""
-    beside = {"teacher": {"uri": CLASSES}} if name in DISTRIBUTION_LEVEL else {}
+    beside = {"teacher": {"uri": CLASSES}} if table.OBJECTIVES[name].has_critic else {}
     config = FitConfig(
         out=tmp_path, data=several.uri, init="scratch", told_guidance=True,
         network={"width": 8, "depth": 1}, objective={"name": name, **OBJECTIVES[name]}, **beside,
     )  # fmt: skip
     plan = plan_trajectories(config, number=None)
-    made = widened(plan.start(), second_time=name in TWO_TIMES, told_guidance=True).build()
+    made = widened(plan.start(), second_time=table.OBJECTIVES[name].takes_target_time, told_guidance=True).build()
     cast = gather(config, plan, FlowMap(made))
     cast.target = FlowMap(copy.deepcopy(made)) if cast.target is None else cast.target
     asked = cast.teacher = Asked(cast.teacher)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.objectives.distances import Lpips, PseudoHuber, distance, l1, l2
+from trainer.objectives.distances import DistanceOptions, Lpips, PseudoHuber, l1, l2
 from trainer.objectives.options import ObjectiveConfig
 
 A = torch.tensor([[[3.0, -4.0]], [[0.0, 0.0]], [[1.0, 1.0]]])
@@ -52,8 +52,8 @@ def lpips(tmp_path):
 
 
 def test_lpips_is_asked_as_the_file_wants(lpips):
-    options = ObjectiveConfig(distance="lpips", lpips=lpips)
-    grey, colour = distance(options, (1, 8, 8)), distance(options, (3, 64, 64))
+    options = DistanceOptions(distance="lpips", lpips=lpips)
+    grey, colour = options.make_distance((1, 8, 8)), options.make_distance((3, 64, 64))
     a, b = torch.zeros(2, 1, 8, 8, requires_grad=True), torch.full((2, 1, 8, 8), 0.5)
     b[1] = 1.0
     # Grey is shown as three channels, 8 x 8 as 64 x 64, which leaves a constant as it is.
@@ -137,9 +137,9 @@ def test_what_lpips_cannot_compare_and_files_that_are_none_are_told(lpips, tmp_p
 
 
 def test_the_options_name_the_distance(lpips):
-    wide = distance(ObjectiveConfig(distance="pseudo_huber", c=12.0), (1, 2))
-    assert distance(ObjectiveConfig(), (1, 2)) is l2
-    assert distance(ObjectiveConfig(distance="l1"), (1, 2)) is l1
+    wide = DistanceOptions(distance="pseudo_huber", c=12.0).make_distance((1, 2))
+    assert DistanceOptions().make_distance((1, 2)) is l2
+    assert DistanceOptions(distance="l1").make_distance((1, 2)) is l1
     assert wide(A, B)[0].item() == pytest.approx(1)
     for wrong, told in [
         ({"distance": "pseudo_huber"}, "distance pseudo_huber needs its width: --objective.c 0.1, or choose l2"),

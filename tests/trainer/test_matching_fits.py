@@ -15,7 +15,9 @@ from storage_schemas.dataset import latest_manifest, open_dataset, read_recipe
 from tests.trainer import conftest
 from tests.trainer.test_fit import TINY, fit, go_on_past, killed_after
 from trainer.config import FitConfig
-from trainer.stages import stages
+from trainer.objectives import dmd
+from trainer.objectives.kind import Given
+from trainer.objectives.table import make_stages
 
 
 def words(store, out: Path, name: str, *more: str) -> list[str]:
@@ -162,7 +164,7 @@ def test_a_teacher_that_can_not_be_asked_so_is_refused(make_store, network, opti
     record = dataset.recipe.teacher.model_copy(update={"model": model})
     dataset = replace(dataset, recipe=dataset.recipe.model_copy(update={"teacher": record}))
     with pytest.raises(ValueError, match=told):
-        stages(FitConfig(out="run", data="pairs", objective={"name": "dmd", **options}), dataset)
+        make_stages(dmd.KIND, dmd.DmdOptions(**options), Given(dataset.recipe.sample_shape, 0, dataset))
 
 
 def test_what_can_not_be_sharded_or_shared_is_refused():

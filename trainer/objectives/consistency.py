@@ -4,13 +4,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from trainer.cast import Cast
-from trainer.objectives import told
-from trainer.objectives.distances import Distance
-from trainer.objectives.stored import drawn
-from trainer.objectives.weights import Weighting
+from trainer.objectives.conditioning import conditioning
+from trainer.objectives.distances import Distance, DistanceOptions, files_read
+from trainer.objectives.kind import Given, Kind, Stage
+from trainer.objectives.stored import ScheduleOptions, all_states, drawn, ends, served_grids
+from trainer.objectives.weights import Weighting, WeightingOptions
 from trainer.stream import Batch
 
 
@@ -37,9 +39,31 @@ class Consistency:
     def __call__(self, cast: Cast, batch: Batch) -> Tensor:
         assert cast.target is not None
         (x_t, x_s), (t, s) = drawn(batch, self.columns, self.times, self._neighbours, batch.uniforms[:, 0])
-        labels, guidance = told(cast.student, batch)
+        labels, guidance = conditioning(cast.student, batch)
         zero = torch.zeros_like(t)
         guess = cast.student.jump(x_t, t, zero, labels, guidance=guidance)
         with torch.no_grad():
             goal = cast.target.jump(x_s, s, zero, labels, guidance=guidance)
         return self.weighting(cast, self.distance(guess, goal), t).mean()
+
+
+class ConsistencyOptions(DistanceOptions, WeightingOptions, ScheduleOptions):
+    """Options of consistency."""
+
+    target_ema: float = Field(0.95, ge=0, lt=1, description="Decay of the average that makes targets.")
+
+    @property
+    def target_decay(self) -> float:
+        return self.target_ema
+
+
+def _stages(options: ConsistencyOptions, given: Given) -> tuple[Stage, ...]:
+    times, columns = all_states(given.stored, objective="consistency")
+    d = options.make_distance(given.sample_shape)
+    objective = Consistency(times, columns, d, Weighting(options.weighting))
+    grids = served_grids(given.stored, options.schedule)
+    reads, times = files_read(d), ends(given.stored.recipe)
+    return (Stage("consistency", objective, times, grids, sampling="renoise", reads=reads),)
+
+
+KIND = Kind(options=ConsistencyOptions, stages=_stages, makes="students of each number of steps in its schedule")

@@ -4,15 +4,17 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from diffusion.process import scales
 from trainer.cast import Cast
-from trainer.objectives import times_on, told
-from trainer.objectives.distances import Distance, l2
+from trainer.objectives.conditioning import conditioning
+from trainer.objectives.distances import Distance, DistanceOptions, files_read, l2
+from trainer.objectives.kind import Given, Kind, Stage
 from trainer.objectives.randomness import normal
-from trainer.objectives.stored import drawn
-from trainer.objectives.weights import Weighting
+from trainer.objectives.stored import ScheduleOptions, all_states, drawn, ends, served_grids, times_on
+from trainer.objectives.weights import Weighting, WeightingOptions
 from trainer.stream import Batch
 
 
@@ -49,7 +51,7 @@ class ConsistencyTrajectory:
         target = cast.target
         assert target is not None
         (x_s, x_u, _), (s, u, t) = drawn(batch, self.columns, self.times, self._triples, batch.uniforms[:, 0])
-        labels, guidance = told(cast.student, batch)
+        labels, guidance = conditioning(cast.student, batch)
         zero = torch.zeros_like(t)
         guess = cast.student.jump(x_s, s, t, labels, guidance=guidance)
         guess = target.jump(guess, t, zero, labels, guidance=guidance)
@@ -68,6 +70,30 @@ class ConsistencyTrajectory:
         x_0 = batch.states[self.columns[-1]]
         alpha_t, sigma_t = scales(cast.student.process, t, like=x_0)
         eps = normal(self.seed, "ctm", batch.positions, x_0.shape[1:]).to(x_0)
-        labels, guidance = told(cast.student, batch)
+        labels, guidance = conditioning(cast.student, batch)
         guess = cast.student(alpha_t * x_0 + sigma_t * eps, t, labels, guidance=guidance)
         return self.weighting(cast, l2(guess, x_0), t).mean()
+
+
+class CtmOptions(DistanceOptions, WeightingOptions, ScheduleOptions):
+    """Options of ctm."""
+
+    target_ema: float = Field(0.999, ge=0, lt=1, description="Decay of the average that makes targets.")
+    denoising_weight: float = Field(1.0, ge=0, description="Weight of its denoising term.")
+
+    @property
+    def target_decay(self) -> float:
+        return self.target_ema
+
+
+def _stages(options: CtmOptions, given: Given) -> tuple[Stage, ...]:
+    times, columns = all_states(given.stored, objective="ctm")
+    d, weighting = options.make_distance(given.sample_shape), Weighting(options.weighting)
+    objective = ConsistencyTrajectory(times, columns, d, weighting, options.denoising_weight, given.seed)
+    grids = served_grids(given.stored, options.schedule)
+    return (Stage("ctm", objective, ends(given.stored.recipe), grids, reads=files_read(d)),)
+
+
+KIND = Kind(
+    options=CtmOptions, stages=_stages, makes="students of each number of steps in its schedule", takes_target_time=True
+)

@@ -4,12 +4,14 @@ import math
 from dataclasses import dataclass
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from diffusion.flow_map import FlowMap
 from diffusion.process import VE, Process, scales
 from trainer.cast import Cast
-from trainer.objectives import student_condition
+from trainer.objectives.conditioning import student_labels
+from trainer.objectives.kind import Given, Kind, Options, Stage
 from trainer.stream import Batch
 
 
@@ -50,9 +52,32 @@ class Denoising:
 
     def dropped(self, student: FlowMap, labels: Tensor, u: Tensor) -> Tensor | None:
         """Labels with the null label wherever u < label_dropout."""
-        return student_condition(student, torch.where(u < self.label_dropout, -1, labels))
+        return student_labels(student, torch.where(u < self.label_dropout, -1, labels))
 
 
 def standard_normal(u: Tensor) -> Tensor:
     """N(0, 1) from uniforms, by its quantile function on their own device."""
     return torch.special.ndtri(u)
+
+
+class DenoisingOptions(Options):
+    """Options of denoising. The distribution of log sigma is that of process ve; others draw t uniformly."""
+
+    label_dropout: float = Field(0.1, ge=0, le=1, description="Share of labels replaced by the null label.")
+    p_mean: float = Field(-1.2, description="With process ve: mean of log sigma.")
+    p_std: float = Field(1.2, gt=0, description="With process ve: std of log sigma.")
+
+
+def _stages(options: DenoisingOptions, given: Given) -> tuple[Stage, ...]:
+    objective = Denoising(given.sample_shape, options.label_dropout, options.p_mean, options.p_std)
+    return (Stage("denoising", objective),)
+
+
+KIND = Kind(
+    options=DenoisingOptions,
+    stages=_stages,
+    makes="a teacher",
+    fit={"init": "scratch", "process": "ve"},
+    reads_images=True,
+    judged_by_holdout=False,
+)

@@ -5,12 +5,15 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from trainer.objectives.options import ObjectiveConfig
+from storage_schemas.places import LocalPath
+from trainer.objectives.kind import Options
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """(a, b), both [B, ...] -> [B]."""
@@ -78,12 +81,53 @@ def _shown(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1)
 
 
-def distance(options: ObjectiveConfig, sample_shape: tuple[int, ...]) -> Distance:
-    """The one that the options name."""
+class DistanceOptions(Options):
+    """An objective that compares x_0, or a state, with its target."""
+
+    distance: Literal["l2", "l1", "pseudo_huber", "lpips"] = Field("l2", description="Distance to the target.")
+    c: float | None = Field(None, gt=0, description="The width c of pseudo_huber, sqrt(|u|^2 + c^2) - c.")
+    lpips: LocalPath | None = Field(
+        None,
+        description="TorchScript file, which is code that runs, of LPIPS, (a, b) in [-1, 1], [B, 3, H, W] -> one "
+        "number a sample, such as torch.jit.trace(lpips.LPIPS(), (a, b)).save(FILE) writes.",
+    )
+
+    @property
+    def distance_file(self) -> str | None:
+        return str(self.lpips) if self.lpips else None
+
+    @model_validator(mode="after")
+    def _check_distance(self) -> Self:
+        self._check_own("pseudo_huber", "c", needed="its width: --objective.c 0.1")
+        self._check_own("lpips", "lpips", needed="its TorchScript file: --objective.lpips FILE (see --help)")
+        return self
+
+    def _check_own(self, distance: str, option: str, *, needed: str) -> None:
+        """Refuse a distance without the option that belongs to it, and the option without the distance."""
+        value = getattr(self, option)
+        if self.distance == distance and value is None:
+            raise ValueError(f"objective.distance {distance} needs {needed}, or choose l2")
+        if self.distance != distance and value is not None:
+            way = f"add --objective.distance {distance}, or leave it out"
+            raise ValueError(f"objective.{option} {value} belongs to distance {distance}; {way}")
+
+    def make_distance(self, sample_shape: tuple[int, ...]) -> Distance:
+        """Raises ValueError for LPIPS of samples that are no images, or from a file that is no TorchScript."""
+        if self.distance == "lpips":
+            assert self.lpips is not None
+            return Lpips(self.lpips, sample_shape)
+        if self.distance == "pseudo_huber":
+            assert self.c is not None
+            return PseudoHuber(self.c)
+        return l1 if self.distance == "l1" else l2
+
+
+def files_read(distance: Distance) -> dict[str, str]:
+    """Digests of the files that a distance was read from."""
+    return {"lpips_sha256": distance.sha256} if isinstance(distance, Lpips) else {}
+
+
+def refuse_lpips(options: DistanceOptions, name: str, *, compared: str) -> None:
+    """LPIPS compares images."""
     if options.distance == "lpips":
-        assert options.lpips is not None
-        return Lpips(options.lpips, sample_shape)
-    if options.distance == "pseudo_huber":
-        assert options.c is not None
-        return PseudoHuber(options.c)
-    return l1 if options.distance == "l1" else l2
+        raise ValueError(f"distance lpips compares images, {name} compares {compared}; choose another")

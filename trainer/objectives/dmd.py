@@ -1,17 +1,32 @@
 """Distribution matching distillation: the student's samples are moved from their own score towards the data's."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from storage_schemas.images import images_digest
+from storage_schemas.images import images_digest, summary
 from trainer.cast import Cast
-from trainer.objectives import times_on, told
-from trainer.objectives.distances import Distance, l2
-from trainer.objectives.matching import Diffused, Matching, answers, denoising_error, pulled, size
+from trainer.images import load_images
+from trainer.objectives.conditioning import conditioning
+from trainer.objectives.distances import Distance, DistanceOptions, files_read, l2
+from trainer.objectives.kind import Given, Kind, Stage
+from trainer.objectives.matching import (
+    FIT,
+    Diffused,
+    Matching,
+    MatchingOptions,
+    answers,
+    denoising_error,
+    matching_stage,
+    pulled,
+    size,
+)
 from trainer.objectives.randomness import uniform
+from trainer.objectives.stored import times_on
 from trainer.stream import Batch
 
 
@@ -88,7 +103,7 @@ class DistributionMatching(Matching):
         if len(self.times) == 2:
             return x
         first, *_, last = times_on(batch.positions.device, self.times)
-        labels, guidance = told(cast.student, batch)
+        labels, guidance = conditioning(cast.student, batch)
         return cast.student.jump(batch.states["noise"], first, last, labels, guidance=guidance)
 
     def _real(self, batch: Batch) -> Tensor:
@@ -107,3 +122,52 @@ def matching_direction(cast: Cast, batch: Batch, x: Tensor, asked: Diffused) -> 
 def _logit(cast: Cast, batch: Batch, asked: Diffused) -> Tensor:
     assert cast.critic is not None
     return cast.critic.logit(asked.x_t, asked.t, batch.condition, batch.guidance)
+
+
+class DmdOptions(MatchingOptions, DistanceOptions):
+    """Options of dmd."""
+
+    regression: float = Field(0.25, ge=0, description="Weight of the distance to the stored outputs, 0 in DMD2.")
+    gan: float = Field(0.0, ge=0, description="Weight of DMD2's discriminator on the critic's features; 0: none.")
+
+    @property
+    def has_discriminator(self) -> bool:
+        return self.gan > 0
+
+
+def _stages(options: DmdOptions, given: Given) -> tuple[Stage, ...]:
+    if options.gan:
+        _check_features(given.stored.recipe.teacher.model)
+    real = _real_images(given.images, given.sample_shape) if given.images else None
+    d = options.make_distance(given.sample_shape)
+    objective = DistributionMatching(
+        **options.shared(given), distance=d, regression=options.regression, gan=options.gan, real=real
+    )
+    reads = files_read(d) | ({"images_digest": real.digest} if real else {})
+    return (matching_stage("dmd", objective, reads=reads, notes=(real.said,) if real else ()),)
+
+
+def _check_features(model: dict[str, Any]) -> None:
+    """Refuse a network whose inner features a discriminator can't have."""
+    blocks = model.get("network", {}).get("config", {}).get("down_block_types", ())
+    if skips := [name for name in blocks if "Skip" in name]:
+        has = f"objective.gan: the teacher's UNet has {skips[0]}, whose inner features can't be had"
+        raise ValueError(f"{has}; leave it out, or distil a teacher of other blocks")
+
+
+def _real_images(uri: str, sample_shape: tuple[int, ...]) -> RealImages:
+    images, labels = load_images(uri, "train")
+    if images.shape[1:] != sample_shape:
+        differ = f"images {uri} are {list(images.shape[1:])}, the samples are {list(sample_shape)}"
+        raise ValueError(f"{differ}; name images of theirs, or leave --images out to take stored outputs for real")
+    return RealImages(images, labels, said=summary(uri, "train", images.numpy(), labels.numpy()))
+
+
+KIND = Kind(
+    options=DmdOptions,
+    stages=_stages,
+    makes="a student of student_steps",
+    fit=FIT,
+    has_critic=True,
+    judged_by_holdout=False,
+)

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from trainer.cast import Cast
-from trainer.objectives import told
-from trainer.objectives.distances import Distance
-from trainer.objectives.stored import drawn
-from trainer.objectives.weights import Weighting
+from trainer.objectives.conditioning import conditioning
+from trainer.objectives.distances import Distance, DistanceOptions, refuse_lpips
+from trainer.objectives.kind import Given, Kind, Stage
+from trainer.objectives.stored import ScheduleOptions, all_states, drawn, ends, served_grids
+from trainer.objectives.weights import Weighting, WeightingOptions
 from trainer.stream import Batch
 
 
@@ -35,6 +36,26 @@ class FlowMapOracle:
 
     def __call__(self, cast: Cast, batch: Batch) -> Tensor:
         (x_s, x_t), (s, t) = drawn(batch, self.columns, self.times, self._pairs, batch.uniforms[:, 0])
-        labels, guidance = told(cast.student, batch)
+        labels, guidance = conditioning(cast.student, batch)
         guess = cast.student.jump(x_s, s, t, labels, guidance=guidance)
         return self.weighting(cast, self.distance(guess, x_t), s, t).mean()
+
+
+class FlowMapOptions(DistanceOptions, WeightingOptions, ScheduleOptions):
+    """Options of flow_map."""
+
+
+def _stages(options: FlowMapOptions, given: Given) -> tuple[Stage, ...]:
+    refuse_lpips(options, "flow_map", compared="states at every noise level")
+    times, columns = all_states(given.stored, objective="flow_map")
+    d, weighting = options.make_distance(given.sample_shape), Weighting(options.weighting)
+    objective = FlowMapOracle(times, columns, d, weighting)
+    return (Stage("flow_map", objective, ends(given.stored.recipe), served_grids(given.stored, options.schedule)),)
+
+
+KIND = Kind(
+    options=FlowMapOptions,
+    stages=_stages,
+    makes="students of each number of steps in its schedule",
+    takes_target_time=True,
+)

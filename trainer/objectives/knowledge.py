@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from trainer.cast import Cast
-from trainer.objectives import times_on, told
-from trainer.objectives.distances import Distance, l2
+from trainer.objectives.conditioning import conditioning
+from trainer.objectives.distances import Distance, DistanceOptions, files_read, l2
+from trainer.objectives.kind import Given, Kind, Stage
+from trainer.objectives.stored import ends, times_on
 from trainer.stream import Batch
 
 
@@ -21,6 +23,15 @@ class Knowledge:
 
     def __call__(self, cast: Cast, batch: Batch) -> Tensor:
         T, zero = times_on(batch.positions.device, self.times)
-        labels, guidance = told(cast.student, batch)
+        labels, guidance = conditioning(cast.student, batch)
         guess = cast.student.jump(batch.states["noise"], T, zero, labels, guidance=guidance)
         return self.distance(guess, batch.states["output"]).mean()
+
+
+def _stages(options: DistanceOptions, given: Given) -> tuple[Stage, ...]:
+    times = ends(given.stored.recipe)
+    objective = Knowledge(times, options.make_distance(given.sample_shape))
+    return (Stage("knowledge", objective, times, reads=files_read(objective.distance)),)
+
+
+KIND = Kind(options=DistanceOptions, stages=_stages, makes="a student of one step")

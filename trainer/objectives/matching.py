@@ -1,16 +1,19 @@
 """What dmd, vsd and sid share: the student's samples, the noise that they are asked about at, and the critic's loss."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from pydantic import Field, field_validator
 from torch import Tensor
 
-from diffusion.grids import near_ratio
+from diffusion.grids import near_ratio, subset_indices
 from diffusion.process import VE, Process, expand, scales
 from trainer.cast import Cast
-from trainer.objectives import times_on, told
+from trainer.objectives.conditioning import conditioning
+from trainer.objectives.kind import AlternatingObjective, Given, Options, Stage, Times
 from trainer.objectives.randomness import normal
+from trainer.objectives.stored import times_at, times_on
 from trainer.stream import Batch
 
 _RHO = 7.0
@@ -23,6 +26,48 @@ class Diffused(NamedTuple):
     t: Tensor
     alpha_t: Tensor
     sigma_t: Tensor
+
+
+class MatchingOptions(Options):
+    """Options of every objective with a critic."""
+
+    critic_steps: int = Field(1, ge=1, description="The critic's updates before each of the student's.")
+    student_steps: int = Field(1, ge=1, description="Steps of the student, with fresh noise between them.")
+    t_range: tuple[float, float] = Field((0.02, 0.98), description="Share of the noise levels that is drawn from.")
+    guidance: float | None = Field(None, description="Guidance scale of the real score; default: the recipe's.")
+
+    @field_validator("t_range")
+    @classmethod
+    def _ascends(cls, t_range: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= t_range[0] < t_range[1] <= 1:
+            raise ValueError(f"objective.t_range {list(t_range)}: give two shares in [0, 1] that ascend")
+        return t_range
+
+    @property
+    def student_every(self) -> int:
+        return self.critic_steps
+
+    @property
+    def real_guidance(self) -> float | None:
+        return self.guidance
+
+    def shared(self, given: Given) -> dict[str, Any]:
+        """The fields of Matching. ValueError for a teacher that has no such score.
+
+        The student's grid is nested in the recipe's; its states need not be stored.
+        """
+        recipe = given.stored.recipe
+        model = recipe.teacher.model
+        if self.guidance not in (None, 1.0) and model["num_classes"] is None:
+            raise ValueError(f"objective.guidance {self.guidance} needs a teacher with classes; leave it out")
+        if (self.guidance or 0.0) < 0 and model.get("network", {}).get("told_guidance"):
+            raise ValueError(f"objective.guidance {self.guidance}: its teacher is told scales of 0 and more; give one")
+        times = times_at(recipe, subset_indices(recipe.num_steps, self.student_steps))
+        return {"times": times, "critic_steps": self.critic_steps, "t_range": self.t_range, "seed": given.seed}
+
+
+FIT = {"lr": 1e-4, "beta1": 0.0}
+"""What an objective with a critic wants of a fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +117,7 @@ class Matching:
         that a batch costs as many calls more as it has inner times, whatever was drawn. Yin et al. 2024b, section 4.5.
         """
         student, times = cast.student, times_on(batch.positions.device, self.times)
-        labels, guidance = told(student, batch)
+        labels, guidance = conditioning(student, batch)
         x, t = batch.states["noise"], times[0]
         if len(times) > 2:
             x, t = self.simulated(cast, batch)
@@ -82,7 +127,7 @@ class Matching:
     def simulated(self, cast: Cast, batch: Batch) -> tuple[Tensor, Tensor]:
         """(x_k, t_k) of each row's own k: [B, ...] and float64 [B]."""
         student, times = cast.student, times_on(batch.positions.device, self.times)
-        labels, guidance = told(student, batch)
+        labels, guidance = conditioning(student, batch)
         k = (batch.uniforms[:, 2] * (len(times) - 1)).long()
         start = x = batch.states["noise"]
         for index in range(1, len(times) - 1):
@@ -91,6 +136,19 @@ class Matching:
             x = alpha_t * x_0 + sigma_t * normal(self.seed, f"step {index}", batch.positions, x.shape[1:]).to(x)
             start = torch.where(expand(k == index, like=x).bool(), x, start)
         return start, times[k]
+
+
+class MatchingObjective(AlternatingObjective, Protocol):
+    """An objective that is a Matching."""
+
+    @property
+    def times(self) -> Times: ...
+
+
+def matching_stage(name: str, objective: MatchingObjective, **more: Any) -> Stage:
+    """Validated by its first jump straight to the data, which is all that a student of one step does."""
+    times = objective.times
+    return Stage(name, objective, (times[0], times[-1]), {len(times) - 1: times}, sampling="renoise", **more)
 
 
 def noise_level(process: Process, u: Tensor, t_range: tuple[float, float]) -> Tensor:

@@ -11,13 +11,19 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from diffusion.flow_map import jump_coefficients
 from diffusion.process import Process, expand, scales
+from storage_schemas.dataset import Dataset
+from storage_schemas.errors import ManifestMismatch
+from storage_schemas.recipe import Recipe
+from storage_schemas.record import state_column
 from trainer.cast import Cast
-from trainer.objectives import times_on, told
-from trainer.objectives.stored import drawn
+from trainer.objectives.conditioning import conditioning
+from trainer.objectives.kind import Given, Kind, Stage
+from trainer.objectives.stored import ScheduleOptions, drawn, stored_grids, times_at, times_on
 from trainer.stream import Batch
 
 
@@ -66,7 +72,7 @@ def segment_loss(cast: Cast, batch: Batch, x_t: Tensor, x_s: Tensor, t: Tensor, 
     target = progressive_target(student.process, x_t, x_s, t, s)
     alpha_t, sigma_t = scales(student.process, t, like=x_t)
     weight = (alpha_t / sigma_t).square().clamp(min=1)
-    labels, guidance = told(student, batch)
+    labels, guidance = conditioning(student, batch)
     guess = student(x_t, t, labels, until=s, guidance=guidance)
     return (weight * (guess - target).square()).mean()
 
@@ -100,3 +106,47 @@ def rounding_error(
     keep, pull = jump_coefficients(process, t[:-1], t[1:])
     first = torch.zeros_like(keep) if exact_starts else keep * error[:-1]
     return (torch.hypot(error[1:], first) / pull.abs()).tolist()
+
+
+def segments_serve(dataset: Dataset) -> str:
+    """Why a dataset of segments is refused."""
+    steps = dataset.recipe.num_steps
+    holds = f"{dataset.store.uri} holds segments of {steps} steps in {dataset.manifest.dataset}"
+    return (
+        f"{holds}, which serve --objective.name progressive with --objective.schedule {steps // 2}: "
+        "fit that, or name another --dataset"
+    )
+
+
+class ProgressiveOptions(ScheduleOptions):
+    """Options of progressive."""
+
+    schedule: tuple[int, ...] = Field((8, 4, 2, 1), description=ScheduleOptions.model_fields["schedule"].description)
+
+
+def _stages(options: ProgressiveOptions, given: Given) -> tuple[Stage, ...]:
+    dataset = given.stored
+    if dataset.recipe.chain == "trajectory":
+        grids = stored_grids(dataset, options.schedule)
+        return tuple(_stage(dataset.recipe, indices) for indices in grids.values())
+    # A round of progressive distillation: one stage, of a student of half as many steps.
+    times, half = dataset.recipe.times, dataset.recipe.num_steps // 2
+    if options.schedule != (half,):
+        raise ManifestMismatch(segments_serve(dataset))
+    return (Stage(f"{half}-step", ProgressiveSegments(times), times[::2]),)
+
+
+def _stage(recipe: Recipe, indices: Sequence[int]) -> Stage:
+    times = times_at(recipe, indices)
+    columns = tuple(state_column(index, recipe.num_steps) for index in indices)
+    return Stage(f"{len(indices) - 1}-step", Progressive(times, columns), times)
+
+
+KIND = Kind(
+    options=ProgressiveOptions,
+    stages=_stages,
+    makes="students of each number of steps in its schedule",
+    # Salimans & Ho 2022 take lr to 0 linearly in every stage and keep no average.
+    fit={"decay": "linear", "ema": 0.0},
+    reads_segments=True,
+)

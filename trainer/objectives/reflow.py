@@ -2,13 +2,17 @@
 
 from dataclasses import dataclass
 
+from pydantic import Field, field_validator
 from torch import Tensor
 
-from diffusion.process import expand
+from diffusion.grids import uniform_time
+from diffusion.process import RectifiedFlow, expand
 from trainer.cast import Cast
-from trainer.objectives import told
-from trainer.objectives.distances import Distance
-from trainer.objectives.weights import Weighting
+from trainer.objectives.conditioning import conditioning
+from trainer.objectives.distances import Distance, DistanceOptions, refuse_lpips
+from trainer.objectives.kind import Given, Kind, Stage
+from trainer.objectives.stored import ScheduleOptions
+from trainer.objectives.weights import Weighting, WeightingOptions
 from trainer.stream import Batch
 
 
@@ -33,6 +37,41 @@ class Reflow:
         tau = batch.uniforms[:, 0]
         share = expand(tau, like=output)
         x_tau = (1 - share) * output + share * z
-        labels, guidance = told(cast.student, batch)
+        labels, guidance = conditioning(cast.student, batch)
         u = (x_tau - cast.student(x_tau, tau, labels, guidance=guidance)) / share
         return self.weighting(cast, self.distance(u, z - output), tau).mean()
+
+
+class ReflowOptions(DistanceOptions, WeightingOptions, ScheduleOptions):
+    """Options of reflow."""
+
+    schedule: tuple[int, ...] = Field((8, 4, 2, 1), description=ScheduleOptions.model_fields["schedule"].description)
+
+    @field_validator("weighting")
+    @classmethod
+    def _of_velocities(cls, weighting: str) -> str:
+        if weighting in ("snr", "truncated_snr"):
+            given = f"objective.weighting {weighting} is one of errors of x_0"
+            raise ValueError(f"{given}, reflow's are of velocities; use uniform or learned")
+        return weighting
+
+
+def _stages(options: ReflowOptions, given: Given) -> tuple[Stage, ...]:
+    refuse_lpips(options, "reflow", compared="velocities")
+    objective = Reflow(
+        noise_scale=given.stored.recipe.sigmas[0],
+        distance=options.make_distance(given.sample_shape),
+        weighting=Weighting(options.weighting),
+    )
+    grids = {steps: tuple(uniform_time(RectifiedFlow(), steps).tolist()) for steps in options.schedule}
+    return (Stage("reflow", objective, (1.0, 0.0), grids),)
+
+
+KIND = Kind(
+    options=ReflowOptions,
+    stages=_stages,
+    makes="students of each number of steps in its schedule",
+    fit={"init": "scratch"},
+    process={"name": "rectified_flow"},
+    judged_by_holdout=False,
+)

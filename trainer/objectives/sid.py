@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+from pydantic import Field
 from torch import Tensor
 
 from trainer.cast import Cast
-from trainer.objectives.matching import Matching, answers, size
+from trainer.objectives.kind import Given, Kind, Stage
+from trainer.objectives.matching import FIT, Matching, MatchingOptions, answers, matching_stage, size
 from trainer.stream import Batch
 
 
@@ -24,3 +26,24 @@ class ScoreIdentity(Matching):
         x = self.sample(cast, batch)
         f, g = answers(cast, batch, self.asked(cast, batch, x))
         return ((f - g) * ((f - x) - self.a * (f - g)) / size(x - f)).mean()
+
+
+class SidOptions(MatchingOptions):
+    """Options of sid."""
+
+    a: float = Field(1.2, description="The alpha of its loss, 1.0 or 1.2.")
+
+
+def _stages(options: SidOptions, given: Given) -> tuple[Stage, ...]:
+    return (matching_stage("sid", ScoreIdentity(**options.shared(given), a=options.a)),)
+
+
+KIND = Kind(
+    options=SidOptions,
+    stages=_stages,
+    makes="a student of student_steps",
+    fit=FIT,
+    has_critic=True,
+    through_teacher=True,
+    judged_by_holdout=False,
+)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from trainer.cast import Cast
-from trainer.objectives.matching import Diffused, Matching, answers, pulled
+from trainer.objectives.kind import Given, Kind, Stage
+from trainer.objectives.matching import FIT, Diffused, Matching, MatchingOptions, answers, matching_stage, pulled
 from trainer.stream import Batch
 
 
@@ -31,3 +32,17 @@ def variational_direction(cast: Cast, batch: Batch, asked: Diffused) -> Tensor:
     real, fake = answers(cast, batch, asked)
     weight = asked.alpha_t * asked.sigma_t / (asked.alpha_t**2 + asked.sigma_t**2)
     return weight * (fake - real)
+
+
+def _stages(options: MatchingOptions, given: Given) -> tuple[Stage, ...]:
+    return (matching_stage("vsd", VariationalScore(**options.shared(given))),)
+
+
+KIND = Kind(
+    options=MatchingOptions,
+    stages=_stages,
+    makes="a student of student_steps",
+    fit=FIT,
+    has_critic=True,
+    judged_by_holdout=False,
+)

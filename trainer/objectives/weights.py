@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from diffusion.models.embeddings import JointCoefficients
 from diffusion.process import Process
 from trainer.cast import Cast
+from trainer.objectives.kind import Options
 
 WeightingName = Literal["uniform", "snr", "truncated_snr", "learned"]
 
@@ -25,6 +27,19 @@ def time_weight(name: str, process: Process, t: Tensor) -> Tensor:
         return torch.ones_like(t, dtype=torch.float64)
     snr = (process.alpha(t) / process.sigma(t)).square()
     return snr.clamp(min=1) if name == "truncated_snr" else snr
+
+
+class WeightingOptions(Options):
+    """An objective that weighs times."""
+
+    weighting: WeightingName = Field(
+        "uniform",
+        description="Weight of each time. reflow takes uniform or learned: the others are weights of errors of x_0.",
+    )
+
+    @property
+    def learns_weighting(self) -> bool:
+        return self.weighting == "learned"
 
 
 @dataclass(frozen=True)

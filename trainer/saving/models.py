@@ -9,7 +9,8 @@ from diffusion.models import checkpoint
 from diffusion.models.checkpoint import Checkpoint, pack
 from diffusion.models.spec import model_from_spec
 from trainer.config import FitConfig
-from trainer.plan import Plan, Stage
+from trainer.objectives.kind import Stage
+from trainer.plan import Plan
 from trainer.run import RunRecord
 from trainer.saving.place import Place
 
@@ -41,7 +42,7 @@ class Models:
                 "reads": plan.reads,
                 "labels": plan.labels,
                 "guidance_scales": list(plan.guidance),
-                **({"from_noise": "scaled"} if self._config.objective.name == "reflow" else {}),
+                **({"from_noise": "scaled"} if self._config.kind.process else {}),
                 **({"init": self._init} if self._init else {}),
             },
         )
