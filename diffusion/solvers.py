@@ -284,8 +284,8 @@ def _third_order(h: float, r_0: float, r_1: float) -> np.ndarray:
 SOLVERS: dict[str, Solver] = {
     "ddim": Solver(1, _runge_kutta(EULER, last=EULER)),
     "heun": Solver(2, _runge_kutta(HEUN, last=EULER)),
-    "rk4": Solver(4, _runge_kutta(RK4, last=RALSTON3)),
     "ab2": Solver(2, _adams_bashforth_2),
     "dpmpp_2m": Solver(2, _dpm_solver_pp(2)),
     "dpmpp_3m": Solver(3, _dpm_solver_pp(3)),
+    "rk4": Solver(4, _runge_kutta(RK4, last=RALSTON3)),
 }

@@ -2,12 +2,13 @@
 
 import re
 from datetime import timedelta
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from tyro.conf import Positional, arg
 
 from diffusion.models.schedulers import Ignorable
+from diffusion.solvers import SOLVERS
 from storage_schemas.command_line import Config
 from storage_schemas.commit import MOST_QUARANTINED
 from storage_schemas.places import LocalName, Source, StorePlace, source
@@ -78,7 +79,10 @@ ChainStart = Annotated[
     ),
     AfterValidator(source),
 ]
-SolverName = Literal["ddim", "heun", "rk4", "ab2", "dpmpp_2m", "dpmpp_3m"]
+if TYPE_CHECKING:
+    SolverName = str
+else:
+    SolverName = Literal[tuple(SOLVERS)]
 
 
 class GridConfig(Config):
@@ -101,7 +105,7 @@ class SolverConfig(GridConfig):
     """Which solver, over which grid."""
 
     name: SolverName | None = Field(
-        None, description="ddim (= Euler), heun, rk4, ab2, dpmpp_2m or dpmpp_3m; default: heun, of segments ddim"
+        None, description=f"one of {', '.join(SOLVERS)}; ddim is Euler; default: heun, of segments ddim"
     )
     steps: int = Field(16, ge=1, description="steps N of the grid t_0 = T > ... > t_N = 0")
 
@@ -299,13 +303,8 @@ class CalibrateConfig(WorkerConfig, TeacherConfig):
     tolerance: float = Field(
         0.01, gt=0, description="error that is allowed: RMS of a coordinate, in standard deviations of the data"
     )
-    solvers: Annotated[tuple[SolverName, ...], Field(min_length=1, description="which ones to measure")] = (
-        "ddim",
-        "heun",
-        "ab2",
-        "dpmpp_2m",
-        "dpmpp_3m",
-        "rk4",
+    solvers: Annotated[tuple[SolverName, ...], Field(min_length=1, description="which ones to measure")] = tuple(
+        SOLVERS
     )
     steps: Annotated[
         tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1, description="numbers of steps to measure each at")

@@ -4,15 +4,6 @@ from typing import Any
 
 from storage_schemas.notes import Calibration, CalibrationPoint
 
-COLOURS = {
-    "ddim": "#4477aa",
-    "heun": "#ee6677",
-    "ab2": "#228833",
-    "dpmpp_2m": "#aa3377",
-    "dpmpp_3m": "#ccaa22",
-    "rk4": "#66aacc",
-}
-
 
 def draw(calibration: Calibration, path: str) -> None:
     """A PNG, both axes logarithmic; the band is the 95% interval, the ring the choice."""
@@ -36,10 +27,10 @@ def _line(axes: Any, points: list[CalibrationPoint]) -> None:
         return
     name = points[0].solver
     calls, errors = [point.nfe for point in drawn], [point.error for point in drawn]
-    axes.plot(calls, errors, marker="o", markersize=4, linewidth=1.6, color=COLOURS[name], label=name)
+    (line,) = axes.plot(calls, errors, marker="o", markersize=4, linewidth=1.6, label=name)
     # A lower end of 0 has no place on a logarithmic axis.
     low = [point.low or (point.error or 0) / 10 for point in drawn]
-    axes.fill_between(calls, low, [point.high for point in drawn], color=COLOURS[name], alpha=0.15, linewidth=0)
+    axes.fill_between(calls, low, [point.high for point in drawn], color=line.get_color(), alpha=0.15, linewidth=0)
 
 
 def _limits(axes: Any, calibration: Calibration) -> None:

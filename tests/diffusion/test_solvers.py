@@ -79,7 +79,7 @@ def order(error_at, n):
 
 
 # Steps from which on the error's next term is too small to show in the order.
-FINE = {"ddim": 64, "heun": 64, "rk4": 16, "ab2": 128, "dpmpp_2m": 256, "dpmpp_3m": 128}
+FINE = {"rk4": 16, "ab2": 128, "dpmpp_2m": 256, "dpmpp_3m": 128}
 
 
 @every_solver
@@ -92,7 +92,7 @@ def test_order(solver, process, kind):
         u = short_start(uniform(n)) if solver == "dpmpp_3m" else uniform(n)
         return error(teacher, grid(process, u), solver)
 
-    assert order(error_at, FINE[solver]) == pytest.approx(declared, abs=0.15)
+    assert order(error_at, FINE.get(solver, 64)) == pytest.approx(declared, abs=0.15)
 
 
 @every_process
@@ -113,7 +113,7 @@ def test_multistep_orders_hold_where_step_lengths_alternate(solver, kind):
         u = short_start(alternating(n)) if solver == "dpmpp_3m" else alternating(n)
         return error(teacher, grid(process, u), solver)
 
-    assert order(error_at, FINE[solver]) == pytest.approx(SOLVERS[solver].order, abs=0.15)
+    assert order(error_at, FINE.get(solver, 64)) == pytest.approx(SOLVERS[solver].order, abs=0.15)
 
 
 @pytest.mark.parametrize("solver", ["ddim", "heun", "rk4", "ab2"])
@@ -127,7 +127,7 @@ def test_slope_solvers_keep_their_order_from_alpha_0(solver, process, kind):
         tau = 1 - 0.7 * uniform(n)
         return error(teacher, process.time_at(tau / (1 - tau)), solver)
 
-    assert order(error_at, FINE[solver]) == pytest.approx(SOLVERS[solver].order, abs=0.15)
+    assert order(error_at, FINE.get(solver, 64)) == pytest.approx(SOLVERS[solver].order, abs=0.15)
 
 
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "dpmpp_3m"])

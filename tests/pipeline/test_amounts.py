@@ -10,6 +10,7 @@ import pytest
 
 from diffusion.models.teachers import load_teacher
 from diffusion.recipes.grid import recipe_nfe
+from diffusion.solvers import SOLVERS
 from pipeline.config import GenerateConfig
 from pipeline.produce import Order, Producer
 from pipeline.recipe import build_layout, build_recipe
@@ -70,7 +71,7 @@ def test_what_may_be_compressed_is_not_refused_by_a_guess(generate, free, tmp_pa
 @pytest.mark.parametrize(
     "given",
     [
-        *({"solver": {"name": name, "steps": 5}} for name in ("ddim", "heun", "rk4", "ab2", "dpmpp_2m", "dpmpp_3m")),
+        *({"solver": {"name": name, "steps": 5}} for name in SOLVERS),
         {"teacher": "builtin:digits", "guidance": 2.0},
         {"teacher": "builtin:digits", "start": "data:sklearn:digits"},
         {"teacher": "builtin:digits", "start": "data:sklearn:digits", "guidance": 2.0},

@@ -8,15 +8,13 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
 import pipeline.generate
 from diffusion.models import checkpoint
 from diffusion.models.teachers import load_teacher
-from diffusion.solvers import SOLVERS
-from pipeline.config import GenerateConfig, SolverName
+from pipeline.config import GenerateConfig
 from pipeline.generate import carry_out
 from pipeline.plan import Wanted
 from pipeline.prepare import prepare
@@ -379,10 +377,6 @@ def test_a_store_that_hides_what_is_sealed_ends_the_planning(generate, tmp_path,
     assert err.splitlines()[-1].startswith(
         f"pipeline: planned 8 times from manifest 0, the latest that {tmp_path} shows: another job keeps it from"
     )
-
-
-def test_the_solvers_that_can_be_chosen_are_those_that_exist():
-    assert set(get_args(SolverName)) == set(SOLVERS)
 
 
 def children_of(pid):
