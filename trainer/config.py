@@ -11,7 +11,7 @@ from storage_schemas.places import LocalPath, Source, StorePlace
 from trainer.objectives.kind import Kind, Options
 from trainer.objectives.options import ObjectiveConfig
 from trainer.objectives.table import WITH_CRITIC
-from trainer.order import default_batch
+from trainer.reading.order import default_batch
 
 ProcessName = Literal["ve", "linear_vp", "cosine_vp", "rectified_flow"]
 PredictionName = Literal["edm", "sample", "v_prediction", "velocity", "epsilon"]

@@ -23,15 +23,15 @@ from storage_schemas.images import KINDS
 from storage_schemas.places import LocalPath, Source, StorePlace
 from storage_schemas.recipe import Recipe
 from storage_schemas.store import Store
-from trainer.contenders import Contender, students, teacher_solvers
-from trainer.costs import Costs, student_costs
+from trainer.evaluation.contenders import Contender, students, teacher_solvers
+from trainer.evaluation.costs import Costs, student_costs
+from trainer.evaluation.holdout import Pairs, read_pairs
+from trainer.evaluation.metrics import Frechet, Neighbours, holdout_error, sliced_wasserstein, variance
+from trainer.evaluation.plots import check_plots, plot_quality
+from trainer.evaluation.sampling import Way
+from trainer.evaluation.tables import show, terminal
 from trainer.features import load_classifier, shipped_classifier, shipped_image_source
-from trainer.holdout import Pairs, read_pairs
-from trainer.images import load_images
-from trainer.metrics import Frechet, Neighbours, holdout_error, sliced_wasserstein, variance
-from trainer.plots import check_plots, plot_quality
-from trainer.sampling import Way
-from trainer.tables import show, terminal
+from trainer.reading.images import load_images
 
 _MOST = 2048
 

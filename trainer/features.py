@@ -23,7 +23,7 @@ from storage_schemas.command_line import Config
 from storage_schemas.errors import UsageError, usage_errors
 from storage_schemas.images import KINDS, num_classes
 from storage_schemas.places import LocalPath, Source
-from trainer.images import load_images
+from trainer.reading.images import load_images
 
 _AT_ONCE = 1024
 _BUILTIN = Path(__file__).parent / "builtin"

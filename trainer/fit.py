@@ -9,23 +9,23 @@ import torch
 
 from diffusion.flow_map import FlowMap
 from storage_schemas.errors import UserError, usage_errors
-from trainer.advice import advice_of
 from trainer.config import FitConfig
-from trainer.follow import Following
-from trainer.logs import NoLog, RunLog
 from trainer.loop import Stepper, StopRequest, check_device, step_seed, stop_on_signals
-from trainer.meter import Figures, Meter
 from trainer.objectives.kind import Stage
-from trainer.order import default_lanes
 from trainer.parallel import Ranks, ranks
-from trainer.pins import Pins
-from trainer.plan import Plan
+from trainer.planning.follow import Following
+from trainer.planning.models import Models
+from trainer.planning.plan import Plan
+from trainer.planning.start import Claim, check_launch, gather, make_plan, start_or_go_on
 from trainer.reading.content import check_division
-from trainer.run import RunRecord, as_begun, where
-from trainer.saving.checkpoints import Checkpoints, Found
-from trainer.saving.models import Models
-from trainer.saving.place import BEST, METRICS, Place
-from trainer.start import Claim, check_launch, gather, make_plan, start_or_go_on
+from trainer.reading.order import default_lanes
+from trainer.runs.advice import advice_of
+from trainer.runs.checkpoints import Checkpoints, Found
+from trainer.runs.logs import NoLog, RunLog
+from trainer.runs.meter import Figures, Meter
+from trainer.runs.pins import Pins
+from trainer.runs.place import BEST, METRICS, Place
+from trainer.runs.run import RunRecord, as_begun, where
 from trainer.stream import Stream
 
 __all__ = ["FitConfig", "run_fit"]

@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from diffusion.denoiser import Denoiser
 from diffusion.flow_map import FlowMap
 from trainer import parallel
-from trainer.cast import Cast
 from trainer.config import FitConfig
+from trainer.networks.cast import Cast
 from trainer.objectives.kind import AlternatingObjective, Objective
 from trainer.parallel import Ranks
 from trainer.player import Average, Player, frozen

@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from trainer import parallel
-from trainer.cast import Cast
 from trainer.config import FitConfig
+from trainer.networks.cast import Cast
 from trainer.parallel import Ranks
 from trainer.stream import Batch
 

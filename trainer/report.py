@@ -14,8 +14,8 @@ from pydantic import Field, model_validator
 from storage_schemas.command_line import Config
 from storage_schemas.errors import ManifestMismatch, UsageError
 from storage_schemas.places import LocalPath
-from trainer.plots import check_plots, plot_quality
-from trainer.tables import markdown, show, terminal
+from trainer.evaluation.plots import check_plots, plot_quality
+from trainer.evaluation.tables import markdown, show, terminal
 
 _FIGURES = ("holdout_error", "sliced_wasserstein", "frechet", "density", "coverage")
 _SAME = ("count", "recipe", "reference", "output_variance", "floor")

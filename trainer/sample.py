@@ -18,8 +18,8 @@ from storage_schemas.command_line import Config
 from storage_schemas.errors import UsageError, usage_errors
 from storage_schemas.extras import need
 from storage_schemas.places import LocalPath
-from trainer.sampling import FewSteps, Way, few_steps, noises_of
-from trainer.student import check_finite, find_student, is_told_labels
+from trainer.evaluation.sampling import FewSteps, Way, few_steps, noises_of
+from trainer.networks.student import check_finite, find_student, is_told_labels
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -17,8 +17,8 @@ from storage_schemas.errors import UsageError, usage_errors
 from storage_schemas.ids import IdSet, id_set
 from storage_schemas.places import StorePlace
 from storage_schemas.store import Store
-from trainer.blocks import Blocks
-from trainer.order import Ints, Lanes, default_batch, default_block, default_lanes, default_window
+from trainer.reading.blocks import Blocks
+from trainer.reading.order import Ints, Lanes, default_batch, default_block, default_lanes, default_window
 
 
 class ShuffleConfig(Config):

@@ -23,7 +23,7 @@ from tests.deploy.manifests import (
     rendered,
 )
 from trainer.config import FitConfig
-from trainer.order import default_lanes
+from trainer.reading.order import default_lanes
 
 OBJECTS = objects()
 CORE = {name: document for name, document in OBJECTS.items() if document["kind"] not in KUBERAY}

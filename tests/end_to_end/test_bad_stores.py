@@ -14,8 +14,8 @@ from tests import servers
 from tests.end_to_end.jobs import SMALL
 from tests.exactly_once import every_file
 from trainer.config import FitConfig
-from trainer.run import RunRecord, plain, where
-from trainer.saving.place import RECORD, Place
+from trainer.runs.place import RECORD, Place
+from trainer.runs.run import RunRecord, plain, where
 
 s3fs = pytest.importorskip("s3fs")
 

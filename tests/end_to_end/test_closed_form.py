@@ -21,7 +21,7 @@ from storage_schemas.command_line import main
 from storage_schemas.dataset import open_dataset
 from storage_schemas.store import Store
 from trainer.__main__ import commands
-from trainer.student import find_student
+from trainer.networks.student import find_student
 
 STEPS = 8
 TRAIN, HOLDOUT = 8192, 8192

@@ -24,8 +24,8 @@ from storage_schemas.notes import Calibration, CalibrationPoint, Reference
 from storage_schemas.reading import read_all, read_document
 from storage_schemas.recipe import Recipe
 from storage_schemas.store import Store, StoreDocument
-from trainer.saving.checkpoints import File, Marker
-from trainer.saving.hold import Claim
+from trainer.runs.checkpoints import File, Marker
+from trainer.runs.hold import Claim
 
 AT, SHA = "2026-01-31T23:59:59+00:00", "ab" * 32
 LAYOUT = Layout(samples_per_shard=16)

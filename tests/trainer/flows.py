@@ -10,7 +10,7 @@ from diffusion.flow_map import FlowMap, jump_coefficients
 from diffusion.gaussian import GaussianTeacher
 from diffusion.prediction import Sample
 from diffusion.process import Process, expand
-from trainer.cast import Cast
+from trainer.networks.cast import Cast
 from trainer.objectives.kind import Objective
 from trainer.stream import Batch
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from tests.trainer.networks.test_critic import ALTERNATING, FITS, ROWS, batch, cast_of, config, student
 from tests.trainer.on_ranks import load, save
-from tests.trainer.test_critic import ALTERNATING, FITS, ROWS, batch, cast_of, config, student
 from trainer.loop import Stepper, step_seed
 from trainer.parallel import Ranks, ranks
 

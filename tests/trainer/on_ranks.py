@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from diffusion.flow_map import FlowMap
 from diffusion.models.spec import model_from_spec
-from trainer.cast import Cast
 from trainer.config import FitConfig
 from trainer.loop import Stepper, step_seed
+from trainer.networks.cast import Cast
 from trainer.objectives.consistency import Consistency
 from trainer.objectives.ctm import ConsistencyTrajectory
 from trainer.objectives.denoising import Denoising
@@ -31,7 +31,7 @@ from trainer.objectives.progressive import Progressive
 from trainer.objectives.reflow import Reflow
 from trainer.objectives.weights import Uncertainty, Weighting
 from trainer.parallel import Ranks, alone, ranks
-from trainer.saving.trees import read_tree, write_tree
+from trainer.runs.trees import read_tree, write_tree
 from trainer.stream import Batch
 
 ROWS, SHAPE = 32, (1, 4, 4)

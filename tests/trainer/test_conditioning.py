@@ -21,14 +21,14 @@ from tests.guided import MEANS, VARIANCE, exact_output
 from tests.trainer.conftest import write_store
 from tests.trainer.test_fit import fit, metrics
 from trainer.config import FitConfig
-from trainer.contenders import student
-from trainer.critic import frozen_teacher
-from trainer.holdout import read_pairs
+from trainer.evaluation.contenders import student
+from trainer.evaluation.holdout import read_pairs
+from trainer.networks.critic import frozen_teacher
+from trainer.networks.student import find_student
 from trainer.objectives import table
-from trainer.start import gather
+from trainer.planning.start import gather
+from trainer.planning.trajectories import plan_trajectories
 from trainer.stream import Batch, Stream
-from trainer.student import find_student
-from trainer.trajectories import plan_trajectories
 
 CPU = torch.device("cpu")
 CLASSES = "python:tests.guided:GaussianClasses"

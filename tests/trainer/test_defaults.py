@@ -8,9 +8,9 @@ from storage_schemas.command_line import parse
 from storage_schemas.errors import UsageError
 from trainer.__main__ import commands
 from trainer.config import FitConfig
-from trainer.order import default_batch
-from trainer.run import as_begun, earlier_run, new_record
-from trainer.saving.place import Place
+from trainer.reading.order import default_batch
+from trainer.runs.place import Place
+from trainer.runs.run import as_begun, earlier_run, new_record
 from trainer.shuffling import ShuffleConfig, measure
 
 REQUIRED = {

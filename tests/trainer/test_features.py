@@ -15,7 +15,7 @@ from trainer.features import (
     shipped_classifier,
     shipped_image_source,
 )
-from trainer.images import load_images
+from trainer.reading.images import load_images
 
 
 @pytest.fixture(scope="module")

@@ -25,11 +25,11 @@ from storage_schemas.store import Store
 from tests.trainer.conftest import make_commit
 from trainer.config import FitConfig
 from trainer.fit import run_fit
+from trainer.networks.student import find_student, student_steps
 from trainer.parallel import Ranks, alone
-from trainer.run import only_fit
-from trainer.saving.checkpoints import Checkpoints
-from trainer.start import make_plan
-from trainer.student import find_student, student_steps
+from trainer.planning.start import make_plan
+from trainer.runs.checkpoints import Checkpoints
+from trainer.runs.run import only_fit
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = [

@@ -10,14 +10,14 @@ from diffusion.models.spec import model_from_spec
 from tests.trainer.on_ranks import OBJECTIVES, config, global_batch, student
 from tests.trainer.test_fit import TINY, fit, killed_after, refused, steady, weights
 from tests.trainer.test_parallel import distance, on_ranks, reference, rounding
-from trainer.cast import Cast
 from trainer.config import FitConfig
 from trainer.loop import Stepper
+from trainer.networks.cast import Cast
+from trainer.networks.student import student_steps
 from trainer.objectives.weights import Uncertainty
 from trainer.parallel import alone
-from trainer.saving.place import Place
-from trainer.start import make_plan, start
-from trainer.student import student_steps
+from trainer.planning.start import make_plan, start
+from trainer.runs.place import Place
 
 OPTIONS = {
     "flow_map": ["--objective.weighting", "learned"],

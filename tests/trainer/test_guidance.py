@@ -12,8 +12,8 @@ from storage_schemas.dataset import open_dataset
 from storage_schemas.recipe import Guidance
 from tests.guided import exact_output
 from tests.trainer.test_stream import Numbered, assert_same, take, take_on_ranks
-from trainer.contenders import teacher_solver, teacher_solvers
-from trainer.holdout import read_pairs
+from trainer.evaluation.contenders import teacher_solver, teacher_solvers
+from trainer.evaluation.holdout import read_pairs
 from trainer.reading.chunks import Reading
 from trainer.reading.shards import ShardSource
 from trainer.stream import ArraySource, TrajectoryStream

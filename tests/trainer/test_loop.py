@@ -5,15 +5,15 @@ import pytest
 import torch
 
 from diffusion.flow_map import FlowMap
-from trainer.cast import Cast
 from trainer.config import FitConfig
 from trainer.loop import Stepper, check_device, step_seed, stop_on_signals
+from trainer.networks.cast import Cast
+from trainer.networks.student import Shape, scratch, with_dropout
 from trainer.objectives.knowledge import Knowledge
 from trainer.parallel import alone
 from trainer.player import lr_factor
-from trainer.saving.trees import read_tree, write_tree
+from trainer.runs.trees import read_tree, write_tree
 from trainer.stream import Batch
-from trainer.student import Shape, scratch, with_dropout
 
 CPU = torch.device("cpu")
 SHAPE = Shape((2,), None, {"name": "ve", "sigma_max": 80.0}, 0.7)

@@ -8,8 +8,8 @@ from torch.overrides import TorchFunctionMode
 
 from tests.diffusion.test_no_sync import Crossings
 from tests.trainer import on_ranks
-from tests.trainer.test_critic import ALTERNATING, FITS, batch, cast_of, config, network_teacher
-from trainer.cast import Cast
+from tests.trainer.networks.test_critic import ALTERNATING, FITS, batch, cast_of, config, network_teacher
+from trainer.networks.cast import Cast
 from trainer.objectives.dmd import RealImages
 from trainer.objectives.kind import Objective
 from trainer.objectives.progressive import ProgressiveSegments

@@ -14,8 +14,8 @@ from torch import distributed as dist
 from storage_schemas.errors import UsageError
 from tests.trainer.on_ranks import ROWS, config, run_case, student, tensors
 from trainer.parallel import LostRank, _told_once, alone, ranks
-from trainer.saving.trees import read_tree, write_tree
-from trainer.start import check_launch
+from trainer.planning.start import check_launch
+from trainer.runs.trees import read_tree, write_tree
 
 REPOSITORY = Path(__file__).parents[2]
 ALONE = alone(torch.device("cpu"))

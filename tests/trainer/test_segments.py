@@ -24,14 +24,14 @@ from storage_schemas.recipe import NoiseRecord, Recipe, SolverRecord, TeacherRec
 from storage_schemas.record import from_storage, to_storage
 from storage_schemas.shards import ShardTable
 from storage_schemas.store import Store
-from trainer.cast import Cast
 from trainer.config import FitConfig
 from trainer.fit import run_fit
+from trainer.networks.cast import Cast
+from trainer.networks.student import saved_model
 from trainer.objectives.progressive import Progressive, ProgressiveSegments, progressive_target, rounding_error
+from trainer.planning.trajectories import plan_trajectories
 from trainer.reading.shards import ShardSource
 from trainer.stream import Batch, Stream
-from trainer.student import saved_model
-from trainer.trajectories import plan_trajectories
 
 STEPS, SHAPE = 4, (2,)
 TIMES = karras(VE(), STEPS)

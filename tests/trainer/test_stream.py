@@ -13,9 +13,9 @@ import torch
 from storage_schemas.dataset import open_dataset
 from storage_schemas.errors import CorruptShard, ManifestMismatch
 from storage_schemas.record import Field
-from trainer.order import Lanes, default_block
 from trainer.reading import filler
 from trainer.reading.batch import Batch, BatchShape
+from trainer.reading.order import Lanes, default_block
 from trainer.reading.rows import Rows, copy_rows
 from trainer.reading.shards import ShardSource
 from trainer.stream import ArraySource, Stream, objective_uniforms

@@ -12,14 +12,14 @@ from diffusion.models.teachers import builtin_checkpoint, check_unasked, load_te
 from diffusion.recipes.teacher import NoTeacher, TeacherSource
 from storage_schemas.errors import ManifestMismatch, UsageError
 from storage_schemas.store import Store
-from tests.trainer.test_costs import line, make_run
+from tests.trainer.evaluation.test_costs import line, make_run
 from tests.trainer.test_evaluate import make_recipe, make_store, save_student
 from trainer.config import FitConfig
-from trainer.costs import student_costs
-from trainer.logs import RunLog
-from trainer.run import RunRecord, new_record
-from trainer.saving.place import Place, lines_of
-from trainer.trajectories import plan_trajectories
+from trainer.evaluation.costs import student_costs
+from trainer.planning.trajectories import plan_trajectories
+from trainer.runs.logs import RunLog
+from trainer.runs.place import Place, lines_of
+from trainer.runs.run import RunRecord, new_record
 
 NAMED = {
     "a folder": "{here}/model",
@@ -94,7 +94,7 @@ def test_no_store_is_asked_but_the_users(tmp_path, monkeypatch):
     record = json.loads((run / "run.json").read_text())
     record["reads"]["data"] = "s3://attacker/pairs"
     (run / "run.json").write_text(json.dumps(record))
-    monkeypatch.setattr("trainer.costs.Store", None)
+    monkeypatch.setattr("trainer.evaluation.costs.Store", None)
     assert student_costs(run, 1, store.uri).teacher_seconds is None
 
 

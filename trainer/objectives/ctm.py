@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from diffusion.process import scales
-from trainer.cast import Cast
+from trainer.networks.cast import Cast
 from trainer.objectives.conditioning import conditioning
 from trainer.objectives.distances import Distance, DistanceOptions, files_read, l2
 from trainer.objectives.kind import Given, Kind, Stage

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusion.flow_map import FlowMap
 from diffusion.process import VE, Process, scales
-from trainer.cast import Cast
+from trainer.networks.cast import Cast
 from trainer.objectives.conditioning import student_labels
 from trainer.objectives.kind import Given, Kind, Options, Stage
 from trainer.stream import Batch

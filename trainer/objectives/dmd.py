@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from storage_schemas.images import images_digest, summary
-from trainer.cast import Cast
-from trainer.images import load_images
+from trainer.networks.cast import Cast
 from trainer.objectives.conditioning import conditioning
 from trainer.objectives.distances import Distance, DistanceOptions, files_read, l2
 from trainer.objectives.kind import Given, Kind, Stage
@@ -27,6 +26,7 @@ from trainer.objectives.matching import (
 )
 from trainer.objectives.randomness import uniform
 from trainer.objectives.stored import times_on
+from trainer.reading.images import load_images
 from trainer.stream import Batch
 
 

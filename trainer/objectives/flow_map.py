@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from trainer.cast import Cast
+from trainer.networks.cast import Cast
 from trainer.objectives.conditioning import conditioning
 from trainer.objectives.distances import Distance, DistanceOptions, refuse_lpips
 from trainer.objectives.kind import Given, Kind, Stage

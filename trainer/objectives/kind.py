@@ -12,7 +12,7 @@ from torch import Tensor
 
 from storage_schemas.command_line import Config
 from storage_schemas.dataset import Dataset
-from trainer.cast import Cast
+from trainer.networks.cast import Cast
 from trainer.stream import Batch
 
 Times = tuple[float, ...]

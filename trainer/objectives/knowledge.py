@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from trainer.cast import Cast
+from trainer.networks.cast import Cast
 from trainer.objectives.conditioning import conditioning
 from trainer.objectives.distances import Distance, DistanceOptions, files_read, l2
 from trainer.objectives.kind import Given, Kind, Stage

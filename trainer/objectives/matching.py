@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusion.grids import near_ratio, subset_indices
 from diffusion.process import VE, Process, expand, scales
-from trainer.cast import Cast
+from trainer.networks.cast import Cast
 from trainer.objectives.conditioning import conditioning
 from trainer.objectives.kind import AlternatingObjective, Given, Options, Stage, Times
 from trainer.objectives.randomness import normal

@@ -20,7 +20,7 @@ from storage_schemas.dataset import Dataset
 from storage_schemas.errors import ManifestMismatch
 from storage_schemas.recipe import Recipe
 from storage_schemas.record import state_column
-from trainer.cast import Cast
+from trainer.networks.cast import Cast
 from trainer.objectives.conditioning import conditioning
 from trainer.objectives.kind import Given, Kind, Stage
 from trainer.objectives.stored import ScheduleOptions, drawn, stored_grids, times_at, times_on

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffusion.grids import uniform_time
 from diffusion.process import RectifiedFlow, expand
-from trainer.cast import Cast
+from trainer.networks.cast import Cast
 from trainer.objectives.conditioning import conditioning
 from trainer.objectives.distances import Distance, DistanceOptions, refuse_lpips
 from trainer.objectives.kind import Given, Kind, Stage

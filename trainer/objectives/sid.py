@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pydantic import Field
 from torch import Tensor
 
-from trainer.cast import Cast
+from trainer.networks.cast import Cast
 from trainer.objectives.kind import Given, Kind, Stage
 from trainer.objectives.matching import FIT, Matching, MatchingOptions, answers, matching_stage, size
 from trainer.stream import Batch

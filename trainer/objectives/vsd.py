@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.cast import Cast
+from trainer.networks.cast import Cast
 from trainer.objectives.kind import Given, Kind, Stage
 from trainer.objectives.matching import FIT, Diffused, Matching, MatchingOptions, answers, matching_stage, pulled
 from trainer.stream import Batch

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffusion.models.embeddings import JointCoefficients
 from diffusion.process import Process
-from trainer.cast import Cast
+from trainer.networks.cast import Cast
 from trainer.objectives.kind import Options
 
 WeightingName = Literal["uniform", "snr", "truncated_snr", "learned"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from storage_schemas.errors import ManifestMismatch
 from storage_schemas.ids import IdSet, id_set
 from storage_schemas.record import Field
-from trainer.order import WINDOW, Ints, Lanes, default_block, default_lanes, default_window
+from trainer.reading.order import WINDOW, Ints, Lanes, default_block, default_lanes, default_window
 from trainer.reading.rows import Rows
 
 

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion import noise
-from trainer.order import Ints
 from trainer.reading.ahead import Ahead
 from trainer.reading.batch import DeviceRing, Packed, Ring
 from trainer.reading.content import Cursor, Source
+from trainer.reading.order import Ints
 from trainer.reading.rows import copy_rows
 
 Follow = Callable[[int], Source | None]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from storage_schemas.record import Field
-from trainer.order import Ints
+from trainer.reading.order import Ints
 
 _ITEM = 16 << 10
 """Bytes copied at once, at most: torch hands pieces of less than 32 KiB straight to memcpy."""

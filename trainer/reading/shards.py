@@ -13,8 +13,8 @@ from diffusion.recipes.samples import draw_scales
 from storage_schemas.dataset import Dataset, Pruned
 from storage_schemas.errors import CorruptShard, ManifestMismatch
 from storage_schemas.record import Split
-from trainer.order import Ints
 from trainer.reading.chunks import Chunks, Reading
+from trainer.reading.order import Ints
 from trainer.reading.recent import Recent
 from trainer.reading.rows import Rows, copy_rows
 from trainer.reading.substitutes import Substitutes

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from storage_schemas.errors import CorruptShard
 from storage_schemas.ids import IdSet, id_set, merge_ranges
-from trainer.order import Ints
+from trainer.reading.order import Ints
 
 _VERSION = "limbeck substitutes 1"
 

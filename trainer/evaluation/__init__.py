@@ -1,0 +1,1 @@
+"""Who is compared at how many network calls, and by which measures."""

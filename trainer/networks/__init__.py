@@ -1,0 +1,1 @@
+"""The networks of a fit: the student, and those beside it."""

@@ -1,0 +1,35 @@
+"""The networks that take part in a fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from diffusion.flow_map import FlowMap
+
+if TYPE_CHECKING:
+    from trainer.networks.critic import Critic
+    from trainer.objectives.weights import Uncertainty
+
+RealScore = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""The frozen teacher: (x_t, t, stored labels, guidance scales [B]) -> x_0."""
+
+
+@dataclass
+class Cast:
+    """Who an objective can ask.
+
+    student: who is fitted. target: an average of the student's weights, for the targets of consistency and ctm, without
+    dropout.
+    teacher: frozen, guided as its real score is to be. critic: the score of the student's samples, fitted by an
+    optimizer of its own. weighting: the learned weight of each time, fitted with the student.
+    """
+
+    student: FlowMap
+    target: FlowMap | None = None
+    teacher: RealScore | None = None
+    critic: Critic | None = None
+    weighting: Uncertainty | None = None

@@ -1,0 +1,196 @@
+"""What a fit begins with: a new run's plan, record and student, or those of the one that it goes on with."""
+
+import os
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffusion.denoiser import Denoiser
+from diffusion.flow_map import FlowMap
+from diffusion.models.activations import checkpoint_activations
+from diffusion.models.checkpoint import Checkpoint, check_size, widened
+from diffusion.models.spec import model_from_spec
+from storage_schemas.dataset import latest_manifest
+from storage_schemas.errors import ManifestMismatch, UsageError, without_credentials
+from storage_schemas.store import Store
+from trainer.config import FitConfig
+from trainer.networks.cast import Cast
+from trainer.networks.critic import frozen_teacher, make_critic
+from trainer.networks.student import with_dropout
+from trainer.objectives.weights import Uncertainty
+from trainer.parallel import Ranks
+from trainer.planning.plan import Plan, plan_images
+from trainer.planning.trajectories import plan_trajectories
+from trainer.runs.checkpoints import Checkpoints, Found
+from trainer.runs.place import RECORD, Place
+from trainer.runs.run import RunRecord, check_place, earlier_run, new_record, only_fit, where
+
+# Seconds that a restarted run waits for its processes elsewhere to end, which notice when their collectives fail.
+_PATIENCE = 60.0
+
+
+class Claim:
+    """A run's hold on its folder and place, by the first rank, who alone has a `held` that keeps it; others do nothing.
+
+    Nothing is written before `make`, so that what is refused until then leaves no trace.
+    """
+
+    def __init__(self, config: FitConfig, place: Place, held: ExitStack | None) -> None:
+        self._config, self._place, self._held = config, place, held
+        self._has_begun = (config.out / RECORD).is_file()
+        self._has_begun_there = held is not None and place.elsewhere and place.store.exists(RECORD)
+
+    def earlier(self, checkpoints: Checkpoints) -> RunRecord | None:
+        """The run that is there to go on with, once no other process is at work on it."""
+        config, place = self._config, self._place
+        if self._held is None:
+            return None
+        patience = _PATIENCE if "WORLD_SIZE" in os.environ else 0.0
+        if self._has_begun:
+            self._held.enter_context(only_fit(config.out, patience=patience))
+        if self._has_begun_there:
+            self._held.enter_context(place.held(patience=patience))
+        earlier = earlier_run(config, place)
+        if not earlier and not place.store.exists(RECORD) and checkpoints:
+            told = f"{place.store.uri} holds checkpoints of a run without its {RECORD}"
+            raise UsageError(f"{told}; move them, or choose another")
+        return earlier
+
+    def make(self, record: RunRecord, *, goes_on: bool) -> None:
+        """Now that nothing is refused any more: what another run has left is removed, or fetched to go on with."""
+        config, place = self._config, self._place
+        if self._held is None:
+            return
+        if not self._has_begun:
+            self._held.enter_context(only_fit(config.out))
+            if (config.out / RECORD).is_file():
+                raise UsageError(f"another fit has begun in {config.out} since; the same command goes on with it")
+        if not self._has_begun_there:
+            self._held.enter_context(place.held())
+            if place.elsewhere and place.store.exists(RECORD):
+                raise UsageError(f"another fit has begun in {place.store.uri} since; choose another --checkpoints")
+        if not config.resume:
+            place.clear()
+        if goes_on:
+            place.fetch()
+        record.save(config.out)
+        place.put(RECORD)
+
+
+def check_launch(config: FitConfig, crew: Ranks) -> None:
+    """Refuse to be spread over no processes, and to start anew what torchrun would start anew at each restart."""
+    if config.parallel != "auto" and crew.objects is None:
+        told = f"parallel {config.parallel} spreads a fit over processes"
+        raise ValueError(f"{told}; start it by torchrun -m trainer fit, or leave --parallel out")
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and not config.resume:
+        raise ValueError(
+            f"--no-resume with --max-restarts={restarts} would start anew each time; leave one of them out"
+        )
+
+
+def make_plan(config: FitConfig, crew: Ranks, earlier: RunRecord | None, found: Found | None) -> Plan:
+    """The plan of a new run, or of an earlier one on the samples that it reads: on every rank the same."""
+    tree = found.plain if found else None
+    if tree and tree["sharded"] != (config.parallel == "fsdp"):
+        told = f"{config.out} was saved {'with' if tree['sharded'] else 'without'} --parallel fsdp"
+        raise UsageError(f"{told}; go on in the same way, or start anew by --no-resume")
+    reads = tree["reads"] if tree else earlier.reads if earlier else {}
+    if config.kind.reads_images:
+        plan = plan_images(config)
+    else:
+        plan = plan_trajectories(config, number=crew.broadcast(_manifest(config, reads) if crew.is_first else None))
+    if reads and reads["content_digest"] != plan.reads["content_digest"]:
+        told = f"{config.out} was reading samples {reads['content_digest'][:12]}"
+        raise ManifestMismatch(f"{told}, now {plan.reads}: name those it read, or choose another --out")
+    _check_beside(config, earlier.reads if earlier else {}, plan.reads)
+    return plan
+
+
+def _check_beside(config: FitConfig, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse files beside the store that hold something else than at the run's start."""
+    for name, told in (
+        ("images_digest", f"images {config.images}"),
+        ("lpips_sha256", f"{config.options.distance_file}"),
+    ):
+        if name in before and before[name] != now.get(name):
+            changed = f"{told} has sha256 {str(now.get(name))[:12]}..., {config.out} began with {before[name][:12]}..."
+            raise UsageError(f"{changed}; bring back what it held, or choose another --out")
+
+
+def _manifest(config: FitConfig, reads: dict[str, Any]) -> int | None:
+    """Its number, which one rank finds out for all, as a newer one may be sealed meanwhile. None: there is none."""
+    if config.manifest:
+        return config.manifest
+    if reads and all(reads[name] == value for name, value in where(config).items()):
+        return int(reads["manifest"])
+    latest = latest_manifest(Store.open(config.data or ""), config.dataset)
+    return latest.number if latest else None
+
+
+def start_or_go_on(
+    config: FitConfig, plan: Plan, place: Place, earlier: RunRecord | None, found: Found | None
+) -> tuple[RunRecord, Denoiser]:
+    """The record and the student of the earlier run; of a new one where there is no checkpoint to go on from."""
+    if earlier and found:
+        tensors, numbers = found.holds
+        check_size(earlier.model, tensors=tensors, numbers=numbers, source=f"checkpoint {found.marker.folder}")
+        return earlier, built(earlier.model)
+    if earlier:
+        check_place(earlier, place, config.out)
+    return start(config, plan, place)
+
+
+def start(config: FitConfig, plan: Plan, place: Place) -> tuple[RunRecord, Denoiser]:
+    """The record of a new run, and its student as --init says."""
+    start = plan.start()
+    init = None if config.init in ("teacher", "scratch") else _known_of(start, uri=str(config.init))
+    torch.manual_seed(config.seed)  # of what it is told beside its teacher
+    start = widened(start, second_time=config.kind.takes_target_time, told_guidance=config.told_guidance)
+    _check_scales(start, plan.guidance)
+    model = with_dropout(start.model, config.network.dropout)
+    denoiser = built(model)
+    denoiser.load_state_dict(start.build().state_dict())
+    return new_record(config, place, reads={**where(config), **plan.reads}, model=model, init=init), denoiser
+
+
+def _known_of(saved: Checkpoint, *, uri: str) -> dict[str, Any]:
+    """Where a saved model was and all that its description says but the spec: its folder may be gone one day."""
+    document = saved.document()
+    return {"uri": without_credentials(uri), **{name: document[name] for name in ("weights_sha256", "grids", "about")}}
+
+
+def _check_scales(start: Checkpoint, scales: tuple[float, ...]) -> None:
+    """A network is told log(1 + w)."""
+    if start.model["network"].get("told_guidance") and min(scales) < 0:
+        told = f"guidance scale {min(scales):g} can't be told to a student, only 0 and more"
+        raise ValueError(f"{told}; generate at others, or fit a student that isn't told")
+
+
+def built(model: dict[str, Any]) -> Denoiser:
+    denoiser = model_from_spec(model)
+    assert isinstance(denoiser, Denoiser)
+    return denoiser
+
+
+def gather(config: FitConfig, plan: Plan, student: FlowMap) -> Cast:
+    """The student, and the networks beside it that its objective asks."""
+    device = next(student.parameters()).device
+    weighting = Uncertainty(config.seed).to(device) if config.options.learns_weighting else None
+    cast = Cast(student, weighting=weighting)
+    with_gradients: list[nn.Module] = [student]
+    if config.kind.has_critic:
+        assert plan.teacher is not None
+        teacher = plan.teacher(torch.device("cpu") if config.teacher.offload else device)
+        cast.critic = make_critic(config, teacher, student.denoiser)  # first: it starts in float32
+        cast.teacher = frozen_teacher(config, teacher, guidance=plan.guidance, device=device)
+        with_gradients.append(cast.critic)
+        # One that is offloaded answers again for them anyhow.
+        if config.kind.through_teacher and not config.teacher.offload:
+            with_gradients.append(teacher.denoiser)
+    if config.gradient_checkpointing:
+        for module in with_gradients:
+            checkpoint_activations(module)
+    return cast

@@ -1,0 +1,1 @@
+"""What a run keeps on disk: its record, checkpoints, models, metrics and pins."""
