@@ -8,54 +8,17 @@ from pydantic import Field, model_validator
 from storage_schemas.command_line import Config
 from storage_schemas.images import KINDS
 from storage_schemas.places import LocalPath, Source, StorePlace
+from trainer.networks.options import CriticConfig, DtypeName, NetworkConfig, PredictionName, TeacherConfig
 from trainer.objectives.kind import Kind, Options
 from trainer.objectives.options import ObjectiveConfig
 from trainer.objectives.table import WITH_CRITIC
 from trainer.reading.order import default_batch
 
 ProcessName = Literal["ve", "linear_vp", "cosine_vp", "rectified_flow"]
-PredictionName = Literal["edm", "sample", "v_prediction", "velocity", "epsilon"]
-DtypeName = Literal["float32", "float16", "bfloat16"]
 
 _WARMUP = 100
 # How a store is read.
 _OF_A_STORE = ("manifest", "follow_latest", "verify", "on_corrupt", "cache_folder", "cache_gib", "in_flight_mib")
-
-
-class CriticConfig(Config):
-    """The network that learns the score of the student's samples, for an objective that has one."""
-
-    kind: Literal["copy", "lora"] = Field(
-        "copy", description="A copy of the teacher, or low-rank changes of the teacher's own weights."
-    )
-    rank: int = Field(16, ge=1, description="lora: rank of the changes.")
-    lr: float | None = Field(None, gt=0, description="Its peak learning rate; the student's unless told.")
-    ema: float = Field(0.0, ge=0, lt=1, description="Decay of the average of it that the student learns from; 0: none.")
-
-
-class TeacherConfig(Config):
-    """The teacher's network: what --init teacher starts from, and what is beside a student that has a critic."""
-
-    uri: Source | None = Field(None, description="Its uri, where neither the store keeps it nor this package.")
-    dtype: DtypeName = Field("float32", description="Its weights' dtype.")
-    offload: bool = Field(False, description="Keep its weights on the CPU between its calls.")
-
-
-class NetworkConfig(Config):
-    """The student's network. All but dropout belongs to --init scratch; other students keep their teacher's."""
-
-    name: Literal["residual_mlp", "affine", "unet"] | None = Field(
-        None,
-        description="residual_mlp; unet, diffusers' UNet2DModel for images; affine: one line a coordinate and time, "
-        "whose best fit is known.",
-    )
-    width: int | None = Field(
-        None, ge=1, description="Width of the residual MLP, 256 unless told; channels of the UNet's first level, 64."
-    )
-    depth: int | None = Field(
-        None, ge=1, description="Blocks of the residual MLP, 4 unless told; of each level of the UNet, 2."
-    )
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout while fitting, whatever the student starts from.")
 
 
 class FitConfig(Config):

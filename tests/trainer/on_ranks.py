@@ -20,6 +20,7 @@ from diffusion.models.spec import model_from_spec
 from trainer.config import FitConfig
 from trainer.loop import Stepper, step_seed
 from trainer.networks.cast import Cast
+from trainer.networks.uncertainty import Uncertainty
 from trainer.objectives.consistency import Consistency
 from trainer.objectives.ctm import ConsistencyTrajectory
 from trainer.objectives.denoising import Denoising
@@ -29,7 +30,7 @@ from trainer.objectives.kind import Objective
 from trainer.objectives.knowledge import Knowledge
 from trainer.objectives.progressive import Progressive
 from trainer.objectives.reflow import Reflow
-from trainer.objectives.weights import Uncertainty, Weighting
+from trainer.objectives.weights import Weighting
 from trainer.parallel import Ranks, alone, ranks
 from trainer.runs.trees import read_tree, write_tree
 from trainer.stream import Batch

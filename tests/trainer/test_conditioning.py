@@ -23,10 +23,9 @@ from tests.trainer.test_fit import fit, metrics
 from trainer.config import FitConfig
 from trainer.evaluation.contenders import student
 from trainer.evaluation.holdout import read_pairs
-from trainer.networks.critic import frozen_teacher
 from trainer.networks.student import find_student
 from trainer.objectives import table
-from trainer.planning.start import gather
+from trainer.planning.start import gather, real_score
 from trainer.planning.trajectories import plan_trajectories
 from trainer.stream import Batch, Stream
 
@@ -201,7 +200,7 @@ def ask_all(objective, cast, batch) -> None:
 def test_the_real_score_is_the_data_s_guided_as_they_were_or_as_told(several, tmp_path, told, of_the_data, used):
     """Rows without a label have the score of the null label, N(0, v), at every scale."""
     config = FitConfig(out=tmp_path, data=several.uri, objective={"name": "dmd", "guidance": told})
-    real = frozen_teacher(config, load_teacher(CLASSES), guidance=of_the_data, device=CPU)
+    real = real_score(config, load_teacher(CLASSES), guidance=of_the_data, device=CPU)
     generator = torch.Generator().manual_seed(0)
     x_t, t = 3 * torch.randn(8, 2, generator=generator).double(), torch.linspace(0.1, 9.0, 8).double()
     found = real(x_t, t, torch.tensor(LABELS), torch.tensor(GUIDANCE).double())

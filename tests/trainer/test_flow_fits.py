@@ -14,7 +14,7 @@ from trainer.config import FitConfig
 from trainer.loop import Stepper
 from trainer.networks.cast import Cast
 from trainer.networks.student import student_steps
-from trainer.objectives.weights import Uncertainty
+from trainer.networks.uncertainty import Uncertainty
 from trainer.parallel import alone
 from trainer.planning.start import make_plan, start
 from trainer.runs.place import Place

@@ -8,9 +8,10 @@ from diffusion.flow_map import FlowMap
 from trainer.config import FitConfig
 from trainer.loop import Stepper, check_device, step_seed, stop_on_signals
 from trainer.networks.cast import Cast
-from trainer.networks.student import Shape, scratch, with_dropout
+from trainer.networks.student import Shape, with_dropout
 from trainer.objectives.knowledge import Knowledge
 from trainer.parallel import alone
+from trainer.planning.plan import fresh
 from trainer.player import lr_factor
 from trainer.runs.trees import read_tree, write_tree
 from trainer.stream import Batch
@@ -28,7 +29,7 @@ def config(**options) -> FitConfig:
 def stepper(*, dropout: float = 0.0, **options) -> Stepper:
     from diffusion.models.spec import model_from_spec
 
-    start = scratch(config(), SHAPE)
+    start = fresh(config(), SHAPE)
     denoiser = model_from_spec(with_dropout(start.model, dropout))
     denoiser.load_state_dict(start.build().state_dict())
     return Stepper(Cast(FlowMap(denoiser)), config(**options), alone(CPU))

@@ -10,10 +10,10 @@ from tests.diffusion.test_no_sync import Crossings
 from tests.trainer import on_ranks
 from tests.trainer.networks.test_critic import ALTERNATING, FITS, batch, cast_of, config, network_teacher
 from trainer.networks.cast import Cast
+from trainer.networks.uncertainty import Uncertainty
 from trainer.objectives.dmd import RealImages
 from trainer.objectives.kind import Objective
 from trainer.objectives.progressive import ProgressiveSegments
-from trainer.objectives.weights import Uncertainty
 from trainer.stream import Batch
 
 META = torch.device("meta")

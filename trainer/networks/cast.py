@@ -1,18 +1,13 @@
 """The networks that take part in a fit."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from diffusion.flow_map import FlowMap
-
-if TYPE_CHECKING:
-    from trainer.networks.critic import Critic
-    from trainer.objectives.weights import Uncertainty
+from trainer.networks.critic import Critic
+from trainer.networks.uncertainty import Uncertainty
 
 RealScore = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """The frozen teacher: (x_t, t, stored labels, guidance scales [B]) -> x_0."""

@@ -18,8 +18,8 @@ from diffusion.models.teachers import Teacher
 from diffusion.process import scales
 from diffusion.solvers import answer
 from storage_schemas.errors import usage_errors
-from trainer.config import FitConfig
 from trainer.networks.lora import with_low_rank
+from trainer.networks.options import CriticConfig, TeacherConfig
 
 
 class Critic(nn.Module):
@@ -67,16 +67,21 @@ def _miss_no_shared(critic: Critic, keys: Any) -> None:
     keys.missing_keys[:] = [name for name in keys.missing_keys if name in critic.fitted]
 
 
-def make_critic(config: FitConfig, teacher: Teacher, student: Denoiser) -> Critic:
-    """As the config says: the teacher's network, or the student's where the teacher is none, to be fitted."""
+def make_critic(
+    options: CriticConfig, teacher: Teacher, student: Denoiser, *, seed: int, discriminates: bool
+) -> Critic:
+    """The teacher's network, or the student's where the teacher is none, to be fitted.
+
+    seed: of the low-rank changes and the head. discriminates: whether it gets a head.
+    """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)  # of the low-rank changes and the head
-        if config.critic.kind == "lora":
+        torch.manual_seed(seed)
+        if options.kind == "lora":
             assert isinstance(teacher.denoiser, Denoiser)
-            denoiser = with_low_rank(teacher.denoiser, config.critic.rank)
+            denoiser = with_low_rank(teacher.denoiser, options.rank)
         else:
             denoiser = _copied(teacher, student)
-        head = _head(denoiser.network) if config.options.has_discriminator else None
+        head = _head(denoiser.network) if discriminates else None
     return Critic(denoiser, head).to(next(student.parameters()).device)
 
 
@@ -143,10 +148,14 @@ class _Guided(nn.Module):
 
 
 def frozen_teacher(
-    config: FitConfig, teacher: Teacher, *, guidance: tuple[float, ...], device: torch.device
+    options: TeacherConfig,
+    teacher: Teacher,
+    *,
+    asked: float | None,
+    guidance: tuple[float, ...],
+    device: torch.device,
 ) -> FrozenTeacher:
-    """As the config says: guided by objective.guidance if given, else by the data's scale, of several each sample's."""
-    asked = config.options.real_guidance
+    """The teacher guided by the scale `asked`, or by the data's; of several scales by each sample's own."""
     scale = asked if asked is not None else guidance[0] if len(guidance) == 1 else None
-    denoiser = teacher.denoiser.to(getattr(torch, config.teacher.dtype)).requires_grad_(False)
-    return FrozenTeacher(denoiser, scale=scale, offload=config.teacher.offload, device=device)
+    denoiser = teacher.denoiser.to(getattr(torch, options.dtype)).requires_grad_(False)
+    return FrozenTeacher(denoiser, scale=scale, offload=options.offload, device=device)

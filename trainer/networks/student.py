@@ -19,7 +19,7 @@ from diffusion.models.spec import model_from_spec, process_from_spec
 from diffusion.models.unet import unet_spec
 from diffusion.prediction import Epsilon
 from storage_schemas.errors import ManifestMismatch
-from trainer.config import FitConfig
+from trainer.networks.options import NetworkConfig
 
 # By process: one step from pure noise needs a prediction that says something of x_0 there.
 _PREDICTIONS = {"ve": "edm", "linear_vp": "v_prediction", "cosine_vp": "v_prediction", "rectified_flow": "velocity"}
@@ -36,29 +36,32 @@ class Shape:
     rms: float
 
 
-def scratch(config: FitConfig, shape: Shape) -> Checkpoint:
-    """A fresh network for data of this shape; its weights follow from the seed."""
-    name = config.prediction or _PREDICTIONS.get(shape.process["name"], "v_prediction")
-    prediction: dict[str, Any] = {"name": name}
+def scratch(
+    shape: Shape, options: NetworkConfig, *, prediction: str | None, sigma_data: float | None, seed: int
+) -> Checkpoint:
+    """A fresh network for data of this shape; its weights follow from the seed.
+
+    prediction: default: by the process. sigma_data: default: the rms of the data.
+    """
+    name = prediction or _PREDICTIONS.get(shape.process["name"], "v_prediction")
+    predicts: dict[str, Any] = {"name": name}
     if name == "edm":
-        prediction["sigma_data"] = config.sigma_data or round(shape.rms, 4)
-    elif config.sigma_data is not None:
-        raise ValueError(f"sigma_data {config.sigma_data} means nothing to prediction {name}; it belongs to edm")
+        predicts["sigma_data"] = sigma_data or round(shape.rms, 4)
+    elif sigma_data is not None:
+        raise ValueError(f"sigma_data {sigma_data} means nothing to prediction {name}; it belongs to edm")
     spec = {
         "kind": "network",
         "sample_shape": list(shape.sample_shape),
         "num_classes": shape.num_classes,
         "process": shape.process,
-        "prediction": prediction,
-        "network": _network(config, shape, prediction=name),
+        "prediction": predicts,
+        "network": _network(options, shape, prediction=name),
     }
-    torch.manual_seed(config.seed)
+    torch.manual_seed(seed)
     return Checkpoint(spec, checkpoint.pack(model_from_spec(spec)))
 
 
-def _network(config: FitConfig, shape: Shape, *, prediction: str) -> dict[str, Any]:
-    """The spec of the network that a fit from scratch is told of."""
-    options = config.network
+def _network(options: NetworkConfig, shape: Shape, *, prediction: str) -> dict[str, Any]:
     if options.name == "affine":
         return {"name": "affine"}
     if options.name == "unet":

@@ -5,16 +5,13 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffusion.models.embeddings import JointCoefficients
 from diffusion.process import Process
 from trainer.networks.cast import Cast
 from trainer.objectives.kind import Options
 
 WeightingName = Literal["uniform", "snr", "truncated_snr", "learned"]
-
-_BANDWIDTH, _FARTHEST = 1.0, 1e3
 
 
 def time_weight(name: str, process: Process, t: Tensor) -> Tensor:
@@ -58,23 +55,3 @@ class Weighting:
         assert cast.weighting is not None
         u = cast.weighting(cast.student.process, t, t if until is None else until).to(loss)
         return loss / u.exp() + u
-
-
-class Uncertainty(nn.Module):
-    """u(t, until): a line over joint Fourier features of log(r)/4 at both times; it starts at 0 everywhere."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.line = JointCoefficients(2, 1, bandwidth=_BANDWIDTH)
-
-    def forward(self, process: Process, t: Tensor, until: Tensor) -> Tensor:
-        """float32 [B], of float64 times [B]."""
-        told = torch.stack([_told(process, time).float() for time in (t, until)], dim=1)
-        return self.line(told).squeeze(1)
-
-
-def _told(process: Process, t: Tensor) -> Tensor:
-    ratio = process.sigma(t) / process.alpha(t)
-    return torch.log(ratio.clamp(1 / _FARTHEST, _FARTHEST)) / 4

@@ -78,9 +78,14 @@ def plan_images(config: FitConfig) -> Plan:
 
 def _start(config: FitConfig, shape: Shape) -> Checkpoint:
     """A fresh network, or a saved model that fits the images."""
-    start = scratch(config, shape) if config.init == "scratch" else saved_model(config.init or "")
+    start = fresh(config, shape) if config.init == "scratch" else saved_model(config.init or "")
     check_fits(start, shape, name=str(config.init))
     return start
+
+
+def fresh(config: FitConfig, shape: Shape) -> Checkpoint:
+    """The fresh network that --init scratch starts from."""
+    return scratch(shape, config.network, prediction=config.prediction, sigma_data=config.sigma_data, seed=config.seed)
 
 
 _PROCESSES: dict[str, dict[str, Any]] = {

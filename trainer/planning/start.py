@@ -12,14 +12,15 @@ from diffusion.flow_map import FlowMap
 from diffusion.models.activations import checkpoint_activations
 from diffusion.models.checkpoint import Checkpoint, check_size, widened
 from diffusion.models.spec import model_from_spec
+from diffusion.models.teachers import Teacher
 from storage_schemas.dataset import latest_manifest
 from storage_schemas.errors import ManifestMismatch, UsageError, without_credentials
 from storage_schemas.store import Store
 from trainer.config import FitConfig
 from trainer.networks.cast import Cast
-from trainer.networks.critic import frozen_teacher, make_critic
+from trainer.networks.critic import Critic, FrozenTeacher, frozen_teacher, make_critic
 from trainer.networks.student import with_dropout
-from trainer.objectives.weights import Uncertainty
+from trainer.networks.uncertainty import Uncertainty
 from trainer.parallel import Ranks
 from trainer.planning.plan import Plan, plan_images
 from trainer.planning.trajectories import plan_trajectories
@@ -184,8 +185,8 @@ def gather(config: FitConfig, plan: Plan, student: FlowMap) -> Cast:
     if config.kind.has_critic:
         assert plan.teacher is not None
         teacher = plan.teacher(torch.device("cpu") if config.teacher.offload else device)
-        cast.critic = make_critic(config, teacher, student.denoiser)  # first: it starts in float32
-        cast.teacher = frozen_teacher(config, teacher, guidance=plan.guidance, device=device)
+        cast.critic = critic_of(config, teacher, student.denoiser)  # first: it starts in float32
+        cast.teacher = real_score(config, teacher, guidance=plan.guidance, device=device)
         with_gradients.append(cast.critic)
         # One that is offloaded answers again for them anyhow.
         if config.kind.through_teacher and not config.teacher.offload:
@@ -194,3 +195,17 @@ def gather(config: FitConfig, plan: Plan, student: FlowMap) -> Cast:
         for module in with_gradients:
             checkpoint_activations(module)
     return cast
+
+
+def critic_of(config: FitConfig, teacher: Teacher, student: Denoiser) -> Critic:
+    """The critic as the config says."""
+    discriminates = config.options.has_discriminator
+    return make_critic(config.critic, teacher, student, seed=config.seed, discriminates=discriminates)
+
+
+def real_score(
+    config: FitConfig, teacher: Teacher, *, guidance: tuple[float, ...], device: torch.device
+) -> FrozenTeacher:
+    """The frozen teacher as the config says: guided by objective.guidance, default: by the data's scales."""
+    asked = config.options.real_guidance
+    return frozen_teacher(config.teacher, teacher, asked=asked, guidance=guidance, device=device)

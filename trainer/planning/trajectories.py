@@ -20,12 +20,12 @@ from storage_schemas.record import Split
 from storage_schemas.store import Store
 from trainer.config import FitConfig
 from trainer.networks.cast import Cast
-from trainer.networks.student import Shape, check_few_steps, check_fits, saved_model, scratch
+from trainer.networks.student import Shape, check_few_steps, check_fits, saved_model
 from trainer.objectives.conditioning import student_labels
 from trainer.objectives.kind import Given, Stage
 from trainer.objectives.progressive import Progressive, ProgressiveSegments, progressive_target, rounding_error
 from trainer.objectives.table import make_stages
-from trainer.planning.plan import Plan
+from trainer.planning.plan import Plan, fresh
 from trainer.reading.chunks import Reading
 from trainer.reading.rows import gathered
 from trainer.reading.shards import ShardSource
@@ -97,7 +97,7 @@ def _named(dataset: Dataset) -> dict[str, Any]:
 def start_student(config: FitConfig, dataset: Dataset, shape: Shape, first_time: float) -> Checkpoint:
     """What --init says: the recipe's teacher, a fresh network, or a saved model; refused if it can't fit the data."""
     if config.init == "scratch":
-        start = scratch(config, shape)
+        start = fresh(config, shape)
     elif config.init == "teacher":
         start = _teacher_source(config, dataset).checkpoint()
     else:

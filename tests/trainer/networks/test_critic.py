@@ -22,15 +22,16 @@ from storage_schemas.errors import UsageError
 from trainer.config import FitConfig
 from trainer.loop import Stepper, step_seed
 from trainer.networks.cast import Cast
-from trainer.networks.critic import FrozenTeacher, frozen_teacher, make_critic
+from trainer.networks.critic import FrozenTeacher
 from trainer.networks.lora import with_low_rank
-from trainer.networks.student import Shape, scratch
+from trainer.networks.student import Shape
 from trainer.objectives.dmd import DistributionMatching
 from trainer.objectives.randomness import normal
 from trainer.objectives.sid import ScoreIdentity
 from trainer.objectives.vsd import VariationalScore
 from trainer.parallel import alone
-from trainer.planning.start import gather
+from trainer.planning.plan import fresh
+from trainer.planning.start import critic_of, gather, real_score
 from trainer.runs.trees import read_tree, write_tree
 from trainer.stream import Batch, objective_uniforms
 
@@ -74,8 +75,8 @@ def cast_of(
     guidance: tuple[float, ...] = (1.0,),
 ) -> Cast:
     teacher, fitted = teacher or network_teacher(), fitted or student()
-    critic = make_critic(fit, teacher, fitted.denoiser)
-    return Cast(fitted, teacher=frozen_teacher(fit, teacher, guidance=guidance, device=CPU), critic=critic)
+    critic = critic_of(fit, teacher, fitted.denoiser)
+    return Cast(fitted, teacher=real_score(fit, teacher, guidance=guidance, device=CPU), critic=critic)
 
 
 def batch(step: int = 0, rows: int = ROWS) -> Batch:
@@ -99,7 +100,7 @@ def question(rows: int = 6) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("kind", ["copy", "lora"])
 def test_a_critic_starts_as_the_teacher(kind):
     teacher = network_teacher()
-    critic = make_critic(config(critic={"kind": kind, "rank": 4}), teacher, student().denoiser)
+    critic = critic_of(config(critic={"kind": kind, "rank": 4}), teacher, student().denoiser)
     x_t, t, stored, guidance = question()
     told = torch.where(stored < 0, 3, stored)
     assert torch.equal(critic(x_t, t, stored, guidance), teacher.denoiser(x_t, t, told))
@@ -108,7 +109,7 @@ def test_a_critic_starts_as_the_teacher(kind):
 def test_a_critic_of_a_teacher_in_closed_form_starts_as_the_student():
     teacher, fitted = load_teacher("builtin:gaussian"), student()
     x_t, t, stored, guidance = question()
-    critic = make_critic(config(), teacher, fitted.denoiser)
+    critic = critic_of(config(), teacher, fitted.denoiser)
     assert torch.equal(critic(x_t, t, stored, guidance), fitted(x_t, t, torch.where(stored < 0, 3, stored)))
     assert not {id(p) for p in critic.parameters()} & {id(p) for p in fitted.parameters()}
 
@@ -116,7 +117,7 @@ def test_a_critic_of_a_teacher_in_closed_form_starts_as_the_student():
 def test_a_critic_is_told_guidance_where_the_student_is():
     told = {**SPEC, "network": {**SPEC["network"], "told_guidance": True}}
     teacher = network_teacher()
-    critic = make_critic(config(told_guidance=True), teacher, student(spec=told).denoiser)
+    critic = critic_of(config(told_guidance=True), teacher, student(spec=told).denoiser)
     x_t, t, stored, guidance = question()
     before = critic(x_t, t, stored, guidance)
     assert torch.equal(before, teacher.denoiser(x_t, t, torch.where(stored < 0, 3, stored)))
@@ -164,7 +165,7 @@ def test_a_teacher_is_guided_as_it_is_told():
 
     def answer(fit: FitConfig, scales: tuple[float, ...]) -> torch.Tensor:
         calls.clear()
-        return frozen_teacher(fit, teacher, guidance=scales, device=CPU)(x_t, t, stored, guidance)
+        return real_score(fit, teacher, guidance=scales, device=CPU)(x_t, t, stored, guidance)
 
     assert torch.equal(answer(config(), (1.0,)), denoiser(x_t, t, labels))
     assert calls[:1] == [6]
@@ -257,7 +258,7 @@ def test_an_offloaded_teacher_answers_again_for_a_gradient():
     calls = []
     teacher.denoiser.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     fit = config("sid", teacher={"offload": True})
-    answer = frozen_teacher(fit, teacher, guidance=(1.0,), device=CPU)(x_t.requires_grad_(), *rest)
+    answer = real_score(fit, teacher, guidance=(1.0,), device=CPU)(x_t.requires_grad_(), *rest)
     assert len(calls) == 1
     answer.sum().backward()
     assert len(calls) == 2
@@ -272,9 +273,7 @@ def test_an_offloaded_teacher_leaves_the_gpu():
     found = []
     for teacher, told in ((plain, config("sid")), (away, fit)):
         x_t, t, stored, guidance = (tensor.to(device) for tensor in question())
-        answer = frozen_teacher(told, teacher, guidance=(1.0,), device=device)(
-            x_t.requires_grad_(), t, stored, guidance
-        )
+        answer = real_score(told, teacher, guidance=(1.0,), device=device)(x_t.requires_grad_(), t, stored, guidance)
         answer.square().sum().backward()
         found.append((answer.detach(), x_t.grad))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -352,7 +351,7 @@ def gaussian_fit(
         name, init="scratch", network={"name": "affine"}, steps=steps, warmup=50, batch_size=rows, clip=0, ema=0.95,
         critic={"lr": 1e-2},
     )  # fmt: skip
-    fitted = FlowMap(scratch(fit, Shape((numbers,), None, SPEC["process"], 0.7)).build())
+    fitted = FlowMap(fresh(fit, Shape((numbers,), None, SPEC["process"], 0.7)).build())
     with torch.no_grad():  # samples begin near N(0, 0.2): without spread they could spread to either side
         fitted.denoiser.network.coefficients.bias[:numbers] = 0.6
     stepper = Stepper(cast_of(fit, teacher, fitted), fit, alone(CPU))

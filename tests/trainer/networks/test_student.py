@@ -11,17 +11,18 @@ from diffusion.recipes.teacher import TeacherSource
 from storage_schemas import paths
 from storage_schemas.dataset import open_dataset
 from storage_schemas.errors import ManifestMismatch, UsageError
-from trainer.config import FitConfig, NetworkConfig
+from trainer.config import FitConfig
+from trainer.networks.options import NetworkConfig
 from trainer.networks.student import (
     Shape,
     check_few_steps,
     check_fits,
     find_student,
     saved_model,
-    scratch,
     student_steps,
     with_dropout,
 )
+from trainer.planning.plan import fresh
 from trainer.planning.trajectories import start_student
 
 VE = {"name": "ve", "sigma_max": 80.0}
@@ -37,12 +38,12 @@ def shape(**options) -> Shape:
 
 
 def test_scratch_follows_from_the_seed_and_the_data():
-    first, again, other = (scratch(config(seed=seed), shape()) for seed in (1, 1, 2))
+    first, again, other = (fresh(config(seed=seed), shape()) for seed in (1, 1, 2))
     assert first == again
     assert first.weights != other.weights
     assert first.model["prediction"] == {"name": "edm", "sigma_data": 0.7123}
-    assert scratch(config(sigma_data=0.5), shape()).model["prediction"]["sigma_data"] == 0.5
-    flow = scratch(config(), shape(process={"name": "rectified_flow"}))
+    assert fresh(config(sigma_data=0.5), shape()).model["prediction"]["sigma_data"] == 0.5
+    flow = fresh(config(), shape(process={"name": "rectified_flow"}))
     assert flow.model["prediction"] == {"name": "velocity"}
 
 
@@ -50,16 +51,16 @@ def test_a_unet_from_scratch_is_fitted_to_the_images(make_store):
     pytest.importorskip("diffusers")
     told = config(network=NetworkConfig(name="unet", width=8, depth=1, dropout=0.1))
     images = shape(sample_shape=(1, 8, 8), num_classes=3)
-    saved = scratch(told, images)
-    assert saved == scratch(told, images)
+    saved = fresh(told, images)
+    assert saved == fresh(told, images)
     network = saved.model["network"]
     assert (network["config"]["block_out_channels"], network["time_scale"]) == ([8, 16], 250.0)
     denoiser = model_from_spec(with_dropout(saved.model, 0.1))
     assert {module.p for module in denoiser.modules() if isinstance(module, torch.nn.Dropout)} >= {0.1}
     with pytest.raises(ValueError, match=r"needs images \[C, H, W\], the data has \[2\]"):
-        scratch(told, shape())
+        fresh(told, shape())
     # Times of a table of betas are counted to a thousand already.
-    table = scratch(told, shape(sample_shape=(1, 8, 8), process={"name": "discrete_vp", "betas": [0.1, 0.2]}))
+    table = fresh(told, shape(sample_shape=(1, 8, 8), process={"name": "discrete_vp", "betas": [0.1, 0.2]}))
     assert table.model["network"]["time_scale"] == 1.0
 
 
@@ -73,7 +74,7 @@ def test_a_unet_from_scratch_is_fitted_to_the_images(make_store):
 )
 def test_a_model_for_other_data_is_refused(wrong, told):
     with pytest.raises(ValueError, match=told):
-        check_fits(scratch(config(), shape()), shape(**wrong), name="it")
+        check_fits(fresh(config(), shape()), shape(**wrong), name="it")
 
 
 @pytest.mark.parametrize(
@@ -81,13 +82,13 @@ def test_a_model_for_other_data_is_refused(wrong, told):
     [(VE, "epsilon", "can't predict epsilon"), ({"name": "cosine_vp", "s": 0.008}, "edm", "is told inf")],
 )
 def test_predictions_that_say_nothing_at_pure_noise_are_refused(process, prediction, told):
-    saved = scratch(config(prediction=prediction), shape(process=process))
+    saved = fresh(config(prediction=prediction), shape(process=process))
     with pytest.raises(ValueError, match=told):
         check_few_steps(saved, 80.0 if process is VE else 1.0)
 
 
 def test_students_of_a_run_are_found_by_their_steps(tmp_path):
-    saved = scratch(config(), shape())
+    saved = fresh(config(), shape())
     for folder, grid in (
         ("stages/2-step", {2: (80.0, 1.0, 0.0)}),
         ("stages/1-step", {1: (80.0, 0.0)}),
@@ -123,7 +124,7 @@ def store_with_teacher(make_store, monkeypatch, saved: Checkpoint):
 
 
 def test_a_teacher_kept_in_the_store_is_the_start(make_store, monkeypatch):
-    saved = scratch(config(), shape())
+    saved = fresh(config(), shape())
     store, dataset = store_with_teacher(make_store, monkeypatch, saved)
     with pytest.raises(
         UsageError, match=r"used only if you name it, too: give --teacher\.uri /nowhere/teacher; or generate"
@@ -141,7 +142,7 @@ def test_a_teacher_kept_in_the_store_is_the_start(make_store, monkeypatch):
 
 
 def test_a_teacher_with_other_weights_is_refused(make_store, monkeypatch, tmp_path):
-    saved, other = scratch(config(), shape()), scratch(config(seed=1), shape())
+    saved, other = fresh(config(), shape()), fresh(config(seed=1), shape())
     _, dataset = store_with_teacher(make_store, monkeypatch, saved)
     checkpoint.save(other, tmp_path / "other")
     moved = dataset.recipe.teacher.model_copy(update={"uri": str(tmp_path / "other")})
@@ -156,7 +157,7 @@ def test_a_closed_form_teacher_has_nothing_to_fit(make_store):
 
 
 def test_weights_survive_the_folder(tmp_path):
-    saved = scratch(config(), shape())
+    saved = fresh(config(), shape())
     checkpoint.save(saved, tmp_path)
     module = model_from_spec(saved.model)
     module.load_state_dict(saved_model(tmp_path).build().state_dict())

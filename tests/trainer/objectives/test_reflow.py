@@ -10,10 +10,11 @@ from diffusion.prediction import EDM, Sample, Velocity, VPrediction
 from diffusion.process import RectifiedFlow
 from tests.trainer.flows import MEAN, VARIANCE, batch_of, minimise, perfect_student, shuffled, table_student
 from trainer.networks.cast import Cast
+from trainer.networks.uncertainty import Uncertainty
 from trainer.objectives.distances import l1, l2
 from trainer.objectives.options import ObjectiveConfig
 from trainer.objectives.reflow import Reflow
-from trainer.objectives.weights import Uncertainty, Weighting
+from trainer.objectives.weights import Weighting
 
 SCALE, C = 80.0, 0.4
 TAUS = (1.0, 0.5, 0.25)

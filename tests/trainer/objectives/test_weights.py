@@ -6,9 +6,10 @@ import torch
 from diffusion.process import VE, CosineVP, LinearVP, RectifiedFlow
 from tests.trainer.flows import minimise, names, shuffled, table_student, trajectories
 from trainer.networks.cast import Cast
+from trainer.networks.uncertainty import Uncertainty
 from trainer.objectives.distances import l2
 from trainer.objectives.flow_map import FlowMapOracle
-from trainer.objectives.weights import Uncertainty, Weighting, time_weight
+from trainer.objectives.weights import Weighting, time_weight
 
 PROCESSES = [VE(), LinearVP(), CosineVP(), RectifiedFlow()]
 GRID = (80.0, 8.0, 1.0, 0.0)
