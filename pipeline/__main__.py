@@ -3,7 +3,7 @@
 from pipeline.after.reproduce import run_reproduce
 from pipeline.after.verify import run_verify
 from pipeline.before.calibrate import run_calibrate
-from pipeline.before.estimate import run_plan
+from pipeline.before.plan import run_plan
 from pipeline.config import (
     CalibrateConfig,
     ConvertConfig,
@@ -25,7 +25,7 @@ from pipeline.rounds.progressive import run_progressive
 from pipeline.status import run_status
 from pipeline.upkeep.convert import run_convert
 from pipeline.upkeep.prune import run_prune
-from pipeline.workers.drain import exit_on_sigterm, leave
+from pipeline.workers.signals import exit_on_sigterm, leave
 from pipeline.workers.submission import run_submit
 from storage_schemas.command_line import Command, main
 

@@ -5,18 +5,18 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from pipeline.amounts import say_amounts
 from pipeline.config import GenerateConfig
-from pipeline.guard import check_continues
-from pipeline.heartbeat import Pulse
-from pipeline.outcome import Outcome, What, names, tell
-from pipeline.plan import Aim, Goal, Nothing, Plans, Policy, Wanted, grow, missing_tasks
-from pipeline.prepare import Run, keep_recipe, prepare
-from pipeline.upkeep.keep import Lapsed, check_held
-from pipeline.upkeep.recheck import still_there, whole
-from pipeline.upkeep.targets import Place
-from pipeline.work import adopt, aim_at, solve_missing
-from pipeline.workers.drain import Stopped, stoppable
+from pipeline.job.amounts import say_amounts
+from pipeline.job.continuity import check_continues
+from pipeline.job.heartbeat import Pulse
+from pipeline.job.kept import Lapsed, check_held
+from pipeline.job.outcome import Outcome, What, names, tell
+from pipeline.job.prepare import Run, keep_recipe, prepare
+from pipeline.job.recheck import still_there, whole
+from pipeline.job.solving import adopt, aim_at, solve_missing
+from pipeline.job.targets import Place
+from pipeline.windows import Aim, Goal, Nothing, Plans, Policy, Wanted, grow, missing_tasks
+from pipeline.workers.signals import Stopped, stoppable
 from storage_schemas.commit import Task
 from storage_schemas.dataset import LostRace, Pruned, latest_manifest, read_shard_table, seal
 from storage_schemas.errors import UsageError, UserError, shown, without_credentials

@@ -19,8 +19,8 @@ from datetime import UTC, datetime
 
 from pipeline.config import RegenerateConfig, duration
 from pipeline.generate import bring_about, report
-from pipeline.outcome import Outcome
-from pipeline.plan import Nothing, Wanted, grow, lengthen, served_tick, slide, too_young
+from pipeline.job.outcome import Outcome
+from pipeline.windows import Nothing, Wanted, grow, lengthen, served_tick, slide, too_young
 from storage_schemas.manifest import Manifest, Window
 
 

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 
 from pipeline.config import StatusConfig
-from pipeline.plan import Goal
-from pipeline.upkeep.targets import Target, read_target
+from pipeline.job.targets import Target, read_target
+from pipeline.windows import Goal
 from storage_schemas import paths
 from storage_schemas.clock import age
 from storage_schemas.commit import Commit, Task, list_committed, read_commits

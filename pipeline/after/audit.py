@@ -18,10 +18,11 @@ from pipeline.after.checks import Check
 from pipeline.after.duplicates import Fingerprints, Repeats, Sample
 from pipeline.after.normality import NoiseSums
 from pipeline.after.resolve import Resolved, Stored, resolve
-from pipeline.after.scan import Findings, in_order, scan_shard
+from pipeline.after.scan import Findings, scan_shard
 from pipeline.config import VerifyConfig
-from pipeline.produce import Order
-from pipeline.workers.once import run_once
+from pipeline.job.in_order import in_order
+from pipeline.producer import WorkOrder
+from pipeline.workers.one_call import run_once
 from storage_schemas.dataset import Dataset
 from storage_schemas.errors import UserError
 from storage_schemas.recipe import Recipe
@@ -53,7 +54,7 @@ def audit(dataset: Dataset, config: VerifyConfig) -> tuple[list[str], list[Check
     found = scanned.findings
     if not found.rows:
         return list(scanned.problems), [Check("audit", False, "there are no rows to look at")]
-    order = Order(dataset.store, dataset.recipe, dataset.layout, config.device, config.threads)
+    order = WorkOrder(dataset.store, dataset.recipe, dataset.layout, config.device, config.threads)
     if no_teacher:
         solved = [Check("solver error", None, no_teacher)]
     else:
@@ -75,7 +76,7 @@ def of_rows(dataset: Dataset, scanned: Scanned) -> list[Check]:
     ]
 
 
-def _resolve(source: TeacherSource, order: Order, picked: Sequence[Stored]) -> Resolved:
+def _resolve(source: TeacherSource, order: WorkOrder, picked: Sequence[Stored]) -> Resolved:
     return resolve(source, order, picked, replays=REPLAYS)
 
 

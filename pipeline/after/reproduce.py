@@ -9,8 +9,8 @@ from pipeline.after.audit import refuse_segments
 from pipeline.after.duplicates import Sample
 from pipeline.after.resolve import Replay, Stored, reproduce_one
 from pipeline.config import ReproduceConfig
-from pipeline.produce import Order
-from pipeline.workers.once import run_once
+from pipeline.producer import WorkOrder
+from pipeline.workers.one_call import run_once
 from storage_schemas.dataset import Dataset, open_dataset
 from storage_schemas.errors import UserError, shown
 from storage_schemas.store import Store
@@ -22,7 +22,7 @@ def run_reproduce(config: ReproduceConfig) -> int:
     refuse_segments(dataset.recipe)
     stored = read_sample(dataset, Sample(config.split, config.sample))
     source = TeacherSource(dataset.store, dataset.recipe, config.teacher)
-    order = Order(dataset.store, dataset.recipe, dataset.layout, config.device, config.threads)
+    order = WorkOrder(dataset.store, dataset.recipe, dataset.layout, config.device, config.threads)
     replay = run_once(reproduce_one, source, order, stored, runner=config)
     print(json.dumps(_plain(dataset, replay)) if config.as_json else told(replay))
     return 0 if agrees(replay, config.tolerance) else 1

@@ -12,7 +12,7 @@ from diffusion.process import Process
 from diffusion.recipes.devices import pick_device
 from diffusion.recipes.teacher import TeacherSource
 from pipeline.after.duplicates import DIGITS, Sample
-from pipeline.produce import Order, Producer
+from pipeline.producer import Producer, WorkOrder
 from pipeline.solve import memory_told, micro_batches, solve_batch, solve_ids
 from storage_schemas.commit import Task
 from storage_schemas.recipe import Recipe
@@ -63,7 +63,7 @@ class Resolved:
     replays: tuple[Replay, ...]
 
 
-def resolve(source: TeacherSource, order: Order, stored: Sequence[Stored], *, replays: int) -> Resolved:
+def resolve(source: TeacherSource, order: WorkOrder, stored: Sequence[Stored], *, replays: int) -> Resolved:
     """Every sample at doubled steps and at the recipe's own, and the worst of the latter by whole micro-batches, too.
 
     The first two take samples together as they come: that changes the last bits of a network's answers, which is far
@@ -102,12 +102,12 @@ def _solved_anew(producer: Producer, batch: Sequence[Stored]) -> tuple[np.ndarra
     )
 
 
-def reproduce_one(source: TeacherSource, order: Order, stored: Stored) -> Replay:
+def reproduce_one(source: TeacherSource, order: WorkOrder, stored: Stored) -> Replay:
     """`replay`, with the teacher loaded first."""
     return replay(open_producer(source, order), stored)
 
 
-def open_producer(source: TeacherSource, order: Order) -> Producer:
+def open_producer(source: TeacherSource, order: WorkOrder) -> Producer:
     """The recipe's teacher on the order's device, set up just as in `generate`."""
     return Producer(order, source.load(device=pick_device(order.device)))
 

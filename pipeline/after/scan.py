@@ -4,9 +4,7 @@ A shard is read from the store once. Memory: a few shards a thread, and sums of 
 """
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,12 +25,10 @@ from storage_schemas.record import NO_CONDITION, Columns, Field, from_storage
 from storage_schemas.shards import Shard
 from storage_schemas.store import Store
 
-THREADS = 8
+T = TypeVar("T")
+
 BLOCK_VALUES = 1 << 18
 LARGEST = {"float16": 65504.0, "bfloat16": float.fromhex("0x1.fep127"), "float32": float(np.finfo(np.float32).max)}
-
-T = TypeVar("T")
-U = TypeVar("U")
 
 
 @dataclass
@@ -96,18 +92,6 @@ class Findings:
             _summed(self.scales, other.scales),
             picked=self.picked + other.picked,
         )
-
-
-def in_order(function: Callable[[T], U], items: Iterable[T], *, threads: int = THREADS) -> Iterator[U]:
-    """The built-in map, in threads that run ahead by no more than twice their number."""
-    waiting = deque[Future[U]]()
-    with ThreadPoolExecutor(threads) as pool:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 @contextmanager

@@ -6,8 +6,9 @@ import json
 from diffusion.models.checkpoint import WEIGHTS_FILE
 from pipeline.after.audit import audit
 from pipeline.after.checks import Check, plain, tally
-from pipeline.after.scan import check_bytes, in_order, near
+from pipeline.after.scan import check_bytes, near
 from pipeline.config import VerifyConfig
+from pipeline.job.in_order import in_order
 from storage_schemas import paths
 from storage_schemas.commit import Task
 from storage_schemas.dataset import Dataset, find_dataset, read_manifest, wrong_figures

@@ -11,9 +11,9 @@ import numpy as np
 from pipeline.before.calibration_plot import draw
 from pipeline.before.solver_error import Measured, Trial, build_config, measure
 from pipeline.config import CalibrateConfig, GridConfig
-from pipeline.prepare import load
+from pipeline.job.prepare import load
 from pipeline.recipe import build_recipe
-from pipeline.workers.trial import try_out
+from pipeline.workers.one_call import try_out
 from storage_schemas.clock import utc_now
 from storage_schemas.errors import UserError, usage_errors
 from storage_schemas.extras import need

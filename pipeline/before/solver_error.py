@@ -10,7 +10,7 @@ from diffusion.grids import make_grid
 from diffusion.models.teachers import Teacher, load_teacher
 from diffusion.recipes.devices import pick_device
 from pipeline.config import CalibrateConfig, GenerateConfig, TeacherConfig
-from pipeline.produce import machine_of, set_up_torch
+from pipeline.producer import machine_of, set_up_torch
 from pipeline.recipe import build_recipe, grid_options
 from pipeline.solve import denoise_of, memory_told, solve_ids
 from storage_schemas.recipe import Recipe

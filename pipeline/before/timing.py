@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import PlanConfig
-from pipeline.produce import Order, Producer, publish
+from pipeline.producer import Producer, WorkOrder, publish
 from pipeline.solve import Solved, solve_batch
-from pipeline.workers.trial import try_out
+from pipeline.workers.one_call import try_out
 from storage_schemas import paths
 from storage_schemas.commit import Commit, Task
 from storage_schemas.errors import UserError
@@ -47,14 +47,14 @@ class Timing:
     machine: dict[str, str]
 
 
-def time_a_worker(config: PlanConfig, order: Order) -> Timing:
+def time_a_worker(config: PlanConfig, order: WorkOrder) -> Timing:
     """`time_worker` on a worker of its own; what that took besides is the time to get one."""
     began = time.perf_counter()
     timing = try_out("the timing", time_worker, order, config.time_batches, config.probe_store, runner=config)
     return replace(timing, start=time.perf_counter() - began - timing.total)
 
 
-def time_worker(order: Order, batches: int, probe_store: bool) -> Timing:
+def time_worker(order: WorkOrder, batches: int, probe_store: bool) -> Timing:
     """One micro-batch to warm up, `batches` more of the first task, and one shard made of what they give."""
     started = time.perf_counter()
     producer = Producer(order)

@@ -17,16 +17,16 @@ from diffusion.models import checkpoint
 from diffusion.models.description import described
 from pipeline.config import GenerateConfig
 from pipeline.generate import bring_about
-from pipeline.outcome import FAILED, QUARANTINED
-from pipeline.plan import Wanted, grow
-from pipeline.prepare import load
+from pipeline.job.outcome import FAILED, QUARANTINED
+from pipeline.job.prepare import load
 from pipeline.recipe import build_layout, build_recipe
 from pipeline.rounds import launch
 from pipeline.rounds.config import ProgressiveConfig
 from pipeline.rounds.plan import Round, direct_of, reference_of, rounds_of
 from pipeline.rounds.record import Record, only_run
 from pipeline.rounds.report import show
-from pipeline.workers.drain import stoppable
+from pipeline.windows import Wanted, grow
+from pipeline.workers.signals import stoppable
 from storage_schemas.dataset import Dataset, latest_manifest, open_dataset
 from storage_schemas.errors import UsageError, UserError, shown, usage_errors
 from storage_schemas.recipe import Recipe

@@ -9,18 +9,18 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-from pipeline.after.scan import in_order
-from pipeline.amounts import say_amounts
-from pipeline.announce import announce, is_early, new_job
 from pipeline.config import ConvertConfig
-from pipeline.heartbeat import Pulse
-from pipeline.outcome import DONE, QUARANTINED, described, lacks_samples
-from pipeline.plan import Goal, Plans
-from pipeline.progress import Progress
-from pipeline.upkeep.keep import Lapsed, adoptable, check_held
+from pipeline.job.amounts import say_amounts
+from pipeline.job.announce import announce, is_early, new_job
+from pipeline.job.heartbeat import Pulse
+from pipeline.job.in_order import in_order
+from pipeline.job.kept import Lapsed, adoptable, check_held
+from pipeline.job.outcome import DONE, QUARANTINED, described, lacks_samples
+from pipeline.job.progress import Progress
+from pipeline.job.targets import Place
 from pipeline.upkeep.relayout import convert_tasks, grouped, new_tasks
-from pipeline.upkeep.targets import Place
-from pipeline.workers.drain import stoppable
+from pipeline.windows import Goal, Plans
+from pipeline.workers.signals import stoppable
 from storage_schemas.dataset import Dataset, LostRace, Pruned, latest_manifest, open_dataset, seal
 from storage_schemas.errors import UserError, usage_errors
 from storage_schemas.ids import id_set

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from pipeline.plan import Plans
-from pipeline.upkeep.keep import Kept, floor_in_force, grace_of, name_commits, next_floor, served
+from pipeline.job.kept import Kept, floor_in_force, grace_of, name_commits, next_floor, served
+from pipeline.job.targets import Place, Target
 from pipeline.upkeep.sweep import places
-from pipeline.upkeep.targets import Place, Target
+from pipeline.windows import Plans
 from storage_schemas import paths
 from storage_schemas.commit import list_committed, list_records
 from storage_schemas.dataset import LostRace, Pruned, latest_manifest, list_numbers, read_manifest, seal_floor

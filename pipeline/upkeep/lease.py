@@ -7,8 +7,8 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Self
 
-from pipeline.heartbeat import SPARED
-from pipeline.upkeep.targets import readable
+from pipeline.job.heartbeat import SPARED
+from pipeline.job.targets import readable
 from storage_schemas import paths
 from storage_schemas.clock import SKEW, age
 from storage_schemas.errors import StoreError

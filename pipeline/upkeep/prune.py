@@ -51,12 +51,12 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from pipeline.config import PruneConfig, duration
+from pipeline.job.kept import Kept, grace_of, is_due, latest_manifests, stale_since
+from pipeline.job.targets import Target, bury, holding, read_targets
 from pipeline.upkeep.floors import as_observed, find_spare, floors_in_force, name_kept, set_floor
-from pipeline.upkeep.keep import Kept, grace_of, is_due, latest_manifests, stale_since
 from pipeline.upkeep.lease import Lease
 from pipeline.upkeep.sweep import YOUNG, Sweep, Swept, places, read_pins
-from pipeline.upkeep.targets import Target, bury, holding, read_targets
-from pipeline.workers.drain import stoppable
+from pipeline.workers.signals import stoppable
 from storage_schemas import paths
 from storage_schemas.clock import check_clock, utc
 from storage_schemas.commit import list_committed, list_records

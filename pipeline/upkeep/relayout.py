@@ -6,7 +6,7 @@ from itertools import groupby
 
 import numpy as np
 
-from pipeline.produce import Order, publish
+from pipeline.producer import WorkOrder, publish
 from pipeline.solve import Solved
 from storage_schemas.commit import Commit, Task
 from storage_schemas.dataset import Dataset
@@ -88,7 +88,7 @@ class _Part:
 
 def convert_tasks(source: Dataset, layout: Layout, tasks: Sequence[Task]) -> list[Commit]:
     """Write and commit new shards one by one; in memory are one of them and the old ones that it is made of."""
-    order, parts, commits = Order(source.store, source.recipe, layout, "cpu", 1), dict[str, _Part](), []
+    order, parts, commits = WorkOrder(source.store, source.recipe, layout, "cpu", 1), dict[str, _Part](), []
     for task in tasks:
         old = _old_shards(source, task)
         parts = {shard.task: parts.get(shard.task) or _read(source, shard) for shard in old}
@@ -107,7 +107,7 @@ def _read(source: Dataset, shard: Shard) -> _Part:
     return _Part(source.commit(shard), source.read(shard))
 
 
-def _write(order: Order, task: Task, parts: Sequence[_Part]) -> Commit:
+def _write(order: WorkOrder, task: Task, parts: Sequence[_Part]) -> Commit:
     rows = [part.rows(task) for part in parts]
     columns = {field.name: np.concatenate([row[field.name] for row in rows]) for field in order.recipe.fields}
     lost = sorted(i for part in parts for i in part.commit.quarantined if task.start <= i < task.stop)

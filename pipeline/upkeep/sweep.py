@@ -12,9 +12,9 @@ from itertools import islice
 from threading import Lock
 from typing import TypeVar
 
-from pipeline.heartbeat import SPARED
-from pipeline.upkeep.keep import Kept
-from pipeline.upkeep.targets import Place, Target, read_target, read_targets, readable
+from pipeline.job.heartbeat import SPARED
+from pipeline.job.kept import Kept
+from pipeline.job.targets import Place, Target, read_target, read_targets, readable
 from storage_schemas import paths
 from storage_schemas.clock import SKEW, age
 from storage_schemas.commit import Commit, list_committed, list_records

@@ -3,7 +3,7 @@
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
-from pipeline.produce import Problem
+from pipeline.producer import Problem
 from storage_schemas.clock import utc_now
 from storage_schemas.commit import Task
 from storage_schemas.job import Failure

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from pipeline.config import RayConfig
-from pipeline.workers.drain import signals_kept
 from pipeline.workers.fleet import WorkerError
+from pipeline.workers.signals import signals_kept
 from pipeline.workers.worker_death import OUT_OF_MEMORY_HINT, Cause
 from storage_schemas.errors import UsageError
 

@@ -8,12 +8,12 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from pipeline.produce import Problem
+from pipeline.producer import Problem
 from pipeline.workers.backlog import Backlog, MayTry
-from pipeline.workers.drain import Drain, told
+from pipeline.workers.deadlines import Deadline, Patience, RoomWatch
 from pipeline.workers.fleet import IN_FLIGHT, Died, Event, Finished, Fleet, Leaving, Ready, WorkerError
-from pipeline.workers.patience import Deadline, Patience, RoomWatch
 from pipeline.workers.pool import Pool
+from pipeline.workers.signals import Drain, told
 from pipeline.workers.worker_death import Cause
 from storage_schemas.commit import Commit, Task
 from storage_schemas.job import Failure

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pipeline.produce import Problem
+from pipeline.producer import Problem
 from pipeline.workers.worker_death import Cause
 from storage_schemas.commit import Commit, Task
 from storage_schemas.errors import UserError

@@ -14,9 +14,9 @@ from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_any
 from multiprocessing.context import SpawnProcess
 
-from pipeline.produce import Order, Problem, Producer, attempt_task, describe
-from pipeline.workers.drain import SOLVING, ignore_signals
+from pipeline.producer import Problem, Producer, WorkOrder, attempt_task, describe
 from pipeline.workers.fleet import IN_FLIGHT, Died, Event, Finished, Fleet, Ready, WorkerError
+from pipeline.workers.signals import SOLVING, ignore_signals
 from pipeline.workers.worker_death import exit_reason
 from storage_schemas.commit import Commit, Task
 
@@ -26,7 +26,7 @@ WAIT_SECONDS = 1.0
 CRASH_BYTES = 1 << 16
 
 
-def local_fleet(order: Order, workers: int) -> Fleet:
+def local_fleet(order: WorkOrder, workers: int) -> Fleet:
     """One worker is this process itself; several are processes of their own, each with its own copy of the teacher."""
     return ThreadFleet(order) if workers == 1 else ProcessFleet(order)
 
@@ -34,7 +34,7 @@ def local_fleet(order: Order, workers: int) -> Fleet:
 class ThreadFleet:
     """One worker, in this process. A thread can't be ended: what it runs is left to itself."""
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, order: WorkOrder) -> None:
         self.order = order
         self._threads = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix=SOLVING)
         self._running: dict[Future[Commit | Problem], Task] = {}
@@ -103,7 +103,7 @@ class _Process:
 class ProcessFleet:
     """Processes of this machine, each behind a pipe. A process whose pipe closes ends itself."""
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, order: WorkOrder) -> None:
         self.order = order
         self._numbers = itertools.count()
         self._processes: dict[int, _Process] = {}
@@ -158,7 +158,7 @@ class ProcessFleet:
         return Ready(worker, message) if not isinstance(message, tuple) else Finished(worker, *message)
 
 
-def load_producer(order: Order) -> tuple[Producer | None, Problem | None]:
+def load_producer(order: WorkOrder) -> tuple[Producer | None, Problem | None]:
     """A producer, or why there can't be one."""
     try:
         return Producer(order), None
@@ -166,7 +166,7 @@ def load_producer(order: Order) -> tuple[Producer | None, Problem | None]:
         return None, describe(error)
 
 
-def _serve(pipe: Connection, crash: Connection, order: Order) -> None:
+def _serve(pipe: Connection, crash: Connection, order: WorkOrder) -> None:
     """A worker process: says None or its problem, then answers each task with (task, outcome), two at a time."""
     ignore_signals()
     faulthandler.enable(file=crash.fileno())

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config import RayConfig
-from pipeline.produce import Order, Problem, attempt_task
+from pipeline.producer import Problem, WorkOrder, attempt_task
 from pipeline.workers.cluster import Head, actor_options, draining_nodes, first_line, joined, room, why_gone
+from pipeline.workers.crossing import WorkerDied, caught
 from pipeline.workers.fleet import IN_FLIGHT, Died, Event, Finished, Leaving, Ready, WorkerError
 from pipeline.workers.local import load_producer
-from pipeline.workers.once import WorkerDied, caught
 from storage_schemas.commit import Commit, Task
 from storage_schemas.errors import UsageError, without_credentials
 
@@ -26,7 +26,7 @@ NOTICE_SECONDS = 5.0
 class _Worker:
     """The actor: a producer, or the problem that kept it from becoming one."""
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, order: WorkOrder) -> None:
         self.producer, self.problem = load_producer(order)
 
     def ready(self) -> tuple[Problem | None, str, str]:
@@ -61,7 +61,7 @@ class _Actor:
 class RayFleet:
     """Actors of a cluster that is joined, or started here. Those without room are what an autoscaler sees."""
 
-    def __init__(self, order: Order, config: RayConfig, *, workers: int) -> None:
+    def __init__(self, order: WorkOrder, config: RayConfig, *, workers: int) -> None:
         self._ray = import_ray()
         self._config = config
         self._connection = ExitStack()

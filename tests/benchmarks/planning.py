@@ -17,8 +17,8 @@ from pathlib import Path
 
 from pipeline.config import GenerateConfig
 from pipeline.generate import run_generate
-from pipeline.plan import Goal, missing_tasks
-from pipeline.prepare import prepare
+from pipeline.job.prepare import prepare
+from pipeline.windows import Goal, missing_tasks
 from storage_schemas.dataset import latest_manifest, read_shard_table
 from storage_schemas.manifest import Window
 from storage_schemas.store import Store

@@ -29,7 +29,7 @@ def told(capsys, monkeypatch):
     def never(*args, **options):
         raise AssertionError("it began to solve")
 
-    monkeypatch.setattr("pipeline.produce.solve_task", never)
+    monkeypatch.setattr("pipeline.producer.solve_task", never)
 
     def run(words, code=1):
         assert main("pipeline", COMMANDS, words.split()) == code

@@ -50,7 +50,7 @@ def generate(pipeline):
 @pytest.fixture
 def at_home(monkeypatch):
     """What is tried out on a worker runs in this process: no test pays for a start that it doesn't look at."""
-    monkeypatch.setattr("pipeline.workers.trial.run_once", lambda function, *arguments, runner: function(*arguments))
+    monkeypatch.setattr("pipeline.workers.one_call.run_once", lambda function, *arguments, runner: function(*arguments))
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.announce import is_early
 from pipeline.config import GenerateConfig
-from pipeline.prepare import Run
-from pipeline.produce import LateAttempt, in_time
+from pipeline.job.announce import is_early
+from pipeline.job.prepare import Run
+from pipeline.producer import LateAttempt, in_time
 from storage_schemas import paths
 from storage_schemas.clock import utc, utc_now
 from storage_schemas.commit import Commit, Task, is_whole, put_commit, read_commit, replace_commit
@@ -129,7 +129,7 @@ def new_run(store: Store, count: int, *, dataset: str = "main", recipe: Recipe =
 
 
 def solve_by_hand(run: Run, tasks: list[Task]) -> None:
-    """In place of pipeline.work.solve_missing: each task as a worker would do it, without the solve."""
+    """In place of pipeline.job.solving.solve_missing: each task as a worker would do it, without the solve."""
     for task in tasks:
         commit = None
         while commit is None:  # a worker that finds itself late begins again

@@ -12,7 +12,7 @@ import torch
 
 from diffusion.gaussian import GaussianTeacher
 from diffusion.process import VE
-from pipeline.prepare import TRIED
+from pipeline.job.prepare import TRIED
 
 
 class Hungry(GaussianTeacher):

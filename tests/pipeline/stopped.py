@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-import pipeline.heartbeat
+import pipeline.job.heartbeat
 from pipeline.__main__ import COMMANDS
 from storage_schemas import backends, clock
 from storage_schemas.command_line import main
@@ -60,7 +60,7 @@ def simulate_time():
         return None if real is None else simulated(real)
 
     clock.datetime, backends.modified, Store.modified = Simulated, of_entry, of_file
-    pipeline.heartbeat.Pulse.__init__.__kwdefaults__["every"] = pipeline.heartbeat.EVERY * HOUR / 3600
+    pipeline.job.heartbeat.Pulse.__init__.__kwdefaults__["every"] = pipeline.job.heartbeat.EVERY * HOUR / 3600
 
 
 def stop_before(step):

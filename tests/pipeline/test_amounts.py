@@ -12,7 +12,7 @@ from diffusion.models.teachers import load_teacher
 from diffusion.recipes.grid import recipe_nfe
 from diffusion.solvers import SOLVERS
 from pipeline.config import GenerateConfig
-from pipeline.produce import Order, Producer
+from pipeline.producer import Producer, WorkOrder
 from pipeline.recipe import build_layout, build_recipe
 from pipeline.solve import solve_batch
 from storage_schemas.store import Store
@@ -82,7 +82,7 @@ def test_calls_are_those_of_a_solve(given, tmp_path):
         {"teacher": "builtin:gaussian", "store": str(tmp_path), "count": 2, "micro_batch": 2} | given
     )
     recipe = build_recipe(config, load_teacher(config.teacher))
-    producer = Producer(Order(Store.create(config.store), recipe, build_layout(config, recipe), "cpu", 1))
+    producer = Producer(WorkOrder(Store.create(config.store), recipe, build_layout(config, recipe), "cpu", 1))
     ids = np.arange(2)
     solved = solve_batch(recipe, producer.denoise, producer.teacher.process, "train", ids, device=producer.device)
     assert recipe_nfe(recipe) == solved.nfe

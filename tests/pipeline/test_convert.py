@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.upkeep import convert, keep, relayout
+from pipeline.job import kept
+from pipeline.upkeep import convert, relayout
 from storage_schemas.dataset import open_dataset
 from storage_schemas.errors import StoreError
 from storage_schemas.record import SPLITS
@@ -68,7 +69,7 @@ def test_its_job_and_its_end_are_told(generate, pipeline, tmp_path):
 def test_a_commit_that_is_gone_before_the_sealing_is_made_again(generate, pipeline, tmp_path, monkeypatch):
     """As if a prune had deleted it: the first look right before sealing finds one commit less than was written."""
     generate(tmp_path)
-    look, looks = keep.list_records, []
+    look, looks = kept.list_records, []
 
     def missing_one(store, recipe_id, layout_id):
         looks.append(layout_id)
@@ -78,7 +79,7 @@ def test_a_commit_that_is_gone_before_the_sealing_is_made_again(generate, pipeli
             commit.unlink(), record.unlink()
         return look(store, recipe_id, layout_id)
 
-    monkeypatch.setattr("pipeline.upkeep.keep.list_records", missing_one)
+    monkeypatch.setattr("pipeline.job.kept.list_records", missing_one)
     code, out, err = pipeline("convert", tmp_path, "--to", "webdataset", "--json")
     assert (code, json.loads(out)["written"], "train-00000001, are gone: planning again" in err) == (0, 5, True)
     assert pipeline("verify", tmp_path)[0] == 0

@@ -6,12 +6,12 @@ from collections import defaultdict
 
 import pytest
 
-from pipeline.produce import Problem
+from pipeline.producer import Problem
 from pipeline.workers.backlog import NODE_LOSSES
+from pipeline.workers.deadlines import STRAGGLER_SECONDS, Patience
 from pipeline.workers.dispatch import DEAD_ON_ARRIVAL, SICK, dispatch
-from pipeline.workers.drain import Drain
 from pipeline.workers.fleet import Died, Finished, Leaving, Ready, WorkerError
-from pipeline.workers.patience import STRAGGLER_SECONDS, Patience
+from pipeline.workers.signals import Drain
 from storage_schemas.commit import Commit, Task
 from storage_schemas.job import Failure
 

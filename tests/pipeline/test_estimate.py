@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from diffusion.models.teachers import load_teacher
-from pipeline.before.estimate import Work, foretell, told
+from pipeline.before.plan import Work, foretell, told
 from pipeline.before.timing import Timing
 from pipeline.config import PlanConfig
-from pipeline.prepare import Run
+from pipeline.job.prepare import Run
 from pipeline.recipe import build_layout, build_recipe
 from storage_schemas.store import Store
 

@@ -16,8 +16,8 @@ from diffusion.models import checkpoint
 from diffusion.models.teachers import load_teacher
 from pipeline.config import GenerateConfig
 from pipeline.generate import carry_out
-from pipeline.plan import Wanted
-from pipeline.prepare import prepare
+from pipeline.job.prepare import prepare
+from pipeline.windows import Wanted
 from storage_schemas.dataset import latest_manifest
 from storage_schemas.manifest import ManifestDraft, Window
 from storage_schemas.store import Store
@@ -116,7 +116,7 @@ def test_another_teacher_is_told_and_so_is_the_same_one_with_other_weights(gener
     assert (code, err.count("\n")) == (2, 1)
     assert "teacher builtin:gaussian (weights " in err
     assert "you ask for builtin:mixture (weights " in err
-    monkeypatch.setattr("pipeline.prepare.load_teacher", lambda uri, **more: changed(load_teacher(uri, **more)))
+    monkeypatch.setattr("pipeline.job.prepare.load_teacher", lambda uri, **more: changed(load_teacher(uri, **more)))
     code, _, err = generate(tmp_path)
     assert (code, err.count("\n")) == (2, 1)
     old = load_teacher("builtin:gaussian").weights_sha256[:8]

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-import pipeline.heartbeat
-from pipeline.heartbeat import Pulse
+import pipeline.job.heartbeat
+from pipeline.job.heartbeat import Pulse
 from storage_schemas import paths
 from storage_schemas.errors import StoreError
 from storage_schemas.job import Heartbeat
@@ -32,7 +32,7 @@ def wait_until(condition):
 
 def test_it_beats_until_its_last_word(store, monkeypatch):
     times = iter(f"2026-01-01T00:{minute // 60:02d}:{minute % 60:02d}+00:00" for minute in range(3600))
-    monkeypatch.setattr(pipeline.heartbeat, "utc_now", lambda: next(times))
+    monkeypatch.setattr(pipeline.job.heartbeat, "utc_now", lambda: next(times))
     pulse = Pulse(store, every=0.01)
     assert last(store) is None, "a job that has nothing to do leaves nothing"
     pulse.begin("job")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from diffusion.models.teachers import load_teacher
-from pipeline.before.micro_batch import gpu_share, shortened, sizes
 from pipeline.config import GenerateConfig
+from pipeline.job.micro_batch import gpu_share, shortened, sizes
 from pipeline.recipe import build_recipe
 from storage_schemas.recipe import Recipe
 

@@ -1,6 +1,6 @@
 import pytest
 
-from pipeline.plan import Goal, grow, missing_tasks, slide
+from pipeline.windows import Goal, grow, missing_tasks, slide
 from storage_schemas.layout import Layout
 from storage_schemas.manifest import Manifest, ShardTableRecord, Window
 from storage_schemas.paths import shard_table_path

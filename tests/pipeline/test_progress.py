@@ -2,7 +2,7 @@
 
 import time
 
-from pipeline.progress import Progress
+from pipeline.job.progress import Progress
 from storage_schemas.commit import Commit
 from storage_schemas.job import Failure
 

@@ -11,10 +11,10 @@ import pytest
 
 import pipeline.upkeep.sweep
 from pipeline.generate import carry_out
-from pipeline.plan import Wanted, grow
-from pipeline.upkeep.keep import Lapsed, adoptable, check_held
+from pipeline.job.kept import Lapsed, adoptable, check_held
+from pipeline.job.targets import Place, read_targets
 from pipeline.upkeep.prune import prune
-from pipeline.upkeep.targets import Place, read_targets
+from pipeline.windows import Wanted, grow
 from storage_schemas import paths
 from storage_schemas.commit import Task, list_committed, list_records, read_commit
 from storage_schemas.dataset import Pruned, latest_manifest, latest_number, list_numbers, open_dataset

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from diffusion.models.teachers import load_teacher
-from pipeline import produce
+from pipeline import producer as producer_module
 from pipeline.config import GenerateConfig
-from pipeline.produce import COMMIT_WITHIN, LateAttempt, Order, Producer, ScratchFull, attempt_task
+from pipeline.producer import COMMIT_WITHIN, LateAttempt, Producer, ScratchFull, WorkOrder, attempt_task
 from pipeline.recipe import build_layout, build_recipe
 from storage_schemas import formats
 from storage_schemas.commit import Task, read_commit
@@ -28,7 +28,7 @@ def producer(request, tmp_path):
         format=request.param,
     )
     recipe = build_recipe(config, load_teacher(config.teacher))
-    return Producer(Order(Store.create(config.store), recipe, build_layout(config, recipe), "cpu", 1))
+    return Producer(WorkOrder(Store.create(config.store), recipe, build_layout(config, recipe), "cpu", 1))
 
 
 TASK = Task("train", 0, 64)
@@ -78,7 +78,7 @@ def test_no_scratch_folder_at_all_is_one_line(producer, monkeypatch):
 def test_an_attempt_commits_late_but_not_too_late(producer, monkeypatch, slept, commits):
     """The clock goes on while the worker sleeps between its upload and its commit."""
     clock = [datetime(2026, 1, 31, 9, 30, tzinfo=UTC)]
-    monkeypatch.setattr(produce, "utc", lambda: clock[0])
+    monkeypatch.setattr(producer_module, "utc", lambda: clock[0])
     upload = Store.upload
 
     def then_sleep(store, local, path):
@@ -104,7 +104,7 @@ def test_a_failure_keeps_no_credentials(producer, monkeypatch):
     def fails(*args, **options):
         raise ConnectionError("PUT s3://AKIA:s3cr3t/with+slash@bucket/x failed, as did http://proxy:s3cr3t@host:8080")
 
-    monkeypatch.setattr(produce, "solve_task", fails)
+    monkeypatch.setattr(producer_module, "solve_task", fails)
     problem = attempt_task(producer, TASK)
     assert problem.error == "ConnectionError: PUT s3://***@bucket/x failed, as did http://***@host:8080"
     assert "test_publish.py" in problem.traceback

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import ResolveConfig
-from pipeline.workers.once import WorkerDied, run_once
+from pipeline.workers.crossing import WorkerDied
+from pipeline.workers.one_call import run_once
 
 MEMORY = 100 * 2**20
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from pipeline.config import RegenerateConfig
 from pipeline.generate import carry_out
-from pipeline.plan import Nothing, Wanted
 from pipeline.regenerate import decide
+from pipeline.windows import Nothing, Wanted
 from storage_schemas.dataset import latest_manifest, latest_number, read_manifest
 from storage_schemas.errors import UsageError
 from storage_schemas.store import Store

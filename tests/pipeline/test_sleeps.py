@@ -12,8 +12,8 @@ import pytest
 
 import pipeline.upkeep.sweep
 from pipeline.generate import carry_out
-from pipeline.plan import Wanted
 from pipeline.upkeep.prune import prune
+from pipeline.windows import Wanted
 from storage_schemas.commit import Task
 from storage_schemas.dataset import open_dataset
 from storage_schemas.errors import StoreError, UserError
@@ -58,7 +58,7 @@ def clock(monkeypatch):
     monkeypatch.setattr("fsspec.implementations.memory.datetime", Simulated)
     monkeypatch.setattr("pipeline.generate.solve_missing", solve_by_hand)
     monkeypatch.setattr(pipeline.upkeep.sweep, "THREADS", 1)
-    monkeypatch.setattr("pipeline.heartbeat.EVERY", 10.0**6)
+    monkeypatch.setattr("pipeline.job.heartbeat.EVERY", 10.0**6)
     return clock
 
 
@@ -243,7 +243,7 @@ def test_a_clock_that_is_not_the_storages_is_refused(uri, clock, monkeypatch, ah
         Pin(run="reader", dataset="main", number=1, expires_at="2026-01-04T00:00:00+00:00").to_bytes(),
     )
     monkeypatch.setattr("storage_schemas.clock.utc", lambda: clock.now + timedelta(seconds=ahead))
-    for module in ("pipeline.announce", "pipeline.upkeep.prune"):
+    for module in ("pipeline.job.announce", "pipeline.upkeep.prune"):
         monkeypatch.setattr(f"{module}.utc", lambda: clock.now + timedelta(seconds=ahead))
     told = rf"the clock of this machine is 0:11:00 {'ahead of' if ahead > 0 else 'behind'} that of memory://"
     for act in (prunes, grows):

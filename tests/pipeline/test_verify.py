@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from diffusion import noise
+from pipeline.job.kept import Target
 from pipeline.status import find_job, job_status
-from pipeline.upkeep.keep import Target
 from storage_schemas import paths
 from storage_schemas.dataset import open_dataset
 from storage_schemas.job import Failure, Heartbeat

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from diffusion.recipes.teacher import TeacherSource
-from pipeline.produce import Order, publish
+from pipeline.producer import WorkOrder, publish
 from pipeline.solve import Solved, denoise_of, solve_task
 from storage_schemas import paths
 from storage_schemas.commit import list_committed, read_commits
@@ -25,7 +25,7 @@ def spoil(folder, change=lambda columns, dataset, task: columns, *, tasks=None, 
     """
     store = Store.open(str(folder))
     dataset = open_dataset(store)
-    order = Order(store, dataset.recipe, dataset.layout, "cpu", 1)
+    order = WorkOrder(store, dataset.recipe, dataset.layout, "cpu", 1)
     for shard in dataset.table:
         if tasks is None or shard.task in tasks:
             commit = dataset.commit(shard)

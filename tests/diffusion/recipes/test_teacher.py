@@ -7,7 +7,7 @@ import pytest
 from diffusion.models.teachers import load_teacher
 from diffusion.recipes.teacher import NoTeacher, TeacherSource
 from pipeline.config import GenerateConfig
-from pipeline.produce import Order, Producer
+from pipeline.producer import Producer, WorkOrder
 from pipeline.recipe import build_layout, build_recipe
 from storage_schemas.errors import UserError
 from storage_schemas.store import Store
@@ -39,7 +39,7 @@ def test_a_teacher_that_differs_in_one_of_them_is_refused(tmp_path, use, error, 
     config = GenerateConfig(teacher=uri, store=str(tmp_path), count=64, samples_per_shard=64, micro_batch=64)
     recipe = build_recipe(config, teacher)
     layout, store = build_layout(config, recipe), Store.create(str(tmp_path))
-    use(Order(store, recipe, layout, "cpu", 1), uri)
+    use(WorkOrder(store, recipe, layout, "cpu", 1), uri)
     other = build_recipe(config, replace(teacher, **OTHERS[what]))
     with pytest.raises(error, match=rf"^builtin:gaussian has {what} \w+, the recipe says \w+[:;]"):
-        use(Order(store, other, layout, "cpu", 1), uri)
+        use(WorkOrder(store, other, layout, "cpu", 1), uri)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from pipeline.upkeep.targets import Place, Target, is_lost, vouchers
+from pipeline.job.targets import Place, Target, is_lost, vouchers
 from storage_schemas import paths
 from storage_schemas.clock import SKEW, age, utc
 from storage_schemas.commit import COMMIT_WITHIN, Commit, list_records, read_commits

@@ -1,25 +1,20 @@
-"""One function, once, with a worker's resources: what a driver without a GPU has measured or solved elsewhere."""
+"""One call of a function with a worker's resources: what a driver without a GPU measures or solves elsewhere."""
 
 import multiprocessing
 import os
-import pickle
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Protocol, TypeVar
 
 from pipeline.config import RayConfig
-from pipeline.produce import describe
+from pipeline.producer import describe
+from pipeline.workers.crossing import Raised, WorkerDied, caught
 from pipeline.workers.worker_death import exit_reason
 from storage_schemas.errors import UserError
 
 T = TypeVar("T")
-
-
-class WorkerDied(UserError):
-    """The process that ran the function is gone: out of memory, mostly."""
 
 
 class Runner(Protocol):
@@ -30,13 +25,6 @@ class Runner(Protocol):
 
     @property
     def ray(self) -> RayConfig: ...
-
-
-@dataclass(frozen=True)
-class Raised:
-    """An exception, as something that can cross to another process."""
-
-    error: Exception
 
 
 def run_once(function: Callable[..., T], *arguments: object, runner: Runner) -> T:
@@ -51,14 +39,14 @@ def run_once(function: Callable[..., T], *arguments: object, runner: Runner) -> 
     return outcome
 
 
-def caught(function: Callable[..., T], arguments: tuple[object, ...]) -> T | Raised:
-    """What the other process does: an exception becomes a value, one that can't be pickled a UserError."""
+def try_out(what: str, function: Callable[..., T], *arguments: object, runner: Runner) -> T:
+    """function(*arguments) on a worker; whatever a teacher raises there, which may be anything, as a UserError."""
     try:
-        return function(*arguments)
+        return run_once(function, *arguments, runner=runner)
+    except UserError:
+        raise
     except Exception as error:
-        problem = describe(error)
-        error.add_note(f"on {problem.machine}:\n{problem.traceback}")
-        return Raised(error if _survives_pickling(error) else UserError(problem.error))
+        raise UserError(f"{what} failed on a worker: {describe(error).error}") from error
 
 
 def _here(function: Callable[..., T], arguments: tuple[object, ...]) -> T | Raised:
@@ -93,10 +81,3 @@ def _on_ray(function: Callable[..., T], arguments: tuple[object, ...], config: R
     from pipeline.workers.ray_runner import call_once  # only who asks for Ray pays for it
 
     return call_once(function, arguments, config)
-
-
-def _survives_pickling(error: Exception) -> bool:
-    try:
-        return isinstance(pickle.loads(pickle.dumps(error)), type(error))
-    except Exception:
-        return False

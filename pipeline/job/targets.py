@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import NamedTuple, TypeVar
 
-from pipeline.heartbeat import SPARED
+from pipeline.job.heartbeat import SPARED
 from storage_schemas import paths
 from storage_schemas.clock import age
 from storage_schemas.commit import Task

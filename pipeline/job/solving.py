@@ -3,20 +3,20 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipeline.announce import announce, is_early, new_job
 from pipeline.config import GenerateConfig
-from pipeline.heartbeat import Pulse
-from pipeline.plan import Goal
-from pipeline.prepare import Run
-from pipeline.produce import Order
-from pipeline.progress import Progress
-from pipeline.upkeep.keep import adoptable
-from pipeline.upkeep.targets import Place
+from pipeline.job.announce import announce, is_early, new_job
+from pipeline.job.heartbeat import Pulse
+from pipeline.job.kept import adoptable
+from pipeline.job.prepare import Run
+from pipeline.job.progress import Progress
+from pipeline.job.targets import Place
+from pipeline.producer import WorkOrder
+from pipeline.windows import Goal
+from pipeline.workers.deadlines import Patience
 from pipeline.workers.dispatch import dispatch
-from pipeline.workers.drain import Drain
 from pipeline.workers.fleet import Fleet
 from pipeline.workers.local import local_fleet
-from pipeline.workers.patience import Patience
+from pipeline.workers.signals import Drain
 from storage_schemas import paths
 from storage_schemas.commit import Commit, Task, is_sick
 from storage_schemas.job import Failure
@@ -91,7 +91,7 @@ def _record(run: Run, outcome: Commit | Failure) -> None:
 @contextmanager
 def _fleet(run: Run, workers: int) -> Iterator[Fleet]:
     again = frozenset(run.again)
-    order = Order(run.store, run.recipe, run.layout, run.config.device, run.config.threads, again)
+    order = WorkOrder(run.store, run.recipe, run.layout, run.config.device, run.config.threads, again)
     fleet = _ray_fleet(order, run.config, workers) if run.config.runner == "ray" else local_fleet(order, workers)
     try:
         yield fleet
@@ -99,7 +99,7 @@ def _fleet(run: Run, workers: int) -> Iterator[Fleet]:
         fleet.close()
 
 
-def _ray_fleet(order: Order, config: GenerateConfig, workers: int) -> Fleet:
+def _ray_fleet(order: WorkOrder, config: GenerateConfig, workers: int) -> Fleet:
     from pipeline.workers.ray_runner import RayFleet  # only a job with something to do pays for Ray
 
     return RayFleet(order, config.ray, workers=workers)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from pipeline.outcome import names
+from pipeline.job.outcome import names
 from storage_schemas.commit import Commit
 from storage_schemas.errors import StoreError
 from storage_schemas.shards import Shard, ShardTable

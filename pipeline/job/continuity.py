@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.plan import Policy
+from pipeline.windows import Policy
 from storage_schemas.dataset import read_recipe
 from storage_schemas.errors import UsageError
 from storage_schemas.layout import Layout

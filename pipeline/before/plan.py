@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from diffusion.models import checkpoint
-from pipeline.amounts import PER_TASK, told_size
 from pipeline.before.timing import Timing, time_a_worker
 from pipeline.config import PlanConfig
-from pipeline.guard import check_continues
-from pipeline.plan import Goal, grow, missing_tasks
-from pipeline.prepare import Run, prepare
-from pipeline.produce import Order
-from pipeline.work import adopt
+from pipeline.job.amounts import PER_TASK, told_size
+from pipeline.job.continuity import check_continues
+from pipeline.job.prepare import Run, prepare
+from pipeline.job.solving import adopt
+from pipeline.producer import WorkOrder
+from pipeline.windows import Goal, grow, missing_tasks
 from storage_schemas import paths
 from storage_schemas.canonical import digest
 from storage_schemas.dataset import latest_manifest, read_shard_table
@@ -67,7 +67,7 @@ def run_plan(config: PlanConfig) -> int:
     work = find_work(run)
     timing = None
     if work.tasks:
-        timing = time_a_worker(config, Order(run.store, run.recipe, run.layout, config.device, config.threads))
+        timing = time_a_worker(config, WorkOrder(run.store, run.recipe, run.layout, config.device, config.threads))
     estimate = foretell(config, run, work, timing) if timing else None
     if config.as_json:
         print(json.dumps(_as_json(run, work, timing, estimate)))

@@ -12,9 +12,9 @@ from diffusion.recipes.devices import pick_device
 from diffusion.recipes.samples import draw_labels, draw_noise, draw_scales
 from diffusion.recipes.teacher import keep_weights
 from diffusion.solvers import answer
-from pipeline.before.micro_batch import settle
 from pipeline.config import GenerateConfig, TeacherConfig
-from pipeline.produce import describe
+from pipeline.job.micro_batch import settle
+from pipeline.producer import describe
 from pipeline.recipe import build_recipe
 from pipeline.solve import guided
 from storage_schemas import paths

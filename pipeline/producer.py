@@ -55,7 +55,7 @@ class LateAttempt(UserError):
 
 
 @dataclass(frozen=True)
-class Order:
+class WorkOrder:
     """All that a worker must know, small enough to send. again: tasks that have a commit and are solved again."""
 
     store: Store
@@ -79,7 +79,7 @@ class Problem:
 class Producer:
     """One teacher on one device. Two calls of `run` may be in flight: one uploads while the other solves."""
 
-    def __init__(self, order: Order, teacher: Teacher | None = None) -> None:
+    def __init__(self, order: WorkOrder, teacher: Teacher | None = None) -> None:
         """teacher: the recipe's, checked and on the order's device; else it is loaded from the store or its URI."""
         set_up_torch(threads=order.threads, tf32=order.recipe.tf32)
         self.order = order
@@ -113,7 +113,7 @@ class Producer:
 
 
 def publish(
-    order: Order,
+    order: WorkOrder,
     task: Task,
     solved: Solved,
     *,
@@ -216,7 +216,7 @@ def label_histogram(condition: np.ndarray) -> dict[str, int]:
     return {str(value): int(count) for value, count in zip(values, counts, strict=True)}
 
 
-def _load_teacher(order: Order, device: torch.device) -> Teacher:
+def _load_teacher(order: WorkOrder, device: torch.device) -> Teacher:
     """The recipe's teacher: from the store, as on another machine there may be no other place, or from its URI."""
     try:
         return TeacherSource(order.store, order.recipe, trusts_recipe=True).load(device=device)

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from pipeline.config import GenerateConfig, RegenerateConfig
-from pipeline.produce import Order, Producer
+from pipeline.producer import Producer, WorkOrder
 from pipeline.recipe import build_layout, with_micro_batch
 from pipeline.solve import OutOfMemory, solve_batch
-from pipeline.workers.once import WorkerDied
-from pipeline.workers.trial import try_out
+from pipeline.workers.crossing import WorkerDied
+from pipeline.workers.one_call import try_out
 from storage_schemas import paths
 from storage_schemas.dataset import latest_manifest
 from storage_schemas.errors import UserError, warn
@@ -120,7 +120,7 @@ def sizes(samples_per_shard: int) -> list[int]:
 
 def _probe(config: GenerateConfig, draft: Recipe, layout: Layout, store: Store) -> int:
     """A worker that dies can't say at which size, so the next one leaves the largest out."""
-    order = Order(store, draft, layout, config.device, config.threads)
+    order = WorkOrder(store, draft, layout, config.device, config.threads)
     left = sizes(layout.samples_per_shard)
     while left:
         try:
@@ -147,7 +147,7 @@ def gpu_share(config: GenerateConfig) -> float:
     return 1 / config.num_workers
 
 
-def first_that_fits(order: Order, candidates: Sequence[int], share: float) -> int | None:
+def first_that_fits(order: WorkOrder, candidates: Sequence[int], share: float) -> int | None:
     """The first of `candidates`, samples together, for which this worker has memory; its share of the GPU counts."""
     producer = Producer(order)
     with _limited(producer.device, share):

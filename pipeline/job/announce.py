@@ -2,8 +2,8 @@
 
 from datetime import datetime
 
-from pipeline.heartbeat import Pulse
-from pipeline.upkeep.targets import is_lost
+from pipeline.job.heartbeat import Pulse
+from pipeline.job.targets import is_lost
 from storage_schemas import paths
 from storage_schemas.clock import SKEW, check_clock, utc
 from storage_schemas.commit import Commit
