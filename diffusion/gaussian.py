@@ -31,13 +31,13 @@ class GaussianTeacher(nn.Module):
         gain = alpha_t * self.variance / (alpha_t**2 * self.variance + sigma_t**2)
         return (self.mean + gain * (x - alpha_t * self.mean)).to(x_t.dtype)
 
-    def flow_map(self, x_s: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        """The exact PF-ODE solution at t through x_s at s: the deviation from the mean follows the marginal's."""
-        x = x_s.double()
-        alpha_s, sigma_s = scales(self.process, s, like=x)
+    def flow_map(self, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """The exact PF-ODE solution at s through x_t at t: the deviation from the mean follows the marginal's."""
+        x = x_t.double()
         alpha_t, sigma_t = scales(self.process, t, like=x)
-        stretch = torch.sqrt((alpha_t**2 * self.variance + sigma_t**2) / (alpha_s**2 * self.variance + sigma_s**2))
-        return (alpha_t * self.mean + stretch * (x - alpha_s * self.mean)).to(x_s.dtype)
+        alpha_s, sigma_s = scales(self.process, s, like=x)
+        stretch = torch.sqrt((alpha_s**2 * self.variance + sigma_s**2) / (alpha_t**2 * self.variance + sigma_t**2))
+        return (alpha_s * self.mean + stretch * (x - alpha_t * self.mean)).to(x_t.dtype)
 
 
 class MixtureTeacher(nn.Module):
@@ -75,26 +75,26 @@ class MixtureTeacher(nn.Module):
         estimates = means + alpha_t * variances / spread * deviation
         return (posterior * estimates).sum(-1).to(x_t.dtype)
 
-    def flow_map(self, x_s: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        """The exact PF-ODE solution at t through x_s at s: F_t^-1(F_s(x_s)), F the marginals' distribution functions.
+    def flow_map(self, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """The exact PF-ODE solution at s through x_t at t: F_s^-1(F_t(x_t)), F the marginals' distribution functions.
 
-        Solved in the logarithm of whichever tail x_s lies in, so that far tails keep their digits. Always as many
+        Solved in the logarithm of whichever tail x_t lies in, so that far tails keep their digits. Always as many
         bisections of a sure bracket, so that no sample depends on its batch mates.
         """
-        x = x_s.double().unsqueeze(-1)
-        _, center_s, spread_s = self._marginal(s, like=x)
+        x = x_t.double().unsqueeze(-1)
         _, center_t, spread_t = self._marginal(t, like=x)
-        deviation = (x - center_s) / spread_s
+        _, center_s, spread_s = self._marginal(s, like=x)
+        deviation = (x - center_t) / spread_t
         side = torch.where(self._log_tail(deviation) < self._log_tail(-deviation), 1.0, -1.0)  # 1 below the median
         target = self._log_tail(side * deviation)
-        # F_s(x_s) is a mean of the components' Phi(deviation), so the answer has a deviation between the extremes.
-        low = (center_t + spread_t * deviation.amin(-1, keepdim=True)).amin(-1, keepdim=True)
-        high = (center_t + spread_t * deviation.amax(-1, keepdim=True)).amax(-1, keepdim=True)
+        # F_t(x_t) is a mean of the components' Phi(deviation), so the answer has a deviation between the extremes.
+        low = (center_s + spread_s * deviation.amin(-1, keepdim=True)).amin(-1, keepdim=True)
+        high = (center_s + spread_s * deviation.amax(-1, keepdim=True)).amax(-1, keepdim=True)
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
-            above = side * (self._log_tail(side * (middle - center_t) / spread_t) - target) > 0
+            above = side * (self._log_tail(side * (middle - center_s) / spread_s) - target) > 0
             low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-        return ((low + high) / 2).squeeze(-1).to(x_s.dtype)
+        return ((low + high) / 2).squeeze(-1).to(x_t.dtype)
 
     def _marginal(self, t: Tensor, *, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """alpha_t and the components' means and standard deviations at t, to broadcast against like [B, ..., 1]."""

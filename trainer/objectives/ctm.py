@@ -20,11 +20,11 @@ from trainer.stream import Batch
 
 @dataclass(frozen=True)
 class ConsistencyTrajectory:
-    """E w(s, t) d( G_(G(x_s, s, t), t, 0), sg G_(G_(x_u, u, t), t, 0) ) + denoising_weight * denoising, t <= u < s.
+    """E w(t, s) d( G_(G(x_t, t, s), s, 0), sg G_(G_(x_u, u, s), s, 0) ) + denoising_weight * denoising, s <= u < t.
 
     G_ is the cast's target, an average of the student whose weights take no gradients: the student's own comes through
-    the outer map's input. Of each sample one triple (s, u, t) of stored states, all equally likely; at t = 0 the outer
-    map is the identity, at u = t the inner one. times, columns: of all stored states. Kim et al. 2024, section 3.
+    the outer map's input. Of each sample one triple (t, u, s) of stored states, all equally likely; at s = 0 the outer
+    map is the identity, at u = s the inner one. times, columns: of all stored states. Kim et al. 2024, section 3.
     """
 
     times: tuple[float, ...]
@@ -50,15 +50,15 @@ class ConsistencyTrajectory:
         """Soft consistency, compared at time 0."""
         target = cast.target
         assert target is not None
-        (x_s, x_u, _), (s, u, t) = drawn(batch, self.columns, self.times, self._triples, batch.uniforms[:, 0])
+        (x_t, x_u, _), (t, u, s) = drawn(batch, self.columns, self.times, self._triples, batch.uniforms[:, 0])
         labels, guidance = conditioning(cast.student, batch)
-        zero = torch.zeros_like(t)
-        guess = cast.student.jump(x_s, s, t, labels, guidance=guidance)
-        guess = target.jump(guess, t, zero, labels, guidance=guidance)
+        zero = torch.zeros_like(s)
+        guess = cast.student.jump(x_t, t, s, labels, guidance=guidance)
+        guess = target.jump(guess, s, zero, labels, guidance=guidance)
         with torch.no_grad():
-            goal = target.jump(x_u, u, t, labels, guidance=guidance)
-            goal = target.jump(goal, t, zero, labels, guidance=guidance)
-        return self.weighting(cast, self.distance(guess, goal), s, t).mean()
+            goal = target.jump(x_u, u, s, labels, guidance=guidance)
+            goal = target.jump(goal, s, zero, labels, guidance=guidance)
+        return self.weighting(cast, self.distance(guess, goal), t, s).mean()
 
     def denoising(self, cast: Cast, batch: Batch) -> Tensor:
         """E w(t, t) || mu(alpha x_0 + sigma eps, t, t) - x_0 ||^2, x_0 the stored output, eps fresh, t stored and > 0.

@@ -17,7 +17,7 @@ from trainer.stream import Batch
 
 @dataclass(frozen=True)
 class FlowMapOracle:
-    """E w(s, t) d( G(x_s, s, t), x_t ), s > t: the student's jump against the teacher's own, both ends stored.
+    """E w(t, s) d( G(x_t, t, s), x_s ), s < t: the student's jump against the teacher's own, both ends stored.
 
     Of each sample one pair, all K(K+1)/2 pairs of its K+1 states equally likely: long jumps as often as short ones.
     times, columns: of all stored states. The oracle loss of Kim et al. 2024 (CTM), section 3, and of Boffi et al. 2024.
@@ -35,10 +35,10 @@ class FlowMapOracle:
         return torch.combinations(torch.arange(len(self.times)), 2)
 
     def __call__(self, cast: Cast, batch: Batch) -> Tensor:
-        (x_s, x_t), (s, t) = drawn(batch, self.columns, self.times, self._pairs, batch.uniforms[:, 0])
+        (x_t, x_s), (t, s) = drawn(batch, self.columns, self.times, self._pairs, batch.uniforms[:, 0])
         labels, guidance = conditioning(cast.student, batch)
-        guess = cast.student.jump(x_s, s, t, labels, guidance=guidance)
-        return self.weighting(cast, self.distance(guess, x_t), s, t).mean()
+        guess = cast.student.jump(x_t, t, s, labels, guidance=guidance)
+        return self.weighting(cast, self.distance(guess, x_s), t, s).mean()
 
 
 class FlowMapOptions(DistanceOptions, WeightingOptions, ScheduleOptions):
