@@ -6,14 +6,11 @@ Where r_max is infinite (alpha_T = 0) the points are laid out from r = 80, EDM's
 """
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from diffusion.process import DiscreteVP, Process
-
-GridName = Literal["karras", "uniform_time", "uniform_logsnr"]
 
 _FAR_RATIO = 80.0
 _NEAR_RATIO = 0.002
@@ -82,13 +79,6 @@ def make_grid(
         _refuse(name, rho=rho, r_max=r_max, r_min=r_min)
         return uniform_time(process, num_steps, t_min=t_min)
     raise ValueError(f"grid {name!r} does not exist: choose one of karras, uniform_time, uniform_logsnr")
-
-
-def halve(times: Tensor) -> Tensor:
-    """Every second point of a grid of an even number of steps: [N+1] -> [N/2+1], both ends kept."""
-    if len(times) % 2 == 0:
-        raise ValueError(f"a grid of {len(times) - 1} steps has no half: give an even number of steps")
-    return times[::2].clone()
 
 
 def subset_indices(num_steps: int, n: int) -> tuple[int, ...]:

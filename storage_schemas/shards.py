@@ -99,11 +99,6 @@ class ShardTable(Sequence[Shard]):
         return cls._sorted(pa.table(columns, schema=SCHEMA))
 
     @classmethod
-    def of_commits(cls, commits: Sequence[Commit]) -> Self:
-        """A table of the shards of these commits."""
-        return cls.of([Shard.of(commit) for commit in commits])
-
-    @classmethod
     def _sorted(cls, table: pa.Table) -> Self:
         # "train" sorts after "holdout": descending by name puts train first, as everywhere.
         return cls(table.sort_by([("split", "descending"), ("start", "ascending")]).combine_chunks())

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffusion.grids import halve, karras, make_grid, subset_indices, uniform_logsnr, uniform_time
+from diffusion.grids import karras, make_grid, subset_indices, uniform_logsnr, uniform_time
 from diffusion.process import VE, CosineVP, DiscreteVP, LinearVP, RectifiedFlow
 
 PROCESSES = [
@@ -84,12 +84,6 @@ def test_options_reach_the_grid_that_has_them():
     assert torch.equal(make_grid("uniform_time", process, 6, t_min=0.5), uniform_time(process, 6, t_min=0.5))
 
 
-def test_halving_keeps_both_ends():
-    times = karras(VE(), 8)
-    assert torch.equal(halve(times), times[[0, 2, 4, 6, 8]])
-    assert torch.equal(halve(halve(halve(times))), times[[0, 8]])
-
-
 def test_nested_subsets():
     assert subset_indices(16, 4) == (0, 4, 8, 12, 16)
     assert subset_indices(6, 6) == (0, 1, 2, 3, 4, 5, 6)
@@ -109,7 +103,6 @@ def test_nested_subsets():
         (lambda: make_grid("cosine", VE(), 4), "grid 'cosine' does not exist: choose one of karras"),
         (lambda: make_grid("uniform_time", VE(), 4, rho=7.0), "uniform_time grid has no rho"),
         (lambda: make_grid("karras", VE(), 4, t_min=1.0), "karras grid has no t_min"),
-        (lambda: halve(karras(VE(), 3)), "a grid of 3 steps has no half"),
         (lambda: subset_indices(16, 3), "3 steps are no nested subset of 16"),
         (lambda: subset_indices(16, 0), "0 steps are no nested subset"),
     ],

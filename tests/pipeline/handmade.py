@@ -109,7 +109,7 @@ def seal_window(
     draft = ManifestDraft(
         dataset=dataset, parent=parent, writer=paths.new_attempt(), recipe_id=recipe.id, layout=LAYOUT, window=window
     )
-    return seal(store, draft, listed.plus(ShardTable.of_commits(new)))
+    return seal(store, draft, listed.plus(ShardTable.of([Shard.of(commit) for commit in new])))
 
 
 def new_run(store: Store, count: int, *, dataset: str = "main", recipe: Recipe = RECIPE, **options: Any) -> Run:

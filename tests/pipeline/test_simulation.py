@@ -11,7 +11,7 @@ from storage_schemas.dataset import Dataset, LostRace, latest_manifest, put_reci
 from storage_schemas.layout import Layout
 from storage_schemas.manifest import ManifestDraft, Window
 from storage_schemas.recipe import NoiseRecord, Recipe, SolverRecord, TeacherRecord
-from storage_schemas.shards import ShardTable
+from storage_schemas.shards import Shard, ShardTable
 from tests.pipeline.simulation import FATES, Cluster, drive, simulated_store, take
 
 SIZE = 8
@@ -54,7 +54,9 @@ def test_none_lost_none_double(workers, count, monkeypatch):
             told[name] |= {commit.task: commit for commit in take(driver, 1000)}
 
     assert told["second"] == told["rival"]
-    manifest = sealed_by_both(store, [ShardTable.of_commits(list(told[name].values())) for name in told], count)
+    manifest = sealed_by_both(
+        store, [ShardTable.of([Shard.of(commit) for commit in found.values()]) for found in told.values()], count
+    )
     cluster.run_out()  # zombies commit an hour after all is sealed
     dataset = Dataset(store, manifest, RECIPE, read_shard_table(store, manifest))
     assert list_committed(store, RECIPE.id, LAYOUT.id) == {task.name for task in tasks} == dataset.table.tasks

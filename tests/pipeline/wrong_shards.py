@@ -12,7 +12,7 @@ from storage_schemas import paths
 from storage_schemas.commit import list_committed, read_commits
 from storage_schemas.dataset import open_dataset, seal
 from storage_schemas.manifest import ManifestDraft
-from storage_schemas.shards import ShardTable
+from storage_schemas.shards import Shard, ShardTable
 from storage_schemas.store import Store
 
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def reseal(store, dataset):
         layout=layout,
         window=dataset.manifest.window,
     )
-    seal(store, draft, ShardTable.of_commits(list(commits.values())))
+    seal(store, draft, ShardTable.of([Shard.of(commit) for commit in commits.values()]))
 
 
 def solved_otherwise(columns, dataset, task):

@@ -13,7 +13,7 @@ from storage_schemas.dataset import Dataset, open_dataset, put_recipe, seal
 from storage_schemas.errors import CorruptShard
 from storage_schemas.layout import Layout
 from storage_schemas.manifest import ManifestDraft, Window
-from storage_schemas.shards import ShardTable
+from storage_schemas.shards import Shard, ShardTable
 from storage_schemas.store import Store
 
 WINDOW = Window(train=(5, 60), holdout=(0, 8))
@@ -36,7 +36,7 @@ def make_dataset(make_recipe, commit_task, tmp_path) -> MakeDataset:
         draft = ManifestDraft(
             dataset="main", parent=None, writer=paths.new_attempt(), recipe_id=recipe.id, layout=layout, window=WINDOW
         )
-        seal(store, draft, ShardTable.of_commits(commits))
+        seal(store, draft, ShardTable.of([Shard.of(commit) for commit in commits]))
         return open_dataset(store)
 
     return make

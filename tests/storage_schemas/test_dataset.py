@@ -29,7 +29,7 @@ from storage_schemas.layout import Layout
 from storage_schemas.manifest import Floor, Manifest, ManifestDraft, Window
 from storage_schemas.recipe import Recipe
 from storage_schemas.record import Columns
-from storage_schemas.shards import ShardTable
+from storage_schemas.shards import Shard, ShardTable
 from storage_schemas.store import Store
 from storage_schemas.tables import decode
 
@@ -50,7 +50,7 @@ def shards(store: Store, recipe: Recipe, commit_task: Committer, tmp_path: Path)
     tasks = [(Task("train", 0, 16), ()), (Task("train", 1, 16), (20,)), (Task("train", 3, 16), ())]
     commits = [commit_task(store, recipe, LAYOUT, task, tmp_path, lost) for task, lost in tasks]
     commits.append(commit_task(store, recipe, LAYOUT, Task("holdout", 0, 16), tmp_path))
-    return ShardTable.of_commits(commits)
+    return ShardTable.of([Shard.of(commit) for commit in commits])
 
 
 def test_windows_name_their_tasks() -> None:
@@ -126,17 +126,17 @@ def test_gaps_are_ids_whatever_made_them(
     other = seal(
         store,
         draft(recipe, dataset="finer", layout=layout, missing=("train-00000005",)),
-        ShardTable.of_commits(commits),
+        ShardTable.of([Shard.of(commit) for commit in commits]),
     )
     assert other.content_digest == missing.content_digest
     assert other.rows == missing.rows
     other = seal(
         store,
         draft(recipe, dataset="whole", layout=layout, missing=("train-00000004", "train-00000005")),
-        ShardTable.of_commits(
-            [commit for commit in commits if commit.index not in (2, 4) or commit.split != "train"]
+        ShardTable.of(
+            [Shard.of(commit) for commit in commits if commit.index not in (2, 4) or commit.split != "train"]
             + [
-                commit.model_copy(update={"quarantined": ()})
+                Shard.of(commit.model_copy(update={"quarantined": ()}))
                 for commit in commits
                 if commit.task.name == "train-00000002"
             ]

@@ -22,7 +22,7 @@ from storage_schemas.layout import Layout
 from storage_schemas.manifest import ManifestDraft, Window
 from storage_schemas.recipe import Guidance, NoiseRecord, Recipe, SolverRecord, TeacherRecord, UniformLabels
 from storage_schemas.record import NO_CONDITION, Columns, from_storage, state_column, to_storage
-from storage_schemas.shards import ShardTable
+from storage_schemas.shards import Shard, ShardTable
 from storage_schemas.store import Store
 from tests.guided import guided_flow
 from tests.servers import moto
@@ -85,7 +85,7 @@ def write_store(
         dataset="main", parent=None, writer=paths.new_attempt(), recipe_id=recipe.id, layout=layout, window=window,
         missing=missing,
     )  # fmt: skip
-    seal(store, draft, ShardTable.of_commits(commits))
+    seal(store, draft, ShardTable.of([Shard.of(commit) for commit in commits]))
     return store
 
 

@@ -33,7 +33,7 @@ from storage_schemas.recipe import (
     UniformLabels,
 )
 from storage_schemas.record import NO_CONDITION
-from storage_schemas.shards import ShardTable
+from storage_schemas.shards import Shard, ShardTable
 from storage_schemas.store import Store
 from trainer.evaluate import EvaluateConfig, evaluate, run_evaluate
 from trainer.evaluation.contenders import teacher_solvers
@@ -104,7 +104,7 @@ def make_store(folder, saved: Checkpoint, recipe: Recipe, *, count=128, holdout=
     draft = ManifestDraft(
         dataset="main", parent=None, writer="0" * 16, recipe_id=recipe.id, layout=layout, window=window
     )
-    seal(store, draft, ShardTable.of_commits(commits))
+    seal(store, draft, ShardTable.of([Shard.of(commit) for commit in commits]))
     if with_weights:
         kept = paths.weights_folder(recipe.id)
         store.write(f"{kept}/model.safetensors", saved.weights)

@@ -20,7 +20,7 @@ from storage_schemas.commit import put_commit
 from storage_schemas.dataset import latest_manifest, open_dataset, put_recipe, read_recipe, read_shard_table, seal
 from storage_schemas.manifest import ManifestDraft, Window
 from storage_schemas.recipe import Recipe
-from storage_schemas.shards import ShardTable
+from storage_schemas.shards import Shard, ShardTable
 from storage_schemas.store import Store
 from tests.trainer.conftest import make_commit
 from trainer.config import FitConfig
@@ -427,7 +427,7 @@ def go_on_past(store: Store, window: tuple[int, int], **recipe) -> None:
     draft = ManifestDraft(
         dataset="main", parent=parent, writer="w", recipe_id=made.id, layout=parent.layout, window=sealed
     )
-    seal(store, draft, ShardTable.of_commits(commits))
+    seal(store, draft, ShardTable.of([Shard.of(commit) for commit in commits]))
 
 
 def pins(store: Store) -> list[int]:

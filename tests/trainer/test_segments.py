@@ -22,7 +22,7 @@ from storage_schemas.layout import Layout
 from storage_schemas.manifest import ManifestDraft, Window
 from storage_schemas.recipe import NoiseRecord, Recipe, SolverRecord, TeacherRecord
 from storage_schemas.record import from_storage, to_storage
-from storage_schemas.shards import ShardTable
+from storage_schemas.shards import Shard, ShardTable
 from storage_schemas.store import Store
 from trainer.config import FitConfig
 from trainer.fit import run_fit
@@ -78,7 +78,7 @@ def write_segments(folder: Path, *, format: str = "parquet", dtype: str = "float
     draft = ManifestDraft(
         dataset="main", parent=None, writer="a" * 16, recipe_id=recipe.id, layout=layout, window=window, missing=()
     )
-    seal(store, draft, ShardTable.of_commits(commits))
+    seal(store, draft, ShardTable.of([Shard.of(commit) for commit in commits]))
     return store
 
 
