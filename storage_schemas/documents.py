@@ -1,6 +1,7 @@
 """The base of every JSON document in the store: frozen, no unknown fields, one line when it can't be read."""
 
 import json
+from collections.abc import Mapping
 from typing import Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -18,6 +19,13 @@ class Document(BaseModel):
     """A frozen record that is written once."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with some fields replaced. What was derived from the fields before, such as an id, is left behind."""
+        copy = super().model_copy(update=update, deep=deep)
+        for derived in copy.__dict__.keys() - type(self).model_fields.keys():
+            del copy.__dict__[derived]
+        return copy
 
     def plain(self) -> dict[str, Any]:
         """The document as plain JSON values."""

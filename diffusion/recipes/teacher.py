@@ -10,12 +10,12 @@ from diffusion.models.checkpoint import Checkpoint
 from diffusion.models.schedulers import IGNORABLE
 from diffusion.models.teachers import Teacher, check_unasked, from_checkpoint, load_checkpoint, load_teacher
 from storage_schemas import paths
-from storage_schemas.errors import UsageError
+from storage_schemas.errors import UserError
 from storage_schemas.recipe import Recipe
 from storage_schemas.store import Store
 
 
-class NoTeacher(UsageError):
+class NoTeacher(UserError):
     """The recipe's teacher can't be had: it isn't there, isn't named by the user, or is another one."""
 
 
@@ -45,6 +45,8 @@ class TeacherSource:
         try:
             teacher = load_teacher(uri, device=device, ignore=IGNORABLE)
         except Exception as error:  # whatever a factory of the user's raises, too
+            if self.trusts_recipe:
+                raise
             raise NoTeacher(f"teacher {uri} can't be loaded ({error}): name it by {self.flag}") from error
         self._check(teacher, uri)
         return teacher

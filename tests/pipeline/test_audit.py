@@ -238,7 +238,9 @@ def test_another_teacher_is_refused_before_anything_is_read(generate, audit, tmp
 
 def test_kept_weights_serve_where_the_uri_is_gone(generate, audit, here, tmp_path, monkeypatch):
     generate(tmp_path, "--with-weights", teacher="builtin:digits")
-    monkeypatch.setattr("pipeline.after.teacher.load_teacher", lambda *given, **named: pytest.fail("the uri was asked"))
+    monkeypatch.setattr(
+        "diffusion.recipes.teacher.load_teacher", lambda *given, **named: pytest.fail("the uri was asked")
+    )
     code, checks, _ = audit(tmp_path, samples=4)
     assert (code, checks["solved again"][1]["same_bits"]) == (0, 4)
 

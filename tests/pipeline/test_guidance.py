@@ -181,7 +181,7 @@ def test_an_audit_finds_rows_that_were_solved_at_other_scales(generate, pipeline
     """As if workers had drawn them in another way: x_T and labels are right."""
     generate(tmp_path, "--guidance", 1, 4, teacher="builtin:digits")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.solve.noise.guidance_index", lambda seed, split, ids, count: np.zeros(len(ids), int))
+        patch.setattr("diffusion.noise.guidance_index", lambda seed, split, ids, count: np.zeros(len(ids), int))
         code, out, _ = pipeline("verify", tmp_path, "--audit", 60, "--json")
     checks = {check["name"]: check["passed"] for check in json.loads(out)["checks"]}
     assert (code, checks["solved again"], checks["x_T of an id"]) == (1, False, True)

@@ -67,7 +67,7 @@ def test_the_largest_that_fits_is_found_by_halving_and_frozen(at_home, generate,
     shown = room(20)
     store = tmp_path / "store"
     code, out, err = generate(store, *AUTO, teacher=f"python:hungry_teachers:{name}", holdout=0)
-    assert code == 0, out
+    assert code == 0, out + err
     assert "micro-batch 16: found by a trial" in err
     (recipe,) = recipes_in(store).values()
     assert recipe["micro_batch"] == 16

@@ -355,3 +355,11 @@ def test_controls_are_shown_as_codes() -> None:
     assert told.isprintable() or all(character.isprintable() or character in "\xa0\xad" for character in told)
     assert shown("é ü 漢字 [red]") == "é ü 漢字 [red]"
     assert shown("a\x1b[2J\n") == "a\\x1b[2J\\n"
+
+
+def test_a_copy_with_another_field_has_an_id_of_its_own(make_recipe):
+    recipe = make_recipe()
+    known = recipe.id
+    other = recipe.model_copy(update={"numerics_version": recipe.numerics_version + 1})
+    assert other.id != known
+    assert other.id == type(recipe).from_bytes(other.to_bytes(), "a copy").id

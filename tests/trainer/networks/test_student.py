@@ -7,10 +7,10 @@ from diffusion.models import checkpoint
 from diffusion.models.checkpoint import Checkpoint, pack
 from diffusion.models.spec import model_from_spec
 from diffusion.recipes.grid import recipe_process
-from diffusion.recipes.teacher import TeacherSource
+from diffusion.recipes.teacher import NoTeacher, TeacherSource
 from storage_schemas import paths
 from storage_schemas.dataset import open_dataset
-from storage_schemas.errors import ManifestMismatch, UsageError
+from storage_schemas.errors import ManifestMismatch
 from trainer.config import FitConfig
 from trainer.networks.options import NetworkConfig
 from trainer.networks.student import (
@@ -127,10 +127,10 @@ def test_a_teacher_kept_in_the_store_is_the_start(make_store, monkeypatch):
     saved = fresh(config(), shape())
     store, dataset = store_with_teacher(make_store, monkeypatch, saved)
     with pytest.raises(
-        UsageError, match=r"used only if you name it, too: give --teacher\.uri /nowhere/teacher; or generate"
+        NoTeacher, match=r"used only if you name it, too: give --teacher\.uri /nowhere/teacher; or generate"
     ):
         TeacherSource(dataset.store, dataset.recipe, flag="--teacher.uri").checkpoint()
-    with pytest.raises(UsageError, match=r"/nowhere/teacher holds no model\.json: .*; or generate --with-weights"):
+    with pytest.raises(NoTeacher, match=r"/nowhere/teacher holds no model\.json: .*; or generate --with-weights"):
         TeacherSource(dataset.store, dataset.recipe, "/nowhere/teacher").checkpoint()
     folder = paths.weights_folder(dataset.recipe.id)
     store.write(f"{folder}/model.safetensors", saved.weights)
@@ -147,7 +147,7 @@ def test_a_teacher_with_other_weights_is_refused(make_store, monkeypatch, tmp_pa
     checkpoint.save(other, tmp_path / "other")
     moved = dataset.recipe.teacher.model_copy(update={"uri": str(tmp_path / "other")})
     monkeypatch.setitem(dataset.__dict__, "recipe", dataset.recipe.model_copy(update={"teacher": moved}))
-    with pytest.raises(UsageError, match="the recipe says"):
+    with pytest.raises(NoTeacher, match="the recipe says"):
         TeacherSource(dataset.store, dataset.recipe, dataset.recipe.teacher.uri).checkpoint()
 
 
