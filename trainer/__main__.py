@@ -13,8 +13,8 @@ _COMMANDS = {
     "sample": ("trainer.sample", "SampleConfig", "run_sample"),
     "evaluate": ("trainer.evaluate", "EvaluateConfig", "run_evaluate"),
     "report": ("trainer.report", "ReportConfig", "run_report"),
-    "classifier": ("trainer.features", "ClassifierConfig", "run_classifier"),
-    "shuffle": ("trainer.shuffling", "ShuffleConfig", "run_shuffle"),
+    "classifier": ("trainer.classifier", "ClassifierConfig", "run_classifier"),
+    "shuffle": ("trainer.shuffle", "ShuffleConfig", "run_shuffle"),
 }
 
 

@@ -1,4 +1,4 @@
-"""What `python -m trainer fit` can be told."""
+"""Options of `python -m trainer fit`."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from trainer.reading.order import default_batch
 ProcessName = Literal["ve", "linear_vp", "cosine_vp", "rectified_flow"]
 
 _WARMUP = 100
-# How a store is read.
+# Options of how a store is read.
 _OF_A_STORE = ("manifest", "follow_latest", "verify", "on_corrupt", "cache_folder", "cache_gib", "in_flight_mib")
 
 
@@ -27,7 +27,7 @@ class FitConfig(Config):
     out: LocalPath = Field(description="Folder of this run: checkpoints, metrics, model.")
     data: StorePlace | None = Field(None, description="Store to read trajectories from: a folder or s3://... URI.")
     dataset: str = Field("main", description="Name of the dataset in the store.")
-    manifest: int | None = Field(None, ge=1, description="Number of the manifest; the latest one unless told.")
+    manifest: int | None = Field(None, ge=1, description="Number of the manifest; default: the latest one.")
     images: Source | None = Field(None, description=f"Real images for denoising, or for dmd's discriminator: {KINDS}.")
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="What is fitted.")
     init: Source | None = Field(None, description="teacher, scratch or the folder of a saved model to start from.")
@@ -35,14 +35,14 @@ class FitConfig(Config):
     critic: CriticConfig = Field(CriticConfig(), description=f"{WITH_CRITIC}: the critic.")
     teacher: TeacherConfig = Field(TeacherConfig(), description=f"{WITH_CRITIC}: the teacher beside the student.")
     told_guidance: bool = Field(
-        False, description="Tell the student each sample's guidance scale, of which the data has several."
+        False, description="Give the student each sample's guidance scale, of which the data has several."
     )
-    process: ProcessName | None = Field(None, description="denoising: the forward process; ve unless told.")
+    process: ProcessName | None = Field(None, description="denoising: the forward process; default: ve.")
     prediction: PredictionName | None = Field(
-        None, description="From scratch: what the network predicts; by the process unless told (ve: edm)."
+        None, description="From scratch: what the network predicts; default: by the process (ve: edm)."
     )
     sigma_data: float | None = Field(
-        None, gt=0, description="From scratch, for edm: rms of the data; measured unless told."
+        None, gt=0, description="From scratch, for edm: rms of the data; default: measured."
     )
 
     steps: int = Field(3000, ge=1, description="Optimizer steps; of each stage, where there are several.")
@@ -63,7 +63,7 @@ class FitConfig(Config):
         "100, or as the run began.",
     )
     decay: Literal["cosine", "linear", "none"] | None = Field(
-        None, description="How the learning rate falls to 0; linear for progressive, else cosine, unless told."
+        None, description="How the learning rate falls to 0; default: linear for progressive, else cosine."
     )
     clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 does not clip.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
@@ -76,8 +76,8 @@ class FitConfig(Config):
         False, description="Keep no activations inside of blocks: compute them again for the gradient."
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    threads: int | None = Field(None, ge=1, description="CPU threads of torch; torch's own choice unless told.")
-    seed: int = Field(0, ge=0, lt=2**63, description="Of the order, the weights and every random choice.")
+    threads: int | None = Field(None, ge=1, description="CPU threads of torch; default: torch's own choice.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the order, the weights and every random choice.")
 
     checkpoint_every: int = Field(500, ge=1, description="Steps between checkpoints.")
     checkpoints: StorePlace | None = Field(
@@ -89,10 +89,10 @@ class FitConfig(Config):
         description="Of the checkpoints on a validated step keep that of the least holdout error too, and its model "
         f"in OUT/best. Not for {WITH_CRITIC}: that error does not judge their samples.",
     )
-    resume: bool = Field(True, description="Go on from the run's last checkpoint; --no-resume starts it anew.")
+    resume: bool = Field(True, description="Go on from the run's last checkpoint; --no-resume starts it over.")
     log_every: int = Field(50, ge=1, description="Steps between lines of metrics.")
     validate_every: int = Field(500, ge=0, description="Steps between errors on the holdout split; 0 for none.")
-    save_dtype: DtypeName = Field("float32", description="Of the final weights on disk.")
+    save_dtype: DtypeName = Field("float32", description="Dtype of the final weights on disk.")
 
     parallel: Literal["auto", "ddp", "fsdp"] = Field(
         "auto", description="Under torchrun: ddp, which auto is, or fsdp, which shards weights and their averages too."
@@ -100,7 +100,7 @@ class FitConfig(Config):
     lanes: int | None = Field(
         None,
         ge=1,
-        description="Runs of rows that a batch is made of; ranks divide them. gcd(batch_size, 8) unless told.",
+        description="Runs of rows that a batch is made of; ranks divide them. Default: gcd(batch_size, 8).",
     )
     follow_latest: bool = Field(False, description="Go over to the dataset's newest manifest when an epoch starts.")
     verify: Literal["always", "first", "never"] = Field(
@@ -109,9 +109,7 @@ class FitConfig(Config):
     on_corrupt: Literal["fail", "substitute"] = Field(
         "fail", description="What unreadable samples do: end the fit, or give way to others, counted."
     )
-    cache_folder: LocalPath | None = Field(
-        None, description="Disk cache of remote stores; ~/.cache/limbeck unless told."
-    )
+    cache_folder: LocalPath | None = Field(None, description="Disk cache of remote stores; default: ~/.cache/limbeck.")
     cache_gib: float = Field(32, gt=0, description="Most that the disk cache holds, GiB.")
     in_flight_mib: int = Field(256, ge=1, description="Stored bytes being fetched from a remote store at a time, MiB.")
     ahead_mib: int = Field(64, ge=1, description="Batches made ahead of the step, MiB.")
@@ -145,12 +143,12 @@ class FitConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, given: Any) -> Any:
-        """Defaults that follow from the objective."""
+        """Fill in defaults that follow from the objective."""
         if not isinstance(given, Mapping):
             return given
         objective = ObjectiveConfig.model_validate(given.get("objective") or {})
-        told = {key: value for key, value in given.items() if value is not None}
-        filled = {**objective.kind.fit_defaults, **told, "objective": objective.filled()}
+        chosen = {key: value for key, value in given.items() if value is not None}
+        filled = {**objective.kind.fit_defaults, **chosen, "objective": objective.filled()}
         filled.setdefault("batch_size", default_batch(filled.get("micro_batch"), filled.get("lanes")))
         if filled.get("process", "ve") != "ve":
             # The distribution of log sigma is that of process ve; the others draw their times uniformly.
@@ -169,8 +167,8 @@ class FitConfig(Config):
         self._check_others()
         self._check_reading()
         if self.micro_batch is not None and self.samples_a_step % self.micro_batch:
-            told = f"micro_batch {self.micro_batch} does not divide batch_size {self.batch_size}"
-            raise ValueError(f"{told}; choose a divisor")
+            problem = f"micro_batch {self.micro_batch} does not divide batch_size {self.batch_size}"
+            raise ValueError(f"{problem}; choose a divisor")
         if self.num_warmup >= self.steps and self.decay != "none":
             raise ValueError(
                 f"warmup {self.num_warmup} leaves none of {self.steps} steps to decay; give fewer, or --warmup 0"
@@ -192,7 +190,7 @@ class FitConfig(Config):
             raise ValueError(f"process {self.process}: a student has its teacher's process; leave --process out")
 
     def _check_others(self) -> None:
-        """What belongs to the networks beside the student, and to data of several scales."""
+        """Check the options of the networks beside the student, and of data of several scales."""
         if not self.kind.has_critic:
             begins = self.init == "teacher" and self.teacher == TeacherConfig(uri=self.teacher.uri)
             for name in ("critic",) if begins else ("critic", "teacher"):
@@ -218,7 +216,7 @@ class FitConfig(Config):
         if self.parallel == "fsdp":
             raise ValueError("critic.kind lora: weights that it shares can't be sharded; use copy, or --parallel ddp")
         if self.told_guidance:
-            raise ValueError("critic.kind lora: the teacher's weights are not told guidance; use copy")
+            raise ValueError("critic.kind lora: the teacher's weights take no guidance; use copy")
 
     def _check_reading(self) -> None:
         if self.lanes is not None and self.samples_a_step % self.lanes:

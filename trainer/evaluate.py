@@ -23,6 +23,7 @@ from storage_schemas.images import KINDS
 from storage_schemas.places import LocalPath, Source, StorePlace
 from storage_schemas.recipe import Recipe
 from storage_schemas.store import Store
+from trainer.classifier import load_classifier, shipped_classifier, shipped_image_source
 from trainer.evaluation.contenders import Contender, students, teacher_solvers
 from trainer.evaluation.costs import Costs, student_costs
 from trainer.evaluation.holdout import Pairs, read_pairs
@@ -30,7 +31,6 @@ from trainer.evaluation.metrics import Frechet, Neighbours, holdout_error, slice
 from trainer.evaluation.plots import check_plots, plot_quality
 from trainer.evaluation.sampling import Way
 from trainer.evaluation.tables import show, terminal
-from trainer.features import load_classifier, shipped_classifier, shipped_image_source
 from trainer.reading.images import load_images
 
 _MOST = 2048
@@ -42,24 +42,22 @@ class EvaluateConfig(Config):
     runs: tyro.conf.Positional[tuple[LocalPath, ...]] = Field(description="Folders of fits, or of saved models.")
     data: StorePlace = Field(description="Store whose holdout noises and outputs are used: a folder or s3://... URI.")
     dataset: str = Field("main", description="Name of the dataset in the store.")
-    manifest: int | None = Field(None, ge=1, description="Number of the manifest; the latest one unless told.")
-    nfe: tuple[int, ...] = Field((), description="Numbers of network calls; all that the runs serve unless told.")
+    manifest: int | None = Field(None, ge=1, description="Number of the manifest; default: the latest one.")
+    nfe: tuple[int, ...] = Field((), description="Numbers of network calls; default: all that the runs serve.")
     count: int | None = Field(
-        None, ge=2, description=f"Samples of each contender; all of the holdout up to {_MOST} unless told."
+        None, ge=2, description=f"Samples of each contender; default: all of the holdout up to {_MOST}."
     )
     sampling: Way | None = Field(
-        None, description="jump or renoise: how students make several steps; as each was fitted unless told."
+        None, description="jump or renoise: how students make several steps; default: as each was fitted."
     )
     images: Source | None = Field(
-        None, description=f"Real images to compare with: {KINDS}; by the sample shape unless told."
+        None, description=f"Real images to compare with: {KINDS}; default: by the sample shape."
     )
     classifier: LocalPath | None = Field(
-        None, description="Folder of a classifier (python -m trainer classifier); the shipped one unless told."
+        None, description="Folder of a classifier (python -m trainer classifier); default: the shipped one."
     )
-    teacher: Source | None = Field(
-        None, description="Teacher's URI; the store's own, or one that is shipped, unless told."
-    )
-    out: LocalPath | None = Field(None, description="Folder for evaluation.json and .png; the first run's unless told.")
+    teacher: Source | None = Field(None, description="Teacher's URI; default: the store's own, or one that is shipped.")
+    out: LocalPath | None = Field(None, description="Folder for evaluation.json and .png; default: the first run's.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = Field(
         False, description="Print evaluation.json instead of a table."
@@ -76,7 +74,7 @@ class EvaluateConfig(Config):
 
 @dataclass(frozen=True)
 class Distances:
-    """Of samples from real ones; None where there is no classifier to measure in."""
+    """Distances of samples from real ones; None without a classifier to measure in."""
 
     sliced_wasserstein: float
     frechet: float | None = None
@@ -86,7 +84,7 @@ class Distances:
 
 @dataclass(frozen=True)
 class Row:
-    """One contender's figures. kind: student, teacher or stored. costs: of a student whose run is there."""
+    """One contender's figures. kind: student, teacher or stored. costs: what a student took, if its run is there."""
 
     name: str
     kind: str
@@ -97,15 +95,15 @@ class Row:
     costs: Costs | None = None
 
     def plain(self) -> dict[str, Any]:
-        """As in evaluation.json."""
-        told = asdict(self)
-        distances, costs = told.pop("distances"), told.pop("costs")
-        return told | distances | {"costs": costs}
+        """The row as in evaluation.json."""
+        figures = asdict(self)
+        distances, costs = figures.pop("distances"), figures.pop("costs")
+        return figures | distances | {"costs": costs}
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples should look like, in two parts: they are compared with `target`, the floor is what `other` is at."""
+    """Reference samples in two parts: samples are compared with `target`, and `other` gives the floor."""
 
     name: str
     target: Tensor
@@ -114,7 +112,7 @@ class Reference:
     neighbours: Neighbours | None = None
 
     def distances(self, samples: Tensor) -> Distances:
-        """Of samples from the target."""
+        """Distances of samples from the target."""
         wasserstein = sliced_wasserstein(samples, self.target)
         if self.frechet is None or self.neighbours is None:
             return Distances(wasserstein)
@@ -233,7 +231,7 @@ def _stored_row(pairs: Pairs, reference: Reference, recipe: Recipe) -> Row:
 
 
 def machine(device: torch.device) -> str:
-    """What a device is, in words."""
+    """A device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

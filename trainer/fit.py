@@ -12,11 +12,11 @@ from storage_schemas.errors import UserError, usage_errors
 from trainer.config import FitConfig
 from trainer.loop import Stepper, StopRequest, check_device, step_seed, stop_on_signals
 from trainer.objectives.kind import Stage
-from trainer.parallel import Ranks, ranks
 from trainer.planning.follow import Following
 from trainer.planning.models import Models
 from trainer.planning.plan import Plan
 from trainer.planning.start import Claim, check_launch, gather, make_plan, start_or_go_on
+from trainer.ranks import Ranks, join_ranks
 from trainer.reading.content import check_division
 from trainer.reading.order import default_lanes
 from trainer.runs.advice import advice_of
@@ -25,7 +25,7 @@ from trainer.runs.logs import NoLog, RunLog
 from trainer.runs.meter import Figures, Meter
 from trainer.runs.pins import Pins
 from trainer.runs.place import BEST, METRICS, Place
-from trainer.runs.run import RunRecord, as_begun, where
+from trainer.runs.record import RunRecord, as_begun, where
 from trainer.stream import Stream
 
 __all__ = ["FitConfig", "run_fit"]
@@ -41,30 +41,32 @@ def run_fit(config: FitConfig) -> int:
         torch.set_num_threads(config.threads)
     with ExitStack() as held:
         with usage_errors():
-            crew = held.enter_context(ranks(config.device))
-            check_device(config, crew.device)
-            check_division(config.samples_a_step, config.lanes or default_lanes(config.samples_a_step), crew.world_size)
-            check_launch(config, crew)
-        return _fit(config, crew, held)
+            ranks = held.enter_context(join_ranks(config.device))
+            check_device(config, ranks.device)
+            check_division(
+                config.samples_a_step, config.lanes or default_lanes(config.samples_a_step), ranks.world_size
+            )
+            check_launch(config, ranks)
+        return _fit(config, ranks, held)
 
 
-def _fit(config: FitConfig, crew: Ranks, held: ExitStack) -> int:
+def _fit(config: FitConfig, ranks: Ranks, held: ExitStack) -> int:
     place = Place(config.out, config.checkpoints)
     checkpoints = Checkpoints(
-        place.store, crew, keep_last=config.keep_last, keep_best=config.keeps_best, check=place.check
+        place.store, ranks, keep_last=config.keep_last, keep_best=config.keeps_best, check=place.check
     )
-    claim = Claim(config, place, held if crew.is_first else None)
-    earlier = crew.broadcast(claim.earlier(checkpoints))
+    claim = Claim(config, place, held if ranks.is_first else None)
+    earlier = ranks.broadcast(claim.earlier(checkpoints))
     config = as_begun(config, earlier)
     with checkpoints.newest() if earlier else nullcontext() as found:
         with usage_errors():
-            plan = make_plan(config, crew, earlier, found)
+            plan = make_plan(config, ranks, earlier, found)
             record, denoiser = start_or_go_on(config, plan, place, earlier, found)
-        record = crew.broadcast(record)
+        record = ranks.broadcast(record)
         claim.make(record, goes_on=earlier is not None)
         stop = held.enter_context(stop_on_signals())
-        fit = Fit(config, plan, record, crew, stop, place, checkpoints)
-        fit.begin(FlowMap(denoiser.to(crew.device)), found)
+        fit = Fit(config, plan, record, ranks, stop, place, checkpoints)
+        fit.begin(FlowMap(denoiser.to(ranks.device)), found)
     return fit.run()
 
 
@@ -76,42 +78,42 @@ class Fit:
         config: FitConfig,
         plan: Plan,
         record: RunRecord,
-        crew: Ranks,
+        ranks: Ranks,
         stop: StopRequest,
         place: Place,
         checkpoints: Checkpoints,
     ) -> None:
-        self.config, self.plan, self.ranks, self.stop = config, plan, crew, stop
+        self.config, self.plan, self.ranks, self.stop = config, plan, ranks, stop
         self.place, self.checkpoints = place, checkpoints
         self.models = Models(config, record, place)
         self.total = config.steps * len(plan.stages)
         self.pins = None
-        if plan.store is not None and crew.is_first:
+        if plan.store is not None and ranks.is_first:
             self.pins = Pins(plan.store, run=record.name, dataset=plan.reads["dataset"])
 
     def begin(self, student: FlowMap, found: Found | None) -> None:
-        """At the start, or where a checkpoint is."""
+        """Initialise, or restore from a checkpoint."""
         sharded = self.config.parallel == "fsdp"
         with usage_errors():
-            cast = gather(self.config, self.plan, student)
-            self.stepper = Stepper(cast, self.config, self.ranks, sharded=sharded)
+            networks = gather(self.config, self.plan, student)
+            self.stepper = Stepper(networks, self.config, self.ranks, sharded=sharded)
         self.stage, self.step = 0, 0
         self.stream_state: dict[str, Any] | None = None
         self.warnings = self.plan.warnings_of(student)
         if found:
             tree = found.read(like={"stepper": self.stepper.state_dict()} if sharded else None)
-            with found.told_of():
+            with found.store_errors():
                 self.stepper.load_state_dict(tree["stepper"])
                 self.stage, self.step, self.stream_state = tree["stage"], tree["step"], tree["stream"]
             self.warnings += found.refused
 
     @property
     def done(self) -> int:
-        """Steps of the whole run."""
+        """Steps done of the whole run."""
         return self.stage * self.config.steps + self.step
 
     def run(self) -> int:
-        """To the end or to a signal."""
+        """Run to the end or to a signal; the exit code."""
         log = RunLog(self.config.out, step=self.done, total=self.total) if self.ranks.is_first else NoLog()
         with log as self.log:
             self._greet()
@@ -126,8 +128,8 @@ class Fit:
                 self.stage, self.step = self.stage + 1, 0
             if self.pins:
                 self.pins.drop()
-            if self.ranks.is_first and (told := advice_of(self.config.out)):
-                self.log.say(told)
+            if self.ranks.is_first and (found := advice_of(self.config.out)):
+                self.log.say(found)
             self.log.say(f"{self.config.out / 'model'}: fitted in {self.total} steps")
         return 0
 
@@ -187,12 +189,12 @@ class Fit:
         )
 
     def _note_content(self, following: Following, stream: Stream) -> None:
-        """The first batch of another manifest is there."""
+        """Go over to another manifest's plan at its first batch."""
         number, before = stream.state_dict()["place"]["manifest"], self.plan.reads["manifest"]
         if number != before:
             self.plan = following.plans[number]
             self.log.say(f"{self.config.out}: from step {self.done + 1} on manifest {number}, in place of {before}")
-            for warning in self.plan.warnings_of(self.stepper.cast.student):
+            for warning in self.plan.warnings_of(self.stepper.networks.student):
                 self.log.say(f"warning: {warning}")
 
     def _report(self, stage: Stage, meter: Meter, stream: Stream) -> float | None:
@@ -220,11 +222,11 @@ class Fit:
     def _check_finite(self, meter: Meter) -> None:
         # float16 steps whose gradient overflows are skipped by the scaler: only its loss tells.
         if not meter.finite(norms=self.config.autocast != "float16"):
-            told = f"{self.config.out} has diverged by step {self.done}: its loss or gradient is not finite"
-            raise Diverged(f"{told}; start it anew by --no-resume with a smaller --lr or a longer --warmup")
+            problem = f"{self.config.out} has diverged by step {self.done}: its loss or gradient is not finite"
+            raise Diverged(f"{problem}; start it anew by --no-resume with a smaller --lr or a longer --warmup")
 
     def _checkpoint(self, stream: Stream, error: float | None) -> None:
-        """The metrics up to here and the best model first, since the checkpoint says that they are there."""
+        """Save metrics and the best model, then the checkpoint, which says that they are there."""
         error = error if error is None or math.isfinite(error) else None
         if error is not None and self.config.keeps_best and self.checkpoints.would_be_best(self.stage, error):
             self._save_model(BEST)
@@ -244,7 +246,7 @@ class Fit:
         self._pin(reads.get("manifest"))
 
     def _folders(self) -> list[str]:
-        """Of the stage's student."""
+        """Folders to save the stage's student in."""
         staged = [f"stages/{self.plan.stages[self.stage].name}"] if len(self.plan.stages) > 1 else []
         return staged + (["model"] if self.stage + 1 == len(self.plan.stages) else [])
 

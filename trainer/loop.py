@@ -1,4 +1,4 @@
-"""The step and the signals around it: who is updated by a batch, averaged weights, exact resume."""
+"""The step and the signals around it: which networks a batch updates, averaged weights, exact resume."""
 
 import hashlib
 import signal
@@ -15,12 +15,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from diffusion.denoiser import Denoiser
 from diffusion.flow_map import FlowMap
-from trainer import parallel
 from trainer.config import FitConfig
-from trainer.networks.cast import Cast
+from trainer.learner import Average, Learner, frozen
+from trainer.networks.networks import Networks
 from trainer.objectives.kind import AlternatingObjective, Objective
-from trainer.parallel import Ranks
-from trainer.player import Average, Player, frozen
+from trainer.ranks import Ranks, send_first, share_out
 from trainer.stream import Batch
 
 
@@ -46,40 +45,40 @@ class Stepper:
     student; with `sharded` also `state_dict`, `load_state_dict` and `restart`.
     """
 
-    def __init__(self, cast: Cast, config: FitConfig, ranks: Ranks, *, sharded: bool = False) -> None:
-        self.config, self.ranks, self.sharded, self.cast = config, ranks, sharded, cast
-        fitted = _together(cast.student.train(), cast.weighting)
-        parallel.send_first(fitted, ranks)
-        if cast.critic is not None:
-            parallel.send_first(cast.critic, ranks)
-        denoiser, options = cast.student.denoiser, config.options
+    def __init__(self, networks: Networks, config: FitConfig, ranks: Ranks, *, sharded: bool = False) -> None:
+        self.config, self.ranks, self.sharded, self.networks = config, ranks, sharded, networks
+        fitted = _together(networks.student.train(), networks.weighting)
+        send_first(fitted, ranks)
+        if networks.critic is not None:
+            send_first(networks.critic, ranks)
+        denoiser, options = networks.student.denoiser, config.options
         self.average = Average(denoiser, config.ema) if config.ema else None
         self.target = None if options.target_decay is None else Average(denoiser, options.target_decay)
-        critic_ema = config.critic.ema if cast.critic else 0.0
-        self.critic_average = Average(cast.critic, critic_ema) if cast.critic and critic_ema else None
+        critic_ema = config.critic.ema if networks.critic else 0.0
+        self.critic_average = Average(networks.critic, critic_ema) if networks.critic and critic_ema else None
         if self.target is not None:
-            cast.target = FlowMap(self.target.module).eval()
+            networks.target = FlowMap(self.target.module).eval()
         if config.compile:
             denoiser.network.compile()
         if sharded:
             self._share_out()
         assert config.lr is not None
-        self.student = Player(fitted, config, ranks, lr=config.lr, every=options.student_every, sharded=sharded)
-        self.critic: Player | None = None
-        if cast.critic:
-            self.critic = Player(cast.critic, config, ranks, lr=config.critic.lr or config.lr, sharded=sharded)
+        self.student = Learner(fitted, config, ranks, lr=config.lr, every=options.student_every, sharded=sharded)
+        self.critic: Learner | None = None
+        if networks.critic:
+            self.critic = Learner(networks.critic, config, ranks, lr=config.critic.lr or config.lr, sharded=sharded)
 
     def _share_out(self) -> None:
         averages = [average.module for average in (self.average, self.target) if average]
-        critics = [average.module for average in (self.critic_average,) if average] + [self.cast.critic]
-        denoisers = [self.cast.student.denoiser, *averages, *(critic.denoiser for critic in critics if critic)]
-        networks = [denoiser.network for denoiser in denoisers]
-        for network in filter(None, (*networks, self.cast.weighting)):
-            parallel.share_out(network, self.ranks)
+        critics = [average.module for average in (self.critic_average,) if average] + [self.networks.critic]
+        denoisers = [self.networks.student.denoiser, *averages, *(critic.denoiser for critic in critics if critic)]
+        inner = [denoiser.network for denoiser in denoisers]
+        for network in filter(None, (*inner, self.networks.weighting)):
+            share_out(network, self.ranks)
 
     def restart(self) -> None:
-        """Begin the next stage: from the served weights, with everything else as new."""
-        self.cast.student.denoiser.load_state_dict(self.served.state_dict())
+        """Begin the next stage: from the served weights; reset everything else."""
+        self.networks.student.denoiser.load_state_dict(self.served.state_dict())
         if self.average is not None:
             self.average.count = 0
         self.student.begin()
@@ -87,7 +86,7 @@ class Stepper:
     @property
     def served(self) -> Denoiser:
         """The denoiser that is validated, saved, and the start of the next stage."""
-        return self.cast.student.denoiser if self.average is None else self.average.module
+        return self.networks.student.denoiser if self.average is None else self.average.module
 
     @contextmanager
     def evaluating(self) -> Iterator[Denoiser]:
@@ -97,9 +96,9 @@ class Stepper:
         served.train()
 
     def step(self, objective: Objective, batch: Batch, *, seed: int, number: int = 0) -> dict[str, Tensor]:
-        """What the run's step `number` (from 0) updates by this rank's part of the global batch.
+        """Do the run's step `number` (from 0) on this rank's part of the global batch.
 
-        The student; or, where there is a critic, the critic, and the student after each `critic_steps` of those.
+        It updates the student; or the critic if there is one, and the student after each `critic_steps` of those.
         Returns losses and norms of the gradients before clipping, of the global batch, on the device, the same on
         every rank. Dropout alone depends on how many ranks there are: each draws its own.
         """
@@ -107,26 +106,26 @@ class Stepper:
         if self.critic is None:
             return self._update_student(objective, batch)
         assert isinstance(objective, AlternatingObjective)
-        loss, norm = self.critic.update(objective.critic_loss, self.cast, batch)
-        if self.critic_average is not None and self.cast.critic is not None:
-            self.critic_average.update(self.cast.critic)
+        loss, norm = self.critic.update(objective.critic_loss, self.networks, batch)
+        if self.critic_average is not None and self.networks.critic is not None:
+            self.critic_average.update(self.networks.critic)
         found = {"critic_loss": loss, "critic_grad_norm": norm}
         turn = (number + 1) % objective.critic_steps == 0
         return found | (self._update_student(objective, batch) if turn else {})
 
     def _update_student(self, objective: Objective, batch: Batch) -> dict[str, Tensor]:
-        critic = self.critic_average.module if self.critic_average else self.cast.critic
+        critic = self.critic_average.module if self.critic_average else self.networks.critic
         with frozen(critic):
-            loss, norm = self.student.update(objective, replace(self.cast, critic=critic), batch)
+            loss, norm = self.student.update(objective, replace(self.networks, critic=critic), batch)
         for average in filter(None, (self.average, self.target)):
-            average.update(self.cast.student.denoiser)
+            average.update(self.networks.student.denoiser)
         return {"loss": loss, "grad_norm": norm}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, but the stream.
 
         Plain tensors, the same on every rank; of sharded networks DTensors under their parameters' names, for
-        saving/shards.py, which reads what other numbers of ranks have saved: into a `state_dict()`, in place, and that
+        runs/shards.py, which reads what other numbers of ranks have saved: into a `state_dict()`, in place, and that
         is what `load_state_dict` takes.
         """
         return {name: part and part.state_dict() for name, part in self._parts().items()}
@@ -137,7 +136,7 @@ class Stepper:
             if part is not None:
                 part.load_state_dict(state[name])
 
-    def _parts(self) -> dict[str, Player | Average[Any] | None]:
+    def _parts(self) -> dict[str, Learner | Average[Any] | None]:
         return {
             "student": self.student,
             "average": self.average,
@@ -153,7 +152,7 @@ class Stepper:
 
 
 def _together(student: FlowMap, weighting: nn.Module | None) -> nn.Module:
-    """What the student's optimizer fits."""
+    """The module that the student's optimizer fits."""
     return student if weighting is None else nn.ModuleDict({"student": student, "weighting": weighting})
 
 

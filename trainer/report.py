@@ -70,7 +70,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def put_together(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """As one evaluation, whose rows hold means, with the sample standard deviations under `spread`.
+    """One evaluation whose rows hold means, with the sample standard deviations under `spread`.
 
     Raises ManifestMismatch where they are of other data: their figures can't be compared.
     """
@@ -78,8 +78,8 @@ def put_together(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for other in evaluations[1:]:
         for name in _SAME:
             if not _alike(other[name], first[name]):
-                told = f"{other['file']} has {name} {other[name]}, {first['file']} has {first[name]}"
-                raise ManifestMismatch(f"{told}; put evaluations of the same data together")
+                problem = f"{other['file']} has {name} {other[name]}, {first['file']} has {first[name]}"
+                raise ManifestMismatch(f"{problem}; put evaluations of the same data together")
     return {
         **{name: first[name] for name in _SAME},
         "evaluations": len(evaluations),
@@ -99,7 +99,7 @@ def _alike(one: Any, other: Any) -> bool:
 
 
 def _rows(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """One for each contender and NFE: by NFE, students first, the best of each first."""
+    """One row for each contender and NFE: by NFE, students first, the best of each first."""
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
         return row["nfe"], row["kind"], _name(row), row["steps"]

@@ -19,7 +19,7 @@ from storage_schemas.errors import UsageError, usage_errors
 from storage_schemas.extras import need
 from storage_schemas.places import LocalPath
 from trainer.evaluation.sampling import FewSteps, Way, few_steps, noises_of
-from trainer.networks.student import check_finite, find_student, is_told_labels
+from trainer.networks.student import check_finite, find_student, takes_labels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,17 +39,17 @@ class SampleConfig(Config):
     out: LocalPath | None = Field(None, description="PNG file for a grid of the images.")
     tensors: LocalPath | None = Field(None, description="Safetensors file for noise, output and condition.")
     seed: int = Field(0, ge=0, lt=2**64, description="Seed of the noise; its holdout line is used.")
-    label: int | None = Field(None, ge=0, description="One class for all; every class in turn unless told.")
+    label: int | None = Field(None, ge=0, description="One class for all; default: every class in turn.")
     guidance: float | None = Field(
         None,
         ge=0,
         allow_inf_nan=False,
-        description="Scale for a student that is told it; the middle one of those it was fitted on unless told.",
+        description="Scale for a student that takes it; default: the middle one of those it was fitted on.",
     )
     sampling: Way | None = Field(
         None,
-        description="jump: from each time of the grid to the next; renoise: to data each time, then noise anew, as "
-        "consistency models do. What the student was fitted for unless told.",
+        description="jump: from each time of the grid to the next; renoise: to data each time, then fresh noise, as "
+        "consistency models do. Default: what the student was fitted for.",
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
 
@@ -88,7 +88,7 @@ def run_sample(config: SampleConfig) -> int:
 def draw(
     sampler: FewSteps, shape: tuple[int, ...], seed: int, labels: Tensor | None, count: int, *, guidance: float
 ) -> dict[str, Tensor]:
-    """As stored: noise = sigma_T eps of the holdout ids 0 .. count-1, output = x_0, and condition, if any."""
+    """Samples as stored: noise = sigma_T eps of the holdout ids 0 .. count-1, output = x_0, and condition, if any."""
     device = sampler.device
     eps = torch.from_numpy(noise.standard_normal(seed, "holdout", range(count), shape))
     x_T = (sampler.noise_scale * eps).float()
@@ -101,20 +101,20 @@ def draw(
     return {"noise": x_T, "output": torch.cat(outputs)} | ({} if labels is None else {"condition": labels})
 
 
-def sample_guidance(saved: Checkpoint, told: float | None) -> float:
-    """The guidance scale that a student is told: the one asked for, or the middle one of those it was fitted on."""
-    hears = saved.model.get("network", {}).get("told_guidance", False)
-    if told is not None and not hears:
+def sample_guidance(saved: Checkpoint, asked: float | None) -> float:
+    """The guidance scale that a student takes: the one asked for, or the middle one of those it was fitted on."""
+    takes_scales = saved.model.get("network", {}).get("told_guidance", False)
+    if asked is not None and not takes_scales:
         raise UsageError(
-            f"guidance {told} means nothing to this student, which has its teacher's baked in; fit one --told-guidance"
+            f"guidance {asked} means nothing to this student, which has its teacher's baked in; fit one --told-guidance"
         )
     scales = saved.about.get("guidance_scales", [1.0])
-    return scales[len(scales) // 2] if told is None else told
+    return scales[len(scales) // 2] if asked is None else asked
 
 
 def sample_labels(saved: Checkpoint, count: int, label: int | None) -> Tensor | None:
     """0, 1, ..., 0, 1, ... or `label` throughout, int64 [count]; None for a student fitted without labels."""
-    classes = saved.model["num_classes"] if is_told_labels(saved) else None
+    classes = saved.model["num_classes"] if takes_labels(saved) else None
     if label is not None and (classes is None or label >= classes):
         has = "none" if classes is None else f"0 to {classes - 1}"
         raise UsageError(f"label {label} is no class of this student, which has {has}; choose another or leave it out")

@@ -40,11 +40,11 @@ _PATIENCE = 1.0  # seconds that `close` waits for a read that has begun; for a c
 class Stream:
     """An endless iterator of this rank's part of the global batches. `close` it, or use it as a context manager.
 
-    A batch is valid until the next one is asked for, when its memory is filled anew; with `fresh` it is the caller's.
+    A batch is valid until the next one is asked for, when its memory is filled again; with `fresh` it is the caller's.
     Memory: `ahead_bytes` (at least one batch), the batch being filled and the one given. On a GPU the copies run on a
     stream of their own, from pinned memory, and tensors are there in the storage dtype.
 
-    batch_size: of the global batch. lanes, block: of the order; a run that goes on has its state's. turn (w, W): only
+    batch_size: the global batch's. lanes, block: the order's; a run that goes on has its state's. turn (w, W): only
     every W-th global batch from the w-th on. follow: asked in the loading thread at each later epoch's start for a
     source to go over to; every rank must answer the same. ValueError: ranks, lanes and batch that do not divide.
     ManifestMismatch: no samples, or a state of other content, seed, lanes or block.
@@ -124,11 +124,11 @@ class Stream:
 
     @property
     def epochs(self) -> float:
-        """How often the samples have been seen, so far."""
+        """Epochs so far: number of passes over the samples."""
         return self._given.epochs
 
     def state_dict(self, gather: Gather = lambda mine: [mine]) -> dict[str, Any]:
-        """What gives the batches after the last one given, on any number of ranks.
+        """A state that gives the batches after the last one given, on any number of ranks.
 
         gather: this rank's small object -> every rank's; then call it on every rank, and all have the same state.
         """
@@ -190,11 +190,11 @@ class TrajectoryStream(IterableDataset[dict[str, Tensor]]):
         self._state = first.state() | {"substituted": 0, "unreadable": []}
 
     def state_dict(self, batches: int | None = None) -> dict[str, Any]:
-        """What gives the batches after the last one given, on any number of ranks and workers.
+        """A state that gives the batches after the last one given, on any number of ranks and workers.
 
-        Of samples that could not be read it tells this rank's own. batches: after that many of this size since the
-        run's very first, instead: a pure function, for who knows how many were used where others were fetched ahead,
-        as a DataLoader's workers do.
+        Of samples that could not be read it has this rank's own. batches: after that many of this size since the
+        run's very first, instead: a pure function, for callers that know how many were used where others were
+        fetched ahead, as by a DataLoader's workers.
         """
         if batches is None:
             return self._state

@@ -15,7 +15,7 @@ from tests.end_to_end.jobs import SMALL
 from tests.exactly_once import every_file
 from trainer.config import FitConfig
 from trainer.runs.place import RECORD, Place
-from trainer.runs.run import RunRecord, plain, where
+from trainer.runs.record import RunRecord, plain, where
 
 s3fs = pytest.importorskip("s3fs")
 

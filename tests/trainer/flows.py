@@ -10,7 +10,7 @@ from diffusion.flow_map import FlowMap, jump_coefficients
 from diffusion.gaussian import GaussianTeacher
 from diffusion.prediction import Sample
 from diffusion.process import Process, expand
-from trainer.networks.cast import Cast
+from trainer.networks.networks import Networks
 from trainer.objectives.kind import Objective
 from trainer.stream import Batch
 
@@ -105,20 +105,20 @@ def batch_of(states: dict[str, Tensor], uniforms: Tensor) -> Batch:
 
 
 def minimise(
-    objective: Objective, cast: Cast, batch: Batch, *, fitted: nn.Module | None = None, steps: int = 300
+    objective: Objective, networks: Networks, batch: Batch, *, fitted: nn.Module | None = None, steps: int = 300
 ) -> float:
     """The least loss (or that after so many steps), to which the student (or what is `fitted`) is brought."""
     optimizer = torch.optim.LBFGS(
-        (fitted or cast.student).parameters(), max_iter=steps // 3, history_size=50, tolerance_grad=1e-14,
+        (fitted or networks.student).parameters(), max_iter=steps // 3, history_size=50, tolerance_grad=1e-14,
         tolerance_change=0, line_search_fn="strong_wolfe",
     )  # fmt: skip
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = objective(cast, batch)
+        loss = objective(networks, batch)
         loss.backward()
         return loss
 
     for _ in range(3):
         optimizer.step(closure)  # type: ignore[arg-type]
-    return objective(cast, batch).item()
+    return objective(networks, batch).item()

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from tests.trainer.networks.test_critic import ALTERNATING, FITS, ROWS, batch, cast_of, config, student
+from tests.trainer.networks.test_critic import ALTERNATING, FITS, ROWS, batch, config, networks_of, student
 from tests.trainer.on_ranks import load, save
 from trainer.loop import Stepper, step_seed
-from trainer.parallel import Ranks, ranks
+from trainer.ranks import Ranks, join_ranks
 
 STEPS, CUT = 6, 3
 CASES: dict[str, dict[str, Any]] = {
@@ -27,8 +27,8 @@ CASES: dict[str, dict[str, Any]] = {
 def begun(case: dict[str, Any], ranks: Ranks) -> Stepper:
     """Each rank brings another student: the first one's is taken."""
     fit = config(**case)
-    cast = cast_of(fit, fitted=student(1 + ranks.rank))
-    return Stepper(cast, fit, ranks, sharded=case.get("parallel") == "fsdp" and ranks.objects is not None)
+    networks = networks_of(fit, fitted=student(1 + ranks.rank))
+    return Stepper(networks, fit, ranks, sharded=case.get("parallel") == "fsdp" and ranks.objects is not None)
 
 
 def figures(case: dict[str, Any], ranks: Ranks, folder: Path) -> list[dict[str, float]]:
@@ -52,7 +52,7 @@ def figures(case: dict[str, Any], ranks: Ranks, folder: Path) -> list[dict[str, 
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    with ranks("cpu") as mine:
+    with join_ranks("cpu") as mine:
         told = {name: figures(case, mine, folder / name.replace(" ", "-")) for name, case in CASES.items()}
         if mine.is_first:
             (folder / "told.json").write_text(json.dumps(told))

@@ -1,4 +1,4 @@
-"""What test_parallel.py has torchrun start: fits of a few steps, from batches made by hand, told to a file.
+"""What test_ranks.py has torchrun start: fits of a few steps, from batches made by hand, told to a file.
 
 python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.trainer.on_ranks CASES.json OUT.pt cpu
 """
@@ -19,7 +19,7 @@ from diffusion.flow_map import FlowMap
 from diffusion.models.spec import model_from_spec
 from trainer.config import FitConfig
 from trainer.loop import Stepper, step_seed
-from trainer.networks.cast import Cast
+from trainer.networks.networks import Networks
 from trainer.networks.uncertainty import Uncertainty
 from trainer.objectives.consistency import Consistency
 from trainer.objectives.ctm import ConsistencyTrajectory
@@ -31,7 +31,7 @@ from trainer.objectives.knowledge import Knowledge
 from trainer.objectives.progressive import Progressive
 from trainer.objectives.reflow import Reflow
 from trainer.objectives.weights import Weighting
-from trainer.parallel import Ranks, alone, ranks
+from trainer.ranks import Ranks, alone, join_ranks
 from trainer.runs.trees import read_tree, write_tree
 from trainer.stream import Batch
 
@@ -112,8 +112,8 @@ def run_case(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     model = {name: case[name] for name in ("network", "second_time", "process") if name in case}
     fitted, options = student(case.get("seed", 0) + ranks.rank, **model), config(**case.get("options", {}))
     learned = Uncertainty(ranks.rank).to(ranks.device) if options.objective.weighting == "learned" else None
-    cast = Cast(fitted.to(ranks.device), weighting=learned)
-    stepper = Stepper(cast, options, ranks, sharded=case.get("sharded", False))
+    networks = Networks(fitted.to(ranks.device), weighting=learned)
+    stepper = Stepper(networks, options, ranks, sharded=case.get("sharded", False))
     if case.get("load"):
         load(stepper, Path(case["load"]))
     figures, scales, seen = [], [], []
@@ -128,7 +128,7 @@ def run_case(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         scales.append(stepper.student.scaler.get_scale())
         if step + 1 == case.get("save_at"):
             save(stepper, Path(case["save"]))
-    weights = get_model_state_dict(stepper.cast.student.denoiser, options=StateDictOptions(full_state_dict=True))
+    weights = get_model_state_dict(stepper.networks.student.denoiser, options=StateDictOptions(full_state_dict=True))
     weights = {name: value.cpu() for name, value in weights.items()}
     return {
         "losses": [loss for loss, _ in figures],
@@ -138,7 +138,7 @@ def run_case(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         "student": weights,
         "served": stepper.served_state(),
         "alike": len(set(ranks.gather(_digest(weights) + str(figures)))) == 1,
-        "held": sum(p.to_local().numel() for p in stepper.cast.student.parameters()) if stepper.sharded else None,
+        "held": sum(p.to_local().numel() for p in stepper.networks.student.parameters()) if stepper.sharded else None,
     }
 
 
@@ -238,7 +238,7 @@ def through_the_disk(ranks: Ranks, told: dict[str, Any]) -> list[str]:
 def main() -> None:
     torch.set_num_threads(1)
     cases = json.loads(Path(sys.argv[1]).read_text())
-    with ranks(sys.argv[3]) as mine:
+    with join_ranks(sys.argv[3]) as mine:
         trees = cases.pop("trees", None)
         told = {name: run_case(case, alone(mine.device) if case.get("plain") else mine) for name, case in cases.items()}
         if trees:

@@ -84,7 +84,7 @@ def test_a_told_student_is_validated_and_compared_at_each_samples_scale(several,
 
 def test_a_student_that_is_not_told_answers_the_mean_scale_and_is_warned_of(several, tmp_path, capsys):
     run = fitted(several, tmp_path / "run")
-    told = "the data holds guidance scales 1, 2, 4, and this student is not told which: it learns their mixture"
+    told = "the data holds guidance scales 1, 2, 4, and this student doesn't take them: it learns their mixture"
     assert told in capsys.readouterr().err
     drawn = noise.guidance_scales(0, "train", range(COUNT), SCALES)
     labels = noise.labels(0, "train", range(COUNT), 3)
@@ -98,7 +98,7 @@ def test_a_student_that_was_told_goes_on_being_told(several, told_run, tmp_path,
     words = ("--objective.name", "knowledge", "--init", told_run, "--steps", 1, "--warmup", 0)
     assert fit("--data", several.uri, "--out", run, *words) == 0
     assert find_student(run, 1).model["network"]["told_guidance"]
-    assert "not told" not in capsys.readouterr().err
+    assert "doesn't take" not in capsys.readouterr().err
 
 
 def test_scales_that_cannot_be_told_are_refused(tmp_path, capsys):
@@ -106,7 +106,7 @@ def test_scales_that_cannot_be_told_are_refused(tmp_path, capsys):
     store = write_store(tmp_path / "store", count=64, guidance=(-1.0, 2.0))
     words = ("--data", store.uri, "--out", tmp_path / "run", "--objective.name", "knowledge", *SMALL, *SHORT)
     assert fit(*words, "--told-guidance") == 2
-    assert "guidance scale -1 can't be told to a student, only 0 and more" in capsys.readouterr().err
+    assert "guidance scale -1 can't be given to a student, only 0 and more" in capsys.readouterr().err
 
 
 def test_one_scale_is_baked_into_a_student_that_is_not_told(tmp_path):
@@ -150,17 +150,17 @@ def test_every_objective_tells_every_network_each_rows_own_label_and_scale(sever
     )  # fmt: skip
     plan = plan_trajectories(config, number=None)
     made = widened(plan.start(), second_time=table.OBJECTIVES[name].takes_target_time, told_guidance=True).build()
-    cast = gather(config, plan, FlowMap(made))
-    cast.target = FlowMap(copy.deepcopy(made)) if cast.target is None else cast.target
-    asked = cast.teacher = Asked(cast.teacher)
-    networks = [made, cast.target.denoiser, *([cast.critic.denoiser] if cast.critic else [])]
-    heard = [Heard(denoiser.network) for denoiser in networks]
+    networks = gather(config, plan, FlowMap(made))
+    networks.target = FlowMap(copy.deepcopy(made)) if networks.target is None else networks.target
+    asked = networks.teacher = Asked(networks.teacher)
+    denoisers = [made, networks.target.denoiser, *([networks.critic.denoiser] if networks.critic else [])]
+    heard = [Heard(denoiser.network) for denoiser in denoisers]
     batch = marked(plan, plan.stages[0].objective)
-    ask_all(plan.stages[0].objective, cast, batch)
+    ask_all(plan.stages[0].objective, networks, batch)
     told = {(3 if label < 0 else label, scale) for label, scale in zip(LABELS, GUIDANCE, strict=True)}
     assert set(heard[0].pairs) == told
     assert all(set(other.pairs) <= told for other in heard[1:])
-    if cast.critic:
+    if networks.critic:
         assert set(heard[2].pairs) == told
         assert asked.pairs == set(zip(LABELS, GUIDANCE, strict=True))
 
@@ -187,10 +187,10 @@ def marked(plan, objective) -> Batch:
     return replace(batch, condition=torch.tensor(LABELS), guidance=torch.tensor(GUIDANCE, dtype=torch.float64))
 
 
-def ask_all(objective, cast, batch) -> None:
-    objective(cast, batch)
-    if cast.critic:
-        objective.critic_loss(cast, batch)
+def ask_all(objective, networks, batch) -> None:
+    objective(networks, batch)
+    if networks.critic:
+        objective.critic_loss(networks, batch)
 
 
 @pytest.mark.parametrize(

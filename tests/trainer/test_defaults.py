@@ -10,8 +10,8 @@ from trainer.__main__ import commands
 from trainer.config import FitConfig
 from trainer.reading.order import default_batch
 from trainer.runs.place import Place
-from trainer.runs.run import as_begun, earlier_run, new_record
-from trainer.shuffling import ShuffleConfig, measure
+from trainer.runs.record import as_begun, earlier_run, new_record
+from trainer.shuffle import ShuffleConfig, measure
 
 REQUIRED = {
     "fit": "--out r --data p",

@@ -35,11 +35,11 @@ from storage_schemas.recipe import (
 from storage_schemas.record import NO_CONDITION
 from storage_schemas.shards import Shard, ShardTable
 from storage_schemas.store import Store
+from trainer.classifier import shipped_classifier
 from trainer.evaluate import EvaluateConfig, evaluate, run_evaluate
 from trainer.evaluation.contenders import teacher_solvers
 from trainer.evaluation.holdout import read_pairs
 from trainer.evaluation.metrics import Frechet, Neighbours, sliced_wasserstein
-from trainer.features import shipped_classifier
 from trainer.reading.images import load_images
 
 STEPS, MICRO_BATCH, SHARD = 8, 16, 64

@@ -26,10 +26,10 @@ from tests.trainer.conftest import make_commit
 from trainer.config import FitConfig
 from trainer.fit import run_fit
 from trainer.networks.student import find_student, student_steps
-from trainer.parallel import Ranks, alone
 from trainer.planning.start import make_plan
+from trainer.ranks import Ranks, alone
 from trainer.runs.checkpoints import Checkpoints
-from trainer.runs.run import only_fit
+from trainer.runs.record import only_fit
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = [

@@ -9,14 +9,14 @@ from diffusion.models.checkpoint import Checkpoint, pack
 from diffusion.models.spec import model_from_spec
 from tests.trainer.on_ranks import OBJECTIVES, config, global_batch, student
 from tests.trainer.test_fit import TINY, fit, killed_after, refused, steady, weights
-from tests.trainer.test_parallel import distance, on_ranks, reference, rounding
+from tests.trainer.test_ranks import distance, on_ranks, reference, rounding
 from trainer.config import FitConfig
 from trainer.loop import Stepper
-from trainer.networks.cast import Cast
+from trainer.networks.networks import Networks
 from trainer.networks.student import student_steps
 from trainer.networks.uncertainty import Uncertainty
-from trainer.parallel import alone
 from trainer.planning.start import make_plan, start
+from trainer.ranks import alone
 from trainer.runs.place import Place
 
 OPTIONS = {
@@ -74,13 +74,13 @@ def test_student_and_target_are_told_each_rows_label_and_guidance_in_every_call(
     network = {"name": "residual_mlp", "width": 8, "depth": 1, "second_time": True, "told_guidance": True}
     process = {"name": "rectified_flow" if name == "reflow" else "ve"}
     spec = {"kind": "network", "sample_shape": [1, 4, 4], "num_classes": 3, "process": process, "network": network}
-    players = [FlowMap(model_from_spec(spec | {"prediction": {"name": "sample"}})) for _ in range(2)]
+    flow_maps = [FlowMap(model_from_spec(spec | {"prediction": {"name": "sample"}})) for _ in range(2)]
     heard: list[tuple[torch.Tensor, ...]] = []
-    for player in players:
-        player.denoiser.network.register_forward_pre_hook(lambda _, inputs: heard.append(inputs))
+    for flow_map in flow_maps:
+        flow_map.denoiser.network.register_forward_pre_hook(lambda _, inputs: heard.append(inputs))
     batch = global_batch(0)
     batch.guidance.copy_(torch.linspace(1, 4, len(batch)))
-    OBJECTIVES[name](Cast(players[0], players[1], weighting=Uncertainty(0)), batch)
+    OBJECTIVES[name](Networks(flow_maps[0], flow_maps[1], weighting=Uncertainty(0)), batch)
     assert len(heard) == {"flow_map": 1, "ctm": 5, "consistency": 2, "reflow": 1}[name]
     for _, _, labels, _, guidance in heard:
         assert torch.equal(labels, torch.where(batch.condition < 0, 3, batch.condition))
@@ -90,13 +90,13 @@ def test_student_and_target_are_told_each_rows_label_and_guidance_in_every_call(
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 def test_a_target_takes_no_gradients_and_follows_the_student(decay):
     fitted, options = student(0, second_time=True), config(objective={"name": "ctm", "target_ema": decay}, lr=0.1)
-    stepper = Stepper(Cast(fitted, weighting=Uncertainty(0)), options, alone(torch.device("cpu")))
+    stepper = Stepper(Networks(fitted, weighting=Uncertainty(0)), options, alone(torch.device("cpu")))
     for step in range(3):
-        before = [weight.clone() for weight in stepper.cast.target.parameters()]
+        before = [weight.clone() for weight in stepper.networks.target.parameters()]
         stepper.step(OBJECTIVES["ctm"], global_batch(step), seed=0)
     assert not all(torch.equal(*pair) for pair in zip(before, fitted.parameters(), strict=True))
     share = min(decay, (1 + 2) / (10 + 2))  # it starts short
-    for weight, was, current in zip(stepper.cast.target.parameters(), before, fitted.parameters(), strict=True):
+    for weight, was, current in zip(stepper.networks.target.parameters(), before, fitted.parameters(), strict=True):
         assert weight.grad is None
         torch.testing.assert_close(weight, share * was + (1 - share) * current)
 

@@ -6,13 +6,13 @@ import torch
 
 from diffusion.flow_map import FlowMap
 from trainer.config import FitConfig
+from trainer.learner import lr_factor
 from trainer.loop import Stepper, check_device, step_seed, stop_on_signals
-from trainer.networks.cast import Cast
+from trainer.networks.networks import Networks
 from trainer.networks.student import Shape, with_dropout
 from trainer.objectives.knowledge import Knowledge
-from trainer.parallel import alone
 from trainer.planning.plan import fresh
-from trainer.player import lr_factor
+from trainer.ranks import alone
 from trainer.runs.trees import read_tree, write_tree
 from trainer.stream import Batch
 
@@ -32,7 +32,7 @@ def stepper(*, dropout: float = 0.0, **options) -> Stepper:
     start = fresh(config(), SHAPE)
     denoiser = model_from_spec(with_dropout(start.model, dropout))
     denoiser.load_state_dict(start.build().state_dict())
-    return Stepper(Cast(FlowMap(denoiser)), config(**options), alone(CPU))
+    return Stepper(Networks(FlowMap(denoiser)), config(**options), alone(CPU))
 
 
 def batch(step: int, rows: int = 16) -> Batch:
@@ -49,7 +49,8 @@ def run(stepper: Stepper, steps: range) -> list[float]:
 
 def weights(stepper: Stepper) -> list[torch.Tensor]:
     return [
-        value.clone() for value in (*stepper.cast.student.state_dict().values(), *stepper.served.state_dict().values())
+        value.clone()
+        for value in (*stepper.networks.student.state_dict().values(), *stepper.served.state_dict().values())
     ]
 
 
@@ -89,7 +90,7 @@ def test_micro_batches_give_the_batch_gradient():
 def test_clipping_bounds_the_gradient():
     clipped = stepper(clip=1e-3)
     norm = clipped.step(OBJECTIVE, batch(0), seed=0)["grad_norm"]
-    now = torch.stack([p.grad.norm() for p in clipped.cast.student.parameters() if p.grad is not None]).norm()
+    now = torch.stack([p.grad.norm() for p in clipped.networks.student.parameters() if p.grad is not None]).norm()
     assert norm > 1e-3
     assert now.item() == pytest.approx(1e-3, rel=1e-3)
 
@@ -100,7 +101,7 @@ def test_average_is_the_recursion_it_claims():
     expected = None
     for step in range(6):
         run(averaged, range(step, step + 1))
-        now = averaged.cast.student.denoiser.state_dict()[name].clone()
+        now = averaged.networks.student.denoiser.state_dict()[name].clone()
         decay = min(0.5, (1 + step) / (10 + step))
         expected = now if expected is None else decay * expected + (1 - decay) * now
     torch.testing.assert_close(averaged.served.state_dict()[name], expected)
@@ -112,7 +113,7 @@ def test_a_stage_starts_from_the_served_weights_and_nothing_else_of_the_one_befo
     staged = stepper(ema=ema)
     run(staged, range(4))
     fresh = stepper(ema=ema)
-    fresh.cast.student.denoiser.load_state_dict(staged.served.state_dict())
+    fresh.networks.student.denoiser.load_state_dict(staged.served.state_dict())
     staged.restart()
     assert run(staged, range(4, 8)) == run(fresh, range(4, 8))
     assert all(torch.equal(a, b) for a, b in zip(weights(staged), weights(fresh), strict=True))
@@ -129,10 +130,10 @@ def test_bfloat16_autocast_fits_and_float16_on_a_cpu_is_refused():
     low = stepper(autocast="bfloat16", steps=200, lr=1e-2)
     losses = run(low, range(60))
     assert sum(losses[-5:]) < 0.3 * sum(losses[:5])
-    assert all(parameter.dtype == torch.float32 for parameter in low.cast.student.parameters())
+    assert all(parameter.dtype == torch.float32 for parameter in low.networks.student.parameters())
     cached = []
     low.student.update(
-        lambda *asked: cached.append(torch.is_autocast_cache_enabled()) or OBJECTIVE(*asked), low.cast, batch(0)
+        lambda *asked: cached.append(torch.is_autocast_cache_enabled()) or OBJECTIVE(*asked), low.networks, batch(0)
     )
     assert cached == [False]  # else PyTorch before 2.11 loses gradients of weights that were asked without one before
     with pytest.raises(ValueError, match="float16 needs a GPU"):

@@ -36,7 +36,7 @@ def words(store, out: Path, name: str, *more: str) -> list[str]:
 def test_a_killed_fit_ends_as_one_that_was_not(make_store, tmp_path, monkeypatch, capsys, name, more):
     store, whole, cut = make_store(count=64), tmp_path / "whole", tmp_path / "cut"
     assert fit(*words(store, whole, name, *more)) == 0
-    told = "the data holds guidance scale 1 alone, and this student is told scales: it learns of no other"
+    told = "the data holds guidance scale 1 alone, and this student takes scales: it learns of no other"
     assert (told in capsys.readouterr().err) == ("--told-guidance" in more)
     killed_after(monkeypatch, 2, words(store, cut, name, *more))
     assert fit(*words(store, cut, name, *more)) == 0
@@ -149,7 +149,7 @@ def test_a_new_window_of_the_same_teacher_is_gone_over_to(make_store, tmp_path, 
         (
             {"name": "residual_mlp", "told_guidance": True},
             {"guidance": -1.0},
-            "its teacher is told scales of 0 and more",
+            "its teacher takes scales of 0 and more",
         ),
         (
             {"name": "diffusers_unet2d", "config": {"down_block_types": ["DownBlock2D", "SkipDownBlock2D"]}},
@@ -171,7 +171,7 @@ def test_what_can_not_be_sharded_or_shared_is_refused():
     for options, told in [
         ({"objective": {"name": "dmd", "gan": 1.0}, "parallel": "fsdp"}, "can't be sharded; use --parallel ddp"),
         ({"objective": {"name": "vsd"}, "critic": {"kind": "lora"}, "parallel": "fsdp"}, "use copy, or --parallel ddp"),
-        ({"objective": {"name": "vsd"}, "critic": {"kind": "lora"}, "told_guidance": True}, "not told guidance"),
+        ({"objective": {"name": "vsd"}, "critic": {"kind": "lora"}, "told_guidance": True}, "take no guidance"),
     ]:
         with pytest.raises(ValueError, match=told):
             FitConfig(out="run", data="pairs", **options)

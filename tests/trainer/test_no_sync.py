@@ -8,8 +8,8 @@ from torch.overrides import TorchFunctionMode
 
 from tests.diffusion.test_no_sync import Crossings
 from tests.trainer import on_ranks
-from tests.trainer.networks.test_critic import ALTERNATING, FITS, batch, cast_of, config, network_teacher
-from trainer.networks.cast import Cast
+from tests.trainer.networks.test_critic import ALTERNATING, FITS, batch, config, network_teacher, networks_of
+from trainer.networks.networks import Networks
 from trainer.networks.uncertainty import Uncertainty
 from trainer.objectives.dmd import RealImages
 from trainer.objectives.kind import Objective
@@ -34,14 +34,14 @@ class Made(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def crossings(objective: Objective, cast: Cast, batch: Batch) -> dict[str, int]:
+def crossings(objective: Objective, networks: Networks, batch: Batch) -> dict[str, int]:
     """Of the second step; the first leaves on the device what is the same at every step."""
     there = batch.to(META)
-    losses = [objective, *([objective.critic_loss] if cast.critic else [])]
+    losses = [objective, *([objective.critic_loss] if networks.critic else [])]
     for _ in range(2):
         with Crossings("meta") as watch, Made(watch.found):
             for loss in losses:
-                loss(cast, there).backward()
+                loss(networks, there).backward()
     return watch.found
 
 
@@ -49,27 +49,27 @@ def crossings(objective: Objective, cast: Cast, batch: Batch) -> dict[str, int]:
 def test_objectives_on_stored_states(name):
     model = {"second_time": name in ("flow_map", "ctm"), "process": "rectified_flow" if name == "reflow" else "ve"}
     fitted, target = (on_ranks.student(seed, **model).to(META) for seed in range(2))
-    cast = Cast(fitted, target=target.requires_grad_(False), weighting=Uncertainty(0).to(META))
-    assert crossings(on_ranks.OBJECTIVES[name], cast, on_ranks.global_batch(0)) == {}
+    networks = Networks(fitted, target=target.requires_grad_(False), weighting=Uncertainty(0).to(META))
+    assert crossings(on_ranks.OBJECTIVES[name], networks, on_ranks.global_batch(0)) == {}
 
 
 def test_progressive_on_stored_segments():
     stored = on_ranks.global_batch(0)
     noise, _, later = stored.states.values()
     segments = {"start_index": torch.zeros(len(stored), dtype=torch.int32), "segment_0": noise, "segment_2": later}
-    cast = Cast(on_ranks.student(0).to(META))
-    assert crossings(ProgressiveSegments(on_ranks.TIMES), cast, replace(stored, states=segments)) == {}
+    networks = Networks(on_ranks.student(0).to(META))
+    assert crossings(ProgressiveSegments(on_ranks.TIMES), networks, replace(stored, states=segments)) == {}
 
 
 @pytest.mark.parametrize("name", ALTERNATING)
 def test_objectives_with_a_critic(name):
     teacher, fit = network_teacher(), config(name, **FITS[name])
-    cast = cast_of(fit, teacher, guidance=(1.0, 2.0))
-    for module in (teacher.denoiser, cast.student, cast.critic):
+    networks = networks_of(fit, teacher, guidance=(1.0, 2.0))
+    for module in (teacher.denoiser, networks.student, networks.critic):
         module.to(META)
     objective = ALTERNATING[name]
     if name == "dmd":
         objective = type(objective)(
             **{**vars(objective), "real": RealImages(batch().states["output"], batch().ids % 3)}
         )
-    assert crossings(objective, cast, batch()) == {}
+    assert crossings(objective, networks, batch()) == {}

@@ -26,7 +26,7 @@ from storage_schemas.shards import Shard, ShardTable
 from storage_schemas.store import Store
 from trainer.config import FitConfig
 from trainer.fit import run_fit
-from trainer.networks.cast import Cast
+from trainer.networks.networks import Networks
 from trainer.networks.student import saved_model
 from trainer.objectives.progressive import Progressive, ProgressiveSegments, progressive_target, rounding_error
 from trainer.planning.trajectories import plan_trajectories
@@ -118,9 +118,9 @@ def test_the_loss_is_that_of_the_same_segments_of_trajectories(tmp_path):
     every, of = torch.stack(list(states.values())), torch.arange(rows)
     segments = {"segment_0": every[start // 2, of], "segment_2": every[start // 2 + 1, of], "start_index": start.int()}
     student = FlowMap(fitted(write_segments(tmp_path / "store"), tmp_path / "out").build())
-    direct = Progressive(tuple(TIMES[::2].tolist()), columns)(Cast(student), batch_of(states, rows, uniforms))
+    direct = Progressive(tuple(TIMES[::2].tolist()), columns)(Networks(student), batch_of(states, rows, uniforms))
     none = torch.empty(rows, 0, dtype=torch.float64)
-    found = ProgressiveSegments(tuple(TIMES.tolist()))(Cast(student), batch_of(segments, rows, none)).item()
+    found = ProgressiveSegments(tuple(TIMES.tolist()))(Networks(student), batch_of(segments, rows, none)).item()
     assert found == pytest.approx(direct.item(), rel=1e-6)
     assert found > 0.01
 

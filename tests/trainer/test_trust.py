@@ -19,7 +19,7 @@ from trainer.evaluation.costs import student_costs
 from trainer.planning.trajectories import plan_trajectories
 from trainer.runs.logs import RunLog
 from trainer.runs.place import Place, lines_of
-from trainer.runs.run import RunRecord, new_record
+from trainer.runs.record import RunRecord, new_record
 
 NAMED = {
     "a folder": "{here}/model",

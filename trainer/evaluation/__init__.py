@@ -1,1 +1,1 @@
-"""Who is compared at how many network calls, and by which measures."""
+"""Contenders, their numbers of network calls, and the measures that compare them."""

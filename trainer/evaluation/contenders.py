@@ -1,4 +1,4 @@
-"""Who is compared: a run's students, the teacher's own solvers at the same NFE, and what the store holds.
+"""The contenders: a run's students, the teacher's own solvers at the same NFE, and what the store holds.
 
 All start from the same stored noises with the same conditions. NFE counts network calls for one sample; a guided
 teacher makes two a call.
@@ -40,7 +40,7 @@ class Contender:
 
     @torch.no_grad()
     def outputs(self, pairs: Pairs, *, batch: int, device: torch.device) -> Tensor:
-        """Its x_0 for every noise of `pairs`, [n, ...] on the CPU. Raises ManifestMismatch if some are not finite."""
+        """x_0 for every noise of `pairs`, [n, ...] on the CPU. Raises ManifestMismatch if some are not finite."""
         found = torch.cat([self.sample(part).cpu() for part in pairs.parts(batch, device)])
         check_finite(found, name=f"{self.name} in {self.steps} steps")
         return found
@@ -67,7 +67,7 @@ def students(
 
 
 def student(run: Path, steps: int, recipe: Recipe, *, device: torch.device, way: Way | None = None) -> Contender:
-    """A student as it samples in `steps` steps, told each pair's own guidance scale if it is told one.
+    """A student as it samples in `steps` steps, at each pair's own guidance scale if it takes one.
 
     A reflow's process is its own, and its noise the stored one at its own scale. Raises ManifestMismatch where it is
     one of other data.
@@ -88,7 +88,7 @@ def student(run: Path, steps: int, recipe: Recipe, *, device: torch.device, way:
 def teacher_solvers(teacher: Teacher, recipe: Recipe, nfes: Sequence[int]) -> Iterator[Contender]:
     """ddim, heun and dpmpp_2m at each NFE that they can spend exactly, and ddim on the recipe's own grid.
 
-    Grids are of the recipe's kind, with its options. From one point straight to 0 every solver is ddim, told once.
+    Grids are of the recipe's kind, with its options. From one point straight to 0 every solver is ddim, listed once.
     """
     calls_each = calls_of(recipe)
     for nfe in sorted({*nfes, recipe.num_steps * calls_each}):
@@ -132,8 +132,8 @@ def _check_student(run: Path, saved: Checkpoint, steps: int, recipe: Recipe) -> 
         ours |= {"process": process_from_spec(recipe.teacher.model["process"]), "first time": recipe.times[0]}
     for what, here in ours.items():
         if theirs[what] != here:
-            told = f"{run} has {what} {theirs[what]}, this data has {here}"
-            raise ManifestMismatch(f"{told}; evaluate it on data like its own")
+            problem = f"{run} has {what} {theirs[what]}, this data has {here}"
+            raise ManifestMismatch(f"{problem}; evaluate it on data like its own")
 
 
 def _is_scaled(saved: Checkpoint) -> bool:

@@ -1,4 +1,4 @@
-"""What a student took, from what its run has written: seconds of training, and of its teacher's time before."""
+"""A student's costs, from what its run has written: seconds of training, and of its teacher's time before."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from storage_schemas.errors import UserError
 from storage_schemas.store import Store
 from trainer.networks.student import find_student, saved_model
 from trainer.runs.place import METRICS, RECORD, lines_of
-from trainer.runs.run import RunRecord
+from trainer.runs.record import RunRecord
 
 _AT_ONCE = 1024
 
@@ -22,7 +22,7 @@ class Costs:
     """train_seconds and teacher_seconds: with the runs that it started from, if still there; others: of its own alone.
 
     teacher_seconds: of all workers together, for the shards that were read; 0 for a student that reads noise only, None
-    where the store does not tell any more. memory_mib: the peak, of the device where that is a GPU.
+    where the store does not say any more. memory_mib: the peak, of the device where that is a GPU.
     """
 
     train_seconds: float
@@ -33,7 +33,7 @@ class Costs:
 
 
 def student_costs(run_or_model: Path, steps: int, data: str) -> Costs | None:
-    """Those of the student that samples in `steps` jumps; None for a model without its run.
+    """Costs of the student that samples in `steps` jumps; None for a model without its run.
 
     data: the store that the user names. No other is asked, whatever a run's record says.
     """
@@ -85,7 +85,7 @@ class _Run:
 
     @property
     def manifests(self) -> set[int]:
-        """Numbers of those that it read."""
+        """Numbers of the manifests that it read."""
         return {self.record.reads["manifest"]} | {line["manifest"] for line in self.lines if "manifest" in line}
 
 
@@ -108,7 +108,7 @@ def _lineage(model: Path, about: Mapping[str, Any]) -> Iterator[_Run]:
 
 
 def _teacher_seconds(runs: Sequence[_Run], data: str) -> float | None:
-    """Of every shard that one of the runs read, once; None where one has read another store than `data`."""
+    """Seconds for every shard that a run read, each once; None where one has read another store than `data`."""
     found: dict[tuple[str, str], float] = {}
     try:
         for run in runs:

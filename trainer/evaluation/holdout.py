@@ -55,8 +55,8 @@ def read_pairs(dataset: Dataset, split: Split, count: int | None, *, at_most: in
     if dataset.recipe.chain != "trajectory":
         raise ManifestMismatch("this dataset holds segments, which have no outputs; evaluate on one of trajectories")
     if wanted > have or have < 2:
-        told = f"the dataset has {have} {split} samples, {max(wanted, 2)} are needed"
-        raise ManifestMismatch(f"{told}; give a smaller --count, or generate with a larger --{_COUNT_FLAG[split]}")
+        problem = f"the dataset has {have} {split} samples, {max(wanted, 2)} are needed"
+        raise ManifestMismatch(f"{problem}; give a smaller --count, or generate with a larger --{_COUNT_FLAG[split]}")
     stored = _read(dataset, split, wanted)
     recipe, ids = dataset.recipe, stored["sample_id"]
     columns = {name: from_storage(values, _dtype(dataset, name)) for name, values in stored.items()}

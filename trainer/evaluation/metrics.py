@@ -1,4 +1,4 @@
-"""How far samples are from real data, and a student's outputs from its teacher's. Everything is summed in float64.
+"""Distances of samples from real data, and of a student's outputs from its teacher's. Everything is summed in float64.
 
 Images are on the CPU. A classifier's features, and distances between them, are computed on the device it is on.
 """
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffusion import noise
 from storage_schemas.extras import need
-from trainer.features import Classifier
+from trainer.classifier import Classifier
 
 _PROJECTIONS = 128
 _SEED = 0
@@ -51,7 +51,7 @@ class Frechet:
 
 
 class _Features(nn.Module):
-    """What torchmetrics asks of a feature network: its width and float64 features."""
+    """A feature network as torchmetrics wants it: its width and float64 features."""
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class _Features(nn.Module):
 
 
 class Neighbours:
-    """How full and how complete samples y are around the `reference` x, in a classifier's features.
+    """Density and coverage of samples y around the `reference` x, in a classifier's features.
 
     B_i is the open ball around x_i that reaches to its k-th nearest neighbour among the other x, k = 5:
     density = 1/(k m) sum_ij [y_j in B_i], which may pass 1, and coverage = 1/n sum_i [some y_j in B_i].

@@ -1,4 +1,4 @@
-"""How a student samples in few steps: its grid, and jumps or noise anew between them."""
+"""Sampling by a student in few steps: its grid, and jumps or fresh noise between them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from diffusion.flow_map import FlowMap
 from diffusion.models.checkpoint import Checkpoint
 
 Way = Literal["jump", "renoise"]
-"""A chain of jumps along the grid, or jumps to data with noise anew between them (consistency models)."""
+"""A chain of jumps along the grid, or jumps to data with fresh noise between them (consistency models)."""
 
 Noises = Callable[[int], Tensor]
-"""Grid index -> eps [B, ...], drawn anew there."""
+"""Grid index -> fresh eps [B, ...]."""
 
 
 @dataclass(frozen=True)
@@ -36,22 +36,22 @@ class FewSteps:
 
     @torch.no_grad()
     def __call__(self, x_T: Tensor, condition: Tensor | None, guidance: Tensor, noises: Noises) -> Tensor:
-        """x_0 [B, ...]; guidance: float64 [] or [B], which only a student that is told it hears of."""
-        told = guidance if self.flow_map.told_guidance else None
+        """x_0 [B, ...]; guidance: float64 [] or [B], given only to a student that takes it."""
+        scales = guidance if self.flow_map.told_guidance else None
         if self.way == "jump":
-            return self.flow_map.sample(x_T, self.times, condition, guidance=told)
-        return self.flow_map.renoise(x_T, self.times, condition, noises=noises, guidance=told)
+            return self.flow_map.sample(x_T, self.times, condition, guidance=scales)
+        return self.flow_map.renoise(x_T, self.times, condition, noises=noises, guidance=scales)
 
 
 def few_steps(saved: Checkpoint, steps: int, *, way: Way | None, device: torch.device) -> FewSteps:
-    """The student in `steps` steps, in the way that it was fitted for unless told another."""
+    """The student in `steps` steps. way: default: the one that it was fitted for."""
     flow_map = FlowMap(saved.build(device=device))  # type: ignore[arg-type]
     times = torch.tensor(saved.grids[steps], dtype=torch.float64)
     return FewSteps(flow_map, times, way or saved.about.get("sampling", "jump"), device)
 
 
 def noises_of(seed: int, split: str, ids: NDArray[np.int64], *, like: Tensor) -> Noises:
-    """Noise anew of samples with these ids, a pure function of (seed, split, id, grid index), as `like` [B, ...]."""
+    """Fresh noise for samples with these ids, a pure function of (seed, split, id, grid index), as `like` [B, ...]."""
 
     def drawn(index: int) -> Tensor:
         return torch.from_numpy(noise.standard_normal(seed, split, ids, tuple(like.shape[1:]), index=index)).to(like)

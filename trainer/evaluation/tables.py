@@ -1,4 +1,4 @@
-"""What evaluation.json and report.json say, as tables for people: on a terminal and in Markdown."""
+"""Tables of evaluation.json and report.json for people: on a terminal and in Markdown."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +32,7 @@ def terminal() -> Console:
 
 
 def show(evaluation: Figures, console: Console) -> None:
-    """The evaluation as a table, with what one must know to read it; a narrow terminal is not told the times."""
+    """The evaluation as a table, with what one must know to read it; without the times on a narrow terminal."""
     table = Table(title=shown(title(evaluation)), box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
     headings, sections = quality(evaluation, with_times=console.width >= _ROOMY)
     table.add_column("", overflow="fold")
@@ -49,14 +49,14 @@ def show(evaluation: Figures, console: Console) -> None:
 
 
 def markdown(evaluation: Figures) -> str:
-    """The same, and what each student's training was like, as Markdown."""
+    """The same as Markdown, with what each student's training was like."""
     headings, sections = quality(evaluation)
     lines = _table(headings, [cells for section in sections for cells in section])
     speed = list(_speed(evaluation["rows"]))
     if speed:
         lines += ["", "Training:", "", *_table(["", *_SPEED.values()], speed)]
-    told = [title(evaluation), *legend(evaluation), *(f"note: {note}" for note in evaluation["notes"])]
-    return "\n".join([*lines, "", *(f"- {line}" for line in told), ""])
+    remarks = [title(evaluation), *legend(evaluation), *(f"note: {note}" for note in evaluation["notes"])]
+    return "\n".join([*lines, "", *(f"- {line}" for line in remarks), ""])
 
 
 def title(evaluation: Figures) -> str:
@@ -64,11 +64,11 @@ def title(evaluation: Figures) -> str:
 
 
 def legend(evaluation: Figures) -> Iterator[str]:
-    """How to read the figures, a line each."""
+    """The legend of the figures, a line each."""
     floor = evaluation["floor"]
     yield f"holdout error: per dimension, of a variance of {_figure(evaluation['output_variance'])}"
     yield f"floor: {floor['of']}, {' samples against '.join(map(str, floor['counts']))}"
-    if _told(evaluation["rows"], _TIMES):
+    if _has_costs(evaluation["rows"], _TIMES):
         yield "training s: of its steps; teacher s: of solving what it read, over all workers"
     machines = evaluation.get("machines") or [evaluation["machine"]]
     yield f"evaluated on: {', '.join(machines)}"
@@ -80,17 +80,17 @@ def quality(evaluation: Figures, *, with_times: bool = True) -> tuple[list[str],
     """(headings, rows of cells by their NFE) of everything that was measured."""
     rows, floor = evaluation["rows"], evaluation["floor"]
     names = [name for name in _QUALITY if any(row[name] is not None for row in rows)]
-    times = list(_TIMES) if with_times and _told(rows, _TIMES) else []
+    times = list(_TIMES) if with_times and _has_costs(rows, _TIMES) else []
     headings = ["", "NFE", *(_QUALITY[name] for name in names), *(_TIMES[name] for name in times)]
-    told = _names(rows)
+    labels = _names(rows)
     parts = groupby(rows, lambda row: row["nfe"])
-    sections = [[[told[row["name"]], *_cells(row, names, times)] for row in part] for _, part in parts]
+    sections = [[[labels[row["name"]], *_cells(row, names, times)] for row in part] for _, part in parts]
     last = ["floor", "", *(_figure(floor.get(name)) for name in names), *("" for _ in times)]
     return headings, [*sections, [last]]
 
 
 def _names(rows: Sequence[Figures]) -> dict[str, str]:
-    """What each contender is called: students by their folder alone, where it tells them apart."""
+    """Each contender's label: a student's folder alone, where that tells students apart."""
     students = {row["name"] for row in rows if row["kind"] == "student"}
     short = {name: Path(name).name for name in students}
     alike = len(set(short.values())) < len(short)
@@ -112,7 +112,7 @@ def _speed(rows: Sequence[Figures]) -> Iterator[list[str]]:
         yield [name, _whole(rate), f"{waiting:.2%}", _whole(memory)]
 
 
-def _told(rows: Sequence[Figures], costs: Mapping[str, str]) -> bool:
+def _has_costs(rows: Sequence[Figures], costs: Mapping[str, str]) -> bool:
     return any((row["costs"] or {}).get(name) is not None for row in rows for name in costs)
 
 

@@ -1,4 +1,4 @@
-"""The networks beside a student of dmd, vsd or sid: the critic, who is fitted, and the teacher, who is not.
+"""The networks beside a student of dmd, vsd or sid: the critic, which is fitted, and the teacher, which is not.
 
 Both answer (x_t, t, stored labels, guidance scales [B]) with x_0. The critic's answer says the score of the student's
 own samples, s = (alpha_t x_0 - x_t)/sigma_t^2, the teacher's that of the data.
@@ -37,21 +37,21 @@ class Critic(nn.Module):
             self.register_load_state_dict_post_hook(_miss_no_shared)
 
     def forward(self, x_t: Tensor, t: Tensor, stored: Tensor, guidance: Tensor) -> Tensor:
-        return self.denoiser(x_t, t, **self._told(stored, guidance))
+        return self.denoiser(x_t, t, **self._conditioning(stored, guidance))
 
     def error(self, x_0: Tensor, x_t: Tensor, t: Tensor, stored: Tensor, guidance: Tensor) -> Tensor:
         """|| F(x_t, t) - target(x_0, x_t) ||^2 of what the network itself predicts, [B], a mean over numbers."""
         target = self.denoiser.prediction.target(x_0, x_t, *scales(self.denoiser.process, t, like=x_t))
-        output = self.denoiser.output(x_t, t, **self._told(stored, guidance))
+        output = self.denoiser.output(x_t, t, **self._conditioning(stored, guidance))
         return (output - target).square().flatten(1).mean(1)
 
     def logit(self, x_t: Tensor, t: Tensor, stored: Tensor, guidance: Tensor) -> Tensor:
-        """Of the odds at which the discriminator takes diffused samples for real ones, [B]."""
+        """Discriminator logits, [B]: log-odds that a diffused sample is real."""
         assert self.head is not None
-        features = self.denoiser.features(x_t, t, **self._told(stored, guidance))
+        features = self.denoiser.features(x_t, t, **self._conditioning(stored, guidance))
         return self.head(features.float()).squeeze(1)
 
-    def _told(self, stored: Tensor, guidance: Tensor) -> dict[str, Tensor | None]:
+    def _conditioning(self, stored: Tensor, guidance: Tensor) -> dict[str, Tensor | None]:
         return {
             "condition": null_labelled(stored, self.denoiser.num_classes),
             "guidance": guidance if self.denoiser.told_guidance else None,
@@ -72,7 +72,7 @@ def make_critic(
 ) -> Critic:
     """The teacher's network, or the student's where the teacher is none, to be fitted.
 
-    seed: of the low-rank changes and the head. discriminates: whether it gets a head.
+    seed: for the low-rank changes and the head. discriminates: whether it gets a head.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -86,7 +86,7 @@ def make_critic(
 
 
 def _copied(teacher: Teacher, student: Denoiser) -> Denoiser:
-    """Without dropout; told guidance where the student is, whose samples depend on it."""
+    """A copy without dropout; it takes guidance where the student does, whose samples depend on it."""
     if teacher.model["kind"] != "network":
         return copy.deepcopy(student).eval()
     saved = widened(Checkpoint(teacher.model, pack(teacher.denoiser)), told_guidance=student.told_guidance)

@@ -31,7 +31,7 @@ class LowRank(nn.Module):
 def with_low_rank(module: M, rank: int) -> M:
     """A module that shares the parameters of this one, which take no gradients there, with low-rank changes to fit.
 
-    Of all weights of Linear and Conv2d layers. A is drawn from torch's seed.
+    It changes all weights of Linear and Conv2d layers. A is drawn from torch's seed.
     """
     changed = sharing(module).requires_grad_(False)
     for layer in list(changed.modules()):

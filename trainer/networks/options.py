@@ -18,7 +18,7 @@ class CriticConfig(Config):
         "copy", description="A copy of the teacher, or low-rank changes of the teacher's own weights."
     )
     rank: int = Field(16, ge=1, description="lora: rank of the changes.")
-    lr: float | None = Field(None, gt=0, description="Its peak learning rate; the student's unless told.")
+    lr: float | None = Field(None, gt=0, description="Its peak learning rate; default: the student's.")
     ema: float = Field(0.0, ge=0, lt=1, description="Decay of the average of it that the student learns from; 0: none.")
 
 
@@ -39,9 +39,9 @@ class NetworkConfig(Config):
         "whose best fit is known.",
     )
     width: int | None = Field(
-        None, ge=1, description="Width of the residual MLP, 256 unless told; channels of the UNet's first level, 64."
+        None, ge=1, description="Width of the residual MLP (default: 256), or channels of the UNet's first level (64)."
     )
     depth: int | None = Field(
-        None, ge=1, description="Blocks of the residual MLP, 4 unless told; of each level of the UNet, 2."
+        None, ge=1, description="Blocks of the residual MLP (default: 4), or of each level of the UNet (2)."
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout while fitting, whatever the student starts from.")

@@ -21,14 +21,14 @@ from diffusion.prediction import Epsilon
 from storage_schemas.errors import ManifestMismatch
 from trainer.networks.options import NetworkConfig
 
-# By process: one step from pure noise needs a prediction that says something of x_0 there.
+# Prediction by process: one step from pure noise needs one that says something of x_0 there.
 _PREDICTIONS = {"ve": "edm", "linear_vp": "v_prediction", "cosine_vp": "v_prediction", "rectified_flow": "velocity"}
 _UNET_TIME_SCALE = 250.0
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What every student of some data must share with it."""
+    """What every student must share with its data."""
 
     sample_shape: tuple[int, ...]
     num_classes: int | None
@@ -73,7 +73,7 @@ def _network(options: NetworkConfig, shape: Shape, *, prediction: str) -> dict[s
 
 
 def check_fits(saved: Checkpoint, shape: Shape, *, name: str, whose: str = "the data") -> None:
-    """Refuse a model that is no network, or one of another shape or process, which is told to be `whose`."""
+    """Refuse a model that is no network, or one of another shape or process than `whose`, as the error calls it."""
     if saved.model["kind"] != "network":
         raise ValueError(f"{name} is a {saved.model['kind']} model without weights to fit; use --init scratch")
     theirs = (tuple(saved.model["sample_shape"]), saved.model["num_classes"], process_from_spec(saved.model["process"]))
@@ -86,17 +86,17 @@ def check_fits(saved: Checkpoint, shape: Shape, *, name: str, whose: str = "the 
 def check_few_steps(saved: Checkpoint, first_time: float) -> None:
     """Refuse a network that can't jump from the first time of a grid.
 
-    One that predicts eps says little or nothing of x_0 at pure noise (Salimans & Ho 2022, section 4), and one that is
-    told log(sigma/alpha) is told infinity where alpha is 0.
+    One that predicts eps says little or nothing of x_0 at pure noise (Salimans & Ho 2022, section 4), and one that
+    takes log(sigma/alpha) is given infinity where alpha is 0.
     """
     denoiser = saved.build()
     assert isinstance(denoiser, Denoiser)
     if isinstance(denoiser.prediction, Epsilon):
         raise ValueError("a student of few steps can't predict epsilon; use --init scratch --prediction v_prediction")
-    told = denoiser.prediction.network_time(denoiser.process, torch.tensor(first_time, dtype=torch.float64))
-    if not torch.isfinite(told):
+    network_time = denoiser.prediction.network_time(denoiser.process, torch.tensor(first_time, dtype=torch.float64))
+    if not torch.isfinite(network_time):
         raise ValueError(
-            f"{denoiser.prediction} is told {told} at the first step; use --init scratch --prediction sample"
+            f"{denoiser.prediction} is given {network_time} at the first step; use --init scratch --prediction sample"
         )
 
 
@@ -135,7 +135,7 @@ def check_finite(samples: torch.Tensor, *, name: str) -> None:
         raise ManifestMismatch(f"{name} gives {lost} of {len(samples)} samples that are not finite; fit it anew")
 
 
-def is_told_labels(saved: Checkpoint) -> bool:
+def takes_labels(saved: Checkpoint) -> bool:
     """Whether a student was fitted on labels; one of a teacher with classes may know its null label alone."""
     return saved.model["num_classes"] is not None and bool(saved.about.get("labels", True))
 

@@ -1,4 +1,4 @@
-"""What a student is given beside its state and times: labels and guidance scales."""
+"""A student's conditioning beside its state and times: labels and guidance scales."""
 
 from torch import Tensor
 

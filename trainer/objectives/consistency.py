@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from trainer.networks.cast import Cast
+from trainer.networks.networks import Networks
 from trainer.objectives.conditioning import conditioning
 from trainer.objectives.distances import Distance, DistanceOptions, files_read
 from trainer.objectives.kind import Given, Kind, Stage
@@ -20,8 +20,8 @@ from trainer.stream import Batch
 class Consistency:
     """E w(t_n) d( f(x_n, t_n), sg f_target(x_n+1, t_n+1) ), f(x, t) = G(x, t, 0), state n+1 one step nearer to data.
 
-    Of each sample one pair of neighbours, all equally likely; f is the identity at t = 0, so that the last pair's
-    target is the stored output. times, columns: of all stored states. Song et al. 2023, algorithm 2, with the solver's
+    One pair of neighbours of each sample, all equally likely; f is the identity at t = 0, so that the last pair's
+    target is the stored output. times, columns: all stored states'. Song et al. 2023, algorithm 2, with the solver's
     step stored.
     """
 
@@ -36,15 +36,15 @@ class Consistency:
         """All (n, n + 1)."""
         return torch.arange(len(self.times)).unfold(0, 2, 1)
 
-    def __call__(self, cast: Cast, batch: Batch) -> Tensor:
-        assert cast.target is not None
+    def __call__(self, networks: Networks, batch: Batch) -> Tensor:
+        assert networks.target is not None
         (x_t, x_s), (t, s) = drawn(batch, self.columns, self.times, self._neighbours, batch.uniforms[:, 0])
-        labels, guidance = conditioning(cast.student, batch)
+        labels, guidance = conditioning(networks.student, batch)
         zero = torch.zeros_like(t)
-        guess = cast.student.jump(x_t, t, zero, labels, guidance=guidance)
+        guess = networks.student.jump(x_t, t, zero, labels, guidance=guidance)
         with torch.no_grad():
-            goal = cast.target.jump(x_s, s, zero, labels, guidance=guidance)
-        return self.weighting(cast, self.distance(guess, goal), t).mean()
+            goal = networks.target.jump(x_s, s, zero, labels, guidance=guidance)
+        return self.weighting(networks, self.distance(guess, goal), t).mean()
 
 
 class ConsistencyOptions(DistanceOptions, WeightingOptions, ScheduleOptions):

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from diffusion.process import scales
-from trainer.networks.cast import Cast
+from trainer.networks.networks import Networks
 from trainer.objectives.conditioning import conditioning
 from trainer.objectives.distances import Distance, DistanceOptions, files_read, l2
 from trainer.objectives.kind import Given, Kind, Stage
@@ -22,9 +22,9 @@ from trainer.stream import Batch
 class ConsistencyTrajectory:
     """E w(t, s) d( G_(G(x_t, t, s), s, 0), sg G_(G_(x_u, u, s), s, 0) ) + denoising_weight * denoising, s <= u < t.
 
-    G_ is the cast's target, an average of the student whose weights take no gradients: the student's own comes through
-    the outer map's input. Of each sample one triple (t, u, s) of stored states, all equally likely; at s = 0 the outer
-    map is the identity, at u = s the inner one. times, columns: of all stored states. Kim et al. 2024, section 3.
+    G_ is the target, an average of the student whose weights take no gradients: the student's own comes through
+    the outer map's input. One triple (t, u, s) of stored states for each sample, all equally likely; at s = 0 the outer
+    map is the identity, at u = s the inner one. times, columns: all stored states'. Kim et al. 2024, section 3.
     """
 
     times: tuple[float, ...]
@@ -40,27 +40,27 @@ class ConsistencyTrajectory:
         """All (i, k, j), i < k <= j."""
         return torch.combinations(torch.arange(len(self.times) + 1), 3) - torch.tensor([0, 0, 1])
 
-    def __call__(self, cast: Cast, batch: Batch) -> Tensor:
-        trajectory = self.trajectory(cast, batch)
+    def __call__(self, networks: Networks, batch: Batch) -> Tensor:
+        trajectory = self.trajectory(networks, batch)
         if not self.denoising_weight:
             return trajectory
-        return trajectory + self.denoising_weight * self.denoising(cast, batch)
+        return trajectory + self.denoising_weight * self.denoising(networks, batch)
 
-    def trajectory(self, cast: Cast, batch: Batch) -> Tensor:
+    def trajectory(self, networks: Networks, batch: Batch) -> Tensor:
         """Soft consistency, compared at time 0."""
-        target = cast.target
+        target = networks.target
         assert target is not None
         (x_t, x_u, _), (t, u, s) = drawn(batch, self.columns, self.times, self._triples, batch.uniforms[:, 0])
-        labels, guidance = conditioning(cast.student, batch)
+        labels, guidance = conditioning(networks.student, batch)
         zero = torch.zeros_like(s)
-        guess = cast.student.jump(x_t, t, s, labels, guidance=guidance)
+        guess = networks.student.jump(x_t, t, s, labels, guidance=guidance)
         guess = target.jump(guess, s, zero, labels, guidance=guidance)
         with torch.no_grad():
             goal = target.jump(x_u, u, s, labels, guidance=guidance)
             goal = target.jump(goal, s, zero, labels, guidance=guidance)
-        return self.weighting(cast, self.distance(guess, goal), t, s).mean()
+        return self.weighting(networks, self.distance(guess, goal), t, s).mean()
 
-    def denoising(self, cast: Cast, batch: Batch) -> Tensor:
+    def denoising(self, networks: Networks, batch: Batch) -> Tensor:
         """E w(t, t) || mu(alpha x_0 + sigma eps, t, t) - x_0 ||^2, x_0 the stored output, eps fresh, t stored and > 0.
 
         All those t are equally likely. It teaches mu what short jumps need, which the other term hardly weighs.
@@ -68,11 +68,11 @@ class ConsistencyTrajectory:
         times = times_on(batch.positions.device, self.times[:-1])
         t = times[(batch.uniforms[:, 1] * len(times)).long()]
         x_0 = batch.states[self.columns[-1]]
-        alpha_t, sigma_t = scales(cast.student.process, t, like=x_0)
+        alpha_t, sigma_t = scales(networks.student.process, t, like=x_0)
         eps = normal(self.seed, "ctm", batch.positions, x_0.shape[1:]).to(x_0)
-        labels, guidance = conditioning(cast.student, batch)
-        guess = cast.student(alpha_t * x_0 + sigma_t * eps, t, labels, guidance=guidance)
-        return self.weighting(cast, l2(guess, x_0), t).mean()
+        labels, guidance = conditioning(networks.student, batch)
+        guess = networks.student(alpha_t * x_0 + sigma_t * eps, t, labels, guidance=guidance)
+        return self.weighting(networks, l2(guess, x_0), t).mean()
 
 
 class CtmOptions(DistanceOptions, WeightingOptions, ScheduleOptions):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusion.flow_map import FlowMap
 from diffusion.process import VE, Process, scales
-from trainer.networks.cast import Cast
+from trainer.networks.networks import Networks
 from trainer.objectives.conditioning import student_labels
 from trainer.objectives.kind import Given, Kind, Options, Stage
 from trainer.stream import Batch
@@ -33,8 +33,8 @@ class Denoising:
     def num_uniforms(self) -> int:
         return 2 + math.prod(self.sample_shape)
 
-    def __call__(self, cast: Cast, batch: Batch) -> Tensor:
-        student = cast.student
+    def __call__(self, networks: Networks, batch: Batch) -> Tensor:
+        student = networks.student
         x_0, denoiser = batch.states["output"], student.denoiser
         t = self.times(student.process, batch.uniforms[:, 0])
         condition = self.dropped(student, batch.condition, batch.uniforms[:, 1])

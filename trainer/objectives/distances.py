@@ -1,4 +1,4 @@
-"""How far a student is from its target: one number a sample."""
+"""Distances of a student from its target: one number a sample."""
 
 import hashlib
 import io
@@ -59,8 +59,8 @@ class Lpips:
         try:
             self._network = torch.jit.load(io.BytesIO(data), map_location="cpu").eval()
         except (RuntimeError, ValueError) as error:
-            told = f"{path} is no TorchScript file ({str(error).strip().splitlines()[0]})"
-            raise ValueError(f"{told}; save one by torch.jit.trace(LPIPS(), (x, x)).save, or use l2") from error
+            problem = f"{path} is no TorchScript file ({str(error).strip().splitlines()[0]})"
+            raise ValueError(f"{problem}; save one by torch.jit.trace(LPIPS(), (x, x)).save, or use l2") from error
         for parameter in self._network.parameters():
             parameter.requires_grad_(False)
 
@@ -112,7 +112,7 @@ class DistanceOptions(Options):
             raise ValueError(f"objective.{option} {value} belongs to distance {distance}; {way}")
 
     def make_distance(self, sample_shape: tuple[int, ...]) -> Distance:
-        """Raises ValueError for LPIPS of samples that are no images, or from a file that is no TorchScript."""
+        """The distance. ValueError for LPIPS of samples that are no images, or from a file that is no TorchScript."""
         if self.distance == "lpips":
             assert self.lpips is not None
             return Lpips(self.lpips, sample_shape)
@@ -128,6 +128,6 @@ def files_read(distance: Distance) -> dict[str, str]:
 
 
 def refuse_lpips(options: DistanceOptions, name: str, *, compared: str) -> None:
-    """LPIPS compares images."""
+    """Refuse LPIPS, which compares images."""
     if options.distance == "lpips":
         raise ValueError(f"distance lpips compares images, {name} compares {compared}; choose another")

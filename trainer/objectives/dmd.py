@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from storage_schemas.images import images_digest, summary
-from trainer.networks.cast import Cast
+from trainer.networks.networks import Networks
 from trainer.objectives.conditioning import conditioning
 from trainer.objectives.distances import Distance, DistanceOptions, files_read, l2
 from trainer.objectives.kind import Given, Kind, Stage
@@ -31,7 +31,7 @@ from trainer.stream import Batch
 
 
 class RealImages:
-    """Images for the discriminator, of each sample's label, or of any where that has none.
+    """Images for the discriminator, with each sample's label, or any where that has none.
 
     They are kept on the device that first asked for them. digest: of them as they are given, on the CPU. said: what
     they are, in a line for the user.
@@ -70,41 +70,41 @@ class DistributionMatching(Matching):
     distance: Distance = l2
     regression: float = 0.0
     gan: float = 0.0
-    real: RealImages | None = field(default=None, compare=False)  # told by the user, the same on all data
+    real: RealImages | None = field(default=None, compare=False)  # named by the user, the same on all data
 
     @property
     def columns(self) -> tuple[str, ...]:
         asks_outputs = self.regression or (self.gan and self.real is None)
         return ("noise", "output") if asks_outputs else ("noise",)
 
-    def __call__(self, cast: Cast, batch: Batch) -> Tensor:
-        x = self.sample(cast, batch)
-        asked = self.asked(cast, batch, x)
-        loss = pulled(x, matching_direction(cast, batch, x, asked))
+    def __call__(self, networks: Networks, batch: Batch) -> Tensor:
+        x = self.sample(networks, batch)
+        asked = self.asked(networks, batch, x)
+        loss = pulled(x, matching_direction(networks, batch, x, asked))
         if self.gan:
-            loss = loss + self.gan * softplus(-_logit(cast, batch, asked)).mean()
+            loss = loss + self.gan * softplus(-_logit(networks, batch, asked)).mean()
         if self.regression:
-            jumped = self._first_jump(cast, batch, x)
+            jumped = self._first_jump(networks, batch, x)
             loss = loss + self.regression * self.distance(jumped, batch.states["output"]).mean()
         return loss
 
-    def critic_loss(self, cast: Cast, batch: Batch) -> Tensor:
+    def critic_loss(self, networks: Networks, batch: Batch) -> Tensor:
         """The denoising loss of the samples, and the discriminator's."""
-        x, fake = self.shown_to_critic(cast, batch)
-        loss = denoising_error(cast, batch, x, fake)
+        x, fake = self.shown_to_critic(networks, batch)
+        loss = denoising_error(networks, batch, x, fake)
         if not self.gan:
             return loss
-        real = self.diffused(cast, batch, self._real(batch), noise="of real samples", u=batch.uniforms[:, 0])
-        told_apart = softplus(_logit(cast, batch, fake)) + softplus(-_logit(cast, batch, real))
-        return loss + self.gan * told_apart.mean()
+        real = self.diffused(networks, batch, self._real(batch), noise="of real samples", u=batch.uniforms[:, 0])
+        discrimination = softplus(_logit(networks, batch, fake)) + softplus(-_logit(networks, batch, real))
+        return loss + self.gan * discrimination.mean()
 
-    def _first_jump(self, cast: Cast, batch: Batch, x: Tensor) -> Tensor:
+    def _first_jump(self, networks: Networks, batch: Batch, x: Tensor) -> Tensor:
         """G(noise, T, 0), which x is already where the student has one step."""
         if len(self.times) == 2:
             return x
         first, *_, last = times_on(batch.positions.device, self.times)
-        labels, guidance = conditioning(cast.student, batch)
-        return cast.student.jump(batch.states["noise"], first, last, labels, guidance=guidance)
+        labels, guidance = conditioning(networks.student, batch)
+        return networks.student.jump(batch.states["noise"], first, last, labels, guidance=guidance)
 
     def _real(self, batch: Batch) -> Tensor:
         if self.real is None:
@@ -113,15 +113,15 @@ class DistributionMatching(Matching):
 
 
 @torch.no_grad()
-def matching_direction(cast: Cast, batch: Batch, x: Tensor, asked: Diffused) -> Tensor:
+def matching_direction(networks: Networks, batch: Batch, x: Tensor, asked: Diffused) -> Tensor:
     """alpha_t (mu_fake - mu_real)/mean|mu_real - x|, [B, ...]. Yin et al. 2024, eq. 7-8 in terms of x_0."""
-    real, fake = answers(cast, batch, asked)
+    real, fake = answers(networks, batch, asked)
     return asked.alpha_t * (fake - real) / size(real - x)
 
 
-def _logit(cast: Cast, batch: Batch, asked: Diffused) -> Tensor:
-    assert cast.critic is not None
-    return cast.critic.logit(asked.x_t, asked.t, batch.condition, batch.guidance)
+def _logit(networks: Networks, batch: Batch, asked: Diffused) -> Tensor:
+    assert networks.critic is not None
+    return networks.critic.logit(asked.x_t, asked.t, batch.condition, batch.guidance)
 
 
 class DmdOptions(MatchingOptions, DistanceOptions):

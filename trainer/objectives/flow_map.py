@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from trainer.networks.cast import Cast
+from trainer.networks.networks import Networks
 from trainer.objectives.conditioning import conditioning
 from trainer.objectives.distances import Distance, DistanceOptions, refuse_lpips
 from trainer.objectives.kind import Given, Kind, Stage
@@ -19,8 +19,8 @@ from trainer.stream import Batch
 class FlowMapOracle:
     """E w(t, s) d( G(x_t, t, s), x_s ), s < t: the student's jump against the teacher's own, both ends stored.
 
-    Of each sample one pair, all K(K+1)/2 pairs of its K+1 states equally likely: long jumps as often as short ones.
-    times, columns: of all stored states. The oracle loss of Kim et al. 2024 (CTM), section 3, and of Boffi et al. 2024.
+    One pair of each sample, all K(K+1)/2 pairs of its K+1 states equally likely: long jumps as often as short ones.
+    times, columns: all stored states'. The oracle loss of Kim et al. 2024 (CTM), section 3, and of Boffi et al. 2024.
     """
 
     times: tuple[float, ...]
@@ -34,11 +34,11 @@ class FlowMapOracle:
         """All (i, j), i < j."""
         return torch.combinations(torch.arange(len(self.times)), 2)
 
-    def __call__(self, cast: Cast, batch: Batch) -> Tensor:
+    def __call__(self, networks: Networks, batch: Batch) -> Tensor:
         (x_t, x_s), (t, s) = drawn(batch, self.columns, self.times, self._pairs, batch.uniforms[:, 0])
-        labels, guidance = conditioning(cast.student, batch)
-        guess = cast.student.jump(x_t, t, s, labels, guidance=guidance)
-        return self.weighting(cast, self.distance(guess, x_s), t, s).mean()
+        labels, guidance = conditioning(networks.student, batch)
+        guess = networks.student.jump(x_t, t, s, labels, guidance=guidance)
+        return self.weighting(networks, self.distance(guess, x_s), t, s).mean()
 
 
 class FlowMapOptions(DistanceOptions, WeightingOptions, ScheduleOptions):

@@ -1,4 +1,4 @@
-"""What an objective is: its loss, its options, the stages of a fit on it, and what it wants of a fit.
+"""An objective: its loss, its options, the stages of a fit on it, and its defaults of a fit.
 
 Each objective is one file of this folder, from its equation to its `KIND`, and one row of table.py.
 """
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from storage_schemas.command_line import Config
 from storage_schemas.dataset import Dataset
-from trainer.networks.cast import Cast
+from trainer.networks.networks import Networks
 from trainer.stream import Batch
 
 Times = tuple[float, ...]
 
 
 class Objective(Protocol):
-    """(cast, batch) -> scalar loss of the student. Batch states are float32 [B, ...]; times are float64."""
+    """(networks, batch) -> scalar loss of the student. Batch states are float32 [B, ...]; times are float64."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -29,7 +29,7 @@ class Objective(Protocol):
     def num_uniforms(self) -> int:
         """Numbers in (0, 1) that it uses of each sample."""
 
-    def __call__(self, cast: Cast, batch: Batch) -> Tensor:
+    def __call__(self, networks: Networks, batch: Batch) -> Tensor:
         """The mean over the batch."""
 
 
@@ -41,7 +41,7 @@ class AlternatingObjective(Objective, Protocol):
     def critic_steps(self) -> int:
         """Updates of the critic before each of the student's."""
 
-    def critic_loss(self, cast: Cast, batch: Batch) -> Tensor:
+    def critic_loss(self, networks: Networks, batch: Batch) -> Tensor:
         """The mean over the batch of the critic's own loss."""
 
 
@@ -107,9 +107,9 @@ OptionsT = TypeVar("OptionsT", bound=Options)
 
 @dataclass(frozen=True)
 class Given:
-    """What an objective is built on. dataset: of trajectories or segments, None for one that reads images alone.
+    """The data that an objective is built on. dataset: trajectories or segments, None for one that reads images alone.
 
-    images: URI of real images, if any. seed: of every random choice.
+    images: URI of real images, if any. seed: for every random choice.
     """
 
     sample_shape: tuple[int, ...]
@@ -135,7 +135,7 @@ class Kind(Generic[OptionsT]):
     options: type[OptionsT]
     stages: Callable[[OptionsT, Given], tuple[Stage, ...]]
     makes: str
-    """What comes of it, for `--help`."""
+    """What it fits, for `--help`."""
     fit: Mapping[str, Any] = field(default_factory=dict)
     takes_target_time: bool = False
     """Its student takes the time that it jumps to."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from trainer.networks.cast import Cast
+from trainer.networks.networks import Networks
 from trainer.objectives.conditioning import conditioning
 from trainer.objectives.distances import Distance, DistanceOptions, files_read, l2
 from trainer.objectives.kind import Given, Kind, Stage
@@ -21,10 +21,10 @@ class Knowledge:
     columns: tuple[str, ...] = ("noise", "output")
     num_uniforms: int = 0
 
-    def __call__(self, cast: Cast, batch: Batch) -> Tensor:
+    def __call__(self, networks: Networks, batch: Batch) -> Tensor:
         T, zero = times_on(batch.positions.device, self.times)
-        labels, guidance = conditioning(cast.student, batch)
-        guess = cast.student.jump(batch.states["noise"], T, zero, labels, guidance=guidance)
+        labels, guidance = conditioning(networks.student, batch)
+        guess = networks.student.jump(batch.states["noise"], T, zero, labels, guidance=guidance)
         return self.distance(guess, batch.states["output"]).mean()
 
 

@@ -1,4 +1,4 @@
-"""What dmd, vsd and sid share: the student's samples, the noise that they are asked about at, and the critic's loss."""
+"""The common part of dmd, vsd and sid: the student's samples, their diffusion for both scores, the critic's loss."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusion.grids import near_ratio, subset_indices
 from diffusion.process import VE, Process, expand, scales
-from trainer.networks.cast import Cast
+from trainer.networks.networks import Networks
 from trainer.objectives.conditioning import conditioning
 from trainer.objectives.kind import AlternatingObjective, Given, Options, Stage, Times
 from trainer.objectives.randomness import normal
@@ -61,20 +61,20 @@ class MatchingOptions(Options):
         if self.guidance not in (None, 1.0) and model["num_classes"] is None:
             raise ValueError(f"objective.guidance {self.guidance} needs a teacher with classes; leave it out")
         if (self.guidance or 0.0) < 0 and model.get("network", {}).get("told_guidance"):
-            raise ValueError(f"objective.guidance {self.guidance}: its teacher is told scales of 0 and more; give one")
+            raise ValueError(f"objective.guidance {self.guidance}: its teacher takes scales of 0 and more; give one")
         times = times_at(recipe, subset_indices(recipe.num_steps, self.student_steps))
         return {"times": times, "critic_steps": self.critic_steps, "t_range": self.t_range, "seed": given.seed}
 
 
 FIT = {"lr": 1e-4, "beta1": 0.0}
-"""What an objective with a critic wants of a fit."""
+"""Defaults of a fit on an objective with a critic."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Matching:
     """A student that is asked only at the times of its grid, T down to 0, always for a jump to data.
 
-    Student and critic are each asked at noise levels drawn anew from `t_range`, shares of the process's levels. All
+    Student and critic are each asked at fresh noise levels from `t_range`, shares of the process's levels. All
     random numbers are functions of the row's position in the run.
     """
 
@@ -88,45 +88,45 @@ class Matching:
     def columns(self) -> tuple[str, ...]:
         return ("noise",)
 
-    def critic_loss(self, cast: Cast, batch: Batch) -> Tensor:
+    def critic_loss(self, networks: Networks, batch: Batch) -> Tensor:
         """E || F(x_t, t) - target(x, x_t) ||^2 of the critic on current samples x: denoising score matching."""
-        return denoising_error(cast, batch, *self.shown_to_critic(cast, batch))
+        return denoising_error(networks, batch, *self.shown_to_critic(networks, batch))
 
-    def shown_to_critic(self, cast: Cast, batch: Batch) -> tuple[Tensor, Diffused]:
+    def shown_to_critic(self, networks: Networks, batch: Batch) -> tuple[Tensor, Diffused]:
         """The student's samples, without a gradient, and what the critic is to denoise."""
         with torch.no_grad():
-            x = self.sample(cast, batch)
-        return x, self.diffused(cast, batch, x, noise="of the critic", u=batch.uniforms[:, 0])
+            x = self.sample(networks, batch)
+        return x, self.diffused(networks, batch, x, noise="of the critic", u=batch.uniforms[:, 0])
 
-    def asked(self, cast: Cast, batch: Batch, x: Tensor) -> Diffused:
+    def asked(self, networks: Networks, batch: Batch, x: Tensor) -> Diffused:
         """The student's samples as both scores are asked about them."""
-        return self.diffused(cast, batch, x, noise="of the student", u=batch.uniforms[:, 1])
+        return self.diffused(networks, batch, x, noise="of the student", u=batch.uniforms[:, 1])
 
-    def diffused(self, cast: Cast, batch: Batch, x: Tensor, *, noise: str, u: Tensor) -> Diffused:
+    def diffused(self, networks: Networks, batch: Batch, x: Tensor, *, noise: str, u: Tensor) -> Diffused:
         """x at the noise levels of u in (0, 1), with the noise of this name."""
-        t = noise_level(cast.student.process, u, self.t_range)
-        alpha_t, sigma_t = scales(cast.student.process, t, like=x)
+        t = noise_level(networks.student.process, u, self.t_range)
+        alpha_t, sigma_t = scales(networks.student.process, t, like=x)
         eps = normal(self.seed, noise, batch.positions, x.shape[1:]).to(x)
         return Diffused(alpha_t * x + sigma_t * eps, t, alpha_t, sigma_t)
 
-    def sample(self, cast: Cast, batch: Batch) -> Tensor:
+    def sample(self, networks: Networks, batch: Batch) -> Tensor:
         """x = G(x_k, t_k, 0) of a step k of the student's grid, [B, ...]; G(noise, T, 0) where it has one.
 
         With several steps each row draws its own k, and the student makes the inputs itself, without a gradient:
         x_k = alpha_k G(x_k-1, t_k-1, 0) + sigma_k eps, from x_0 = noise. All rows are taken down the whole grid, so
         that a batch costs as many calls more as it has inner times, whatever was drawn. Yin et al. 2024b, section 4.5.
         """
-        student, times = cast.student, times_on(batch.positions.device, self.times)
+        student, times = networks.student, times_on(batch.positions.device, self.times)
         labels, guidance = conditioning(student, batch)
         x, t = batch.states["noise"], times[0]
         if len(times) > 2:
-            x, t = self.simulated(cast, batch)
+            x, t = self.simulated(networks, batch)
         return student.jump(x, t, times[-1], labels, guidance=guidance)
 
     @torch.no_grad()
-    def simulated(self, cast: Cast, batch: Batch) -> tuple[Tensor, Tensor]:
+    def simulated(self, networks: Networks, batch: Batch) -> tuple[Tensor, Tensor]:
         """(x_k, t_k) of each row's own k: [B, ...] and float64 [B]."""
-        student, times = cast.student, times_on(batch.positions.device, self.times)
+        student, times = networks.student, times_on(batch.positions.device, self.times)
         labels, guidance = conditioning(student, batch)
         k = (batch.uniforms[:, 2] * (len(times) - 1)).long()
         start = x = batch.states["noise"]
@@ -146,7 +146,7 @@ class MatchingObjective(AlternatingObjective, Protocol):
 
 
 def matching_stage(name: str, objective: MatchingObjective, **more: Any) -> Stage:
-    """Validated by its first jump straight to the data, which is all that a student of one step does."""
+    """A stage validated by its first jump straight to the data, which is all that a student of one step does."""
     times = objective.times
     return Stage(name, objective, (times[0], times[-1]), {len(times) - 1: times}, sampling="renoise", **more)
 
@@ -164,18 +164,18 @@ def noise_level(process: Process, u: Tensor, t_range: tuple[float, float]) -> Te
     return (near + share * (far - near)) ** _RHO
 
 
-def denoising_error(cast: Cast, batch: Batch, x: Tensor, shown: Diffused) -> Tensor:
-    """The critic's, a mean over the batch and numbers."""
-    assert cast.critic is not None
-    return cast.critic.error(x, shown.x_t, shown.t, batch.condition, batch.guidance).mean()
+def denoising_error(networks: Networks, batch: Batch, x: Tensor, shown: Diffused) -> Tensor:
+    """The critic's error, a mean over the batch and numbers."""
+    assert networks.critic is not None
+    return networks.critic.error(x, shown.x_t, shown.t, batch.condition, batch.guidance).mean()
 
 
-def answers(cast: Cast, batch: Batch, asked: Diffused) -> tuple[Tensor, Tensor]:
+def answers(networks: Networks, batch: Batch, asked: Diffused) -> tuple[Tensor, Tensor]:
     """(mu_real, mu_fake) of diffused samples: the teacher's x_0, guided as it is, and the critic's."""
-    assert cast.teacher is not None
-    assert cast.critic is not None
+    assert networks.teacher is not None
+    assert networks.critic is not None
     question = asked.x_t, asked.t, batch.condition, batch.guidance
-    return cast.teacher(*question), cast.critic(*question)
+    return networks.teacher(*question), networks.critic(*question)
 
 
 def size(error: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What `--objective.NAME` takes: the options of all objectives, each refused by the objectives that lack it."""
+"""Values of `--objective.X`: the options of all objectives, each refused by the objectives that lack it."""
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -40,7 +40,7 @@ class _Chosen(Config):
         return options
 
     def filled(self) -> "_Chosen":
-        """With the objective's own defaults in place."""
+        """A copy with the objective's own defaults in place."""
         return self.model_copy(update=dict(self.options))
 
     def _given(self) -> dict[str, Any]:

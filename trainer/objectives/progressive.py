@@ -1,8 +1,8 @@
 """Progressive distillation: a student takes in one step what its teacher took in two, so that each stage halves them.
 
-In the paper each stage learns from the student before it: `python -m pipeline progressive` makes the data of each round
-anew. Direct progressive distillation is another algorithm: every stage's targets are the first teacher's own states, so
-that no error piles up and nothing is generated between stages.
+In the paper each stage learns from the student before it: `python -m pipeline progressive` makes new data for each
+round. Direct progressive distillation is another algorithm: every stage's targets are the first teacher's own states,
+so that no error piles up and nothing is generated between stages.
 """
 
 import math
@@ -20,7 +20,7 @@ from storage_schemas.dataset import Dataset
 from storage_schemas.errors import ManifestMismatch
 from storage_schemas.recipe import Recipe
 from storage_schemas.record import state_column
-from trainer.networks.cast import Cast
+from trainer.networks.networks import Networks
 from trainer.objectives.conditioning import conditioning
 from trainer.objectives.kind import Given, Kind, Stage
 from trainer.objectives.stored import ScheduleOptions, drawn, stored_grids, times_at, times_on
@@ -44,9 +44,9 @@ class Progressive:
         """All (k, k + 1)."""
         return torch.arange(len(self.times)).unfold(0, 2, 1)
 
-    def __call__(self, cast: Cast, batch: Batch) -> Tensor:
+    def __call__(self, networks: Networks, batch: Batch) -> Tensor:
         (x_t, x_s), (t, s) = drawn(batch, self.columns, self.times, self._segments, batch.uniforms[:, 0])
-        return segment_loss(cast, batch, x_t, x_s, t, s)
+        return segment_loss(networks, batch, x_t, x_s, t, s)
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,15 @@ class ProgressiveSegments:
     columns: tuple[str, ...] = ("start_index", "segment_0", "segment_2")
     num_uniforms: int = 0
 
-    def __call__(self, cast: Cast, batch: Batch) -> Tensor:
+    def __call__(self, networks: Networks, batch: Batch) -> Tensor:
         start, x_t, x_s = (batch.states[name] for name in self.columns)
         times = times_on(start.device, self.times)
-        return segment_loss(cast, batch, x_t, x_s, times[start.long()], times[start.long() + 2])
+        return segment_loss(networks, batch, x_t, x_s, times[start.long()], times[start.long() + 2])
 
 
-def segment_loss(cast: Cast, batch: Batch, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
+def segment_loss(networks: Networks, batch: Batch, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """Mean of max(alpha_t^2/sigma_t^2, 1) (mu_student(x_t, t) - x~)^2; t, s: [B]."""
-    student = cast.student
+    student = networks.student
     target = progressive_target(student.process, x_t, x_s, t, s)
     alpha_t, sigma_t = scales(student.process, t, like=x_t)
     weight = (alpha_t / sigma_t).square().clamp(min=1)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffusion.grids import uniform_time
 from diffusion.process import RectifiedFlow, expand
-from trainer.networks.cast import Cast
+from trainer.networks.networks import Networks
 from trainer.objectives.conditioning import conditioning
 from trainer.objectives.distances import Distance, DistanceOptions, refuse_lpips
 from trainer.objectives.kind import Given, Kind, Stage
@@ -31,15 +31,15 @@ class Reflow:
     columns: tuple[str, ...] = ("noise", "output")
     num_uniforms: int = 1
 
-    def __call__(self, cast: Cast, batch: Batch) -> Tensor:
+    def __call__(self, networks: Networks, batch: Batch) -> Tensor:
         # In float64, where a small tau takes no digits from the difference; the network runs in its own dtype.
         output, z = batch.states["output"].double(), batch.states["noise"].double() / self.noise_scale
         tau = batch.uniforms[:, 0]
         share = expand(tau, like=output)
         x_tau = (1 - share) * output + share * z
-        labels, guidance = conditioning(cast.student, batch)
-        u = (x_tau - cast.student(x_tau, tau, labels, guidance=guidance)) / share
-        return self.weighting(cast, self.distance(u, z - output), tau).mean()
+        labels, guidance = conditioning(networks.student, batch)
+        u = (x_tau - networks.student(x_tau, tau, labels, guidance=guidance)) / share
+        return self.weighting(networks, self.distance(u, z - output), tau).mean()
 
 
 class ReflowOptions(DistanceOptions, WeightingOptions, ScheduleOptions):

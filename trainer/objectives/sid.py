@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pydantic import Field
 from torch import Tensor
 
-from trainer.networks.cast import Cast
+from trainer.networks.networks import Networks
 from trainer.objectives.kind import Given, Kind, Stage
 from trainer.objectives.matching import FIT, Matching, MatchingOptions, answers, matching_stage, size
 from trainer.stream import Batch
@@ -22,9 +22,9 @@ class ScoreIdentity(Matching):
 
     a: float = 1.2
 
-    def __call__(self, cast: Cast, batch: Batch) -> Tensor:
-        x = self.sample(cast, batch)
-        f, g = answers(cast, batch, self.asked(cast, batch, x))
+    def __call__(self, networks: Networks, batch: Batch) -> Tensor:
+        x = self.sample(networks, batch)
+        f, g = answers(networks, batch, self.asked(networks, batch, x))
         return ((f - g) * ((f - x) - self.a * (f - g)) / size(x - f)).mean()
 
 

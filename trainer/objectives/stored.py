@@ -1,4 +1,4 @@
-"""Which stored states of each row an objective compares, and which grids its student is saved to serve."""
+"""The stored states of each row that an objective compares, and the grids that its student is saved to serve."""
 
 import functools
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class ScheduleOptions(Options):
 def drawn(batch: Batch, columns: Sequence[str], times: Times, choices: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """(states [n, B, ...], times float64 [n, B]) of one of `choices` for each row, all of them equally likely.
 
-    columns, times: of the stored states. choices: int64 [m, n], indices of states that go together. u: [B] in (0, 1).
+    columns, times: the stored states'. choices: int64 [m, n], indices of states that go together. u: [B] in (0, 1).
     """
     index = _kept_on(u.device, choices)[(u * len(choices)).long()].T
     states = torch.stack([batch.states[name] for name in columns])
@@ -83,7 +83,7 @@ def all_states(dataset: Dataset, *, objective: str) -> tuple[Times, tuple[str, .
 
 
 def served_grids(dataset: Dataset, schedule: Sequence[int] | None) -> dict[int, Times]:
-    """The grids of a student of all stored states: of the schedule, or all up to 8 steps that there are."""
+    """The grids of a student of all stored states: the schedule's, or all up to 8 steps that there are."""
     recipe = dataset.recipe
     divisors = [steps for steps in range(1, _MOST_STEPS + 1) if recipe.num_steps % steps == 0]
     stored = [steps for steps in divisors if set(subset_indices(recipe.num_steps, steps)) <= set(recipe.states)]

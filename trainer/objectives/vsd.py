@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.networks.cast import Cast
+from trainer.networks.networks import Networks
 from trainer.objectives.kind import Given, Kind, Stage
 from trainer.objectives.matching import FIT, Diffused, Matching, MatchingOptions, answers, matching_stage, pulled
 from trainer.stream import Batch
@@ -21,15 +21,15 @@ class VariationalScore(Matching):
     al. 2023.
     """
 
-    def __call__(self, cast: Cast, batch: Batch) -> Tensor:
-        x = self.sample(cast, batch)
-        return pulled(x, variational_direction(cast, batch, self.asked(cast, batch, x)))
+    def __call__(self, networks: Networks, batch: Batch) -> Tensor:
+        x = self.sample(networks, batch)
+        return pulled(x, variational_direction(networks, batch, self.asked(networks, batch, x)))
 
 
 @torch.no_grad()
-def variational_direction(cast: Cast, batch: Batch, asked: Diffused) -> Tensor:
+def variational_direction(networks: Networks, batch: Batch, asked: Diffused) -> Tensor:
     """w (eps_real - eps_fake) = w alpha_t/sigma_t (mu_fake - mu_real), [B, ...]."""
-    real, fake = answers(cast, batch, asked)
+    real, fake = answers(networks, batch, asked)
     weight = asked.alpha_t * asked.sigma_t / (asked.alpha_t**2 + asked.sigma_t**2)
     return weight * (fake - real)
 

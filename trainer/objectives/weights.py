@@ -1,4 +1,4 @@
-"""How much each time counts: fixed weights of a loss, and one that is learned with the student."""
+"""Weights of each time: fixed ones of a loss, and one that is learned with the student."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from diffusion.process import Process
-from trainer.networks.cast import Cast
+from trainer.networks.networks import Networks
 from trainer.objectives.kind import Options
 
 WeightingName = Literal["uniform", "snr", "truncated_snr", "learned"]
@@ -43,15 +43,15 @@ class WeightingOptions(Options):
 class Weighting:
     """A loss of each sample [B], weighed by the time t > 0 that its student started from, float64 [B].
 
-    learned: loss/exp(u) + u with u(t), or u(t, until), of the cast's network: at its optimum exp(u) is the expected
+    learned: loss/exp(u) + u with u(t), or u(t, until), of the weighting network: at its optimum exp(u) is the expected
     loss there, so that every time counts alike. Karras et al. 2024 (EDM2), eq. 21; Kendall et al. 2018.
     """
 
     name: str = "uniform"
 
-    def __call__(self, cast: Cast, loss: Tensor, t: Tensor, until: Tensor | None = None) -> Tensor:
+    def __call__(self, networks: Networks, loss: Tensor, t: Tensor, until: Tensor | None = None) -> Tensor:
         if self.name != "learned":
-            return loss * time_weight(self.name, cast.student.process, t).to(loss)
-        assert cast.weighting is not None
-        u = cast.weighting(cast.student.process, t, t if until is None else until).to(loss)
+            return loss * time_weight(self.name, networks.student.process, t).to(loss)
+        assert networks.weighting is not None
+        u = networks.weighting(networks.student.process, t, t if until is None else until).to(loss)
         return loss / u.exp() + u

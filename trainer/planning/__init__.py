@@ -1,1 +1,1 @@
-"""What a fit is going to do: where it starts, on which samples, in which stages."""
+"""The plan of a fit: where it starts, on which samples, in which stages."""

@@ -9,9 +9,9 @@ from storage_schemas.dataset import latest_manifest
 from storage_schemas.errors import ManifestMismatch, UserError
 from trainer.config import FitConfig
 from trainer.objectives.kind import Stage
-from trainer.parallel import Ranks
 from trainer.planning.plan import Plan
 from trainer.planning.trajectories import plan_trajectories
+from trainer.ranks import Ranks
 from trainer.reading.shards import ShardSource
 from trainer.runs.pins import Pins
 from trainer.stream import Source
@@ -22,7 +22,7 @@ class Following:
 
     The first rank looks and decides. A stage has one of its own.
 
-    plans: of the manifests gone over to, by number; the stream's state tells from when on one is read.
+    plans: by number, of the manifests gone over to; the stream's state tells from when on one is read.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Following:
         self._ended.set()
 
     def __call__(self, epoch: int) -> Source | None:
-        """What to read from this epoch on, None for what was read before."""
+        """The source to read from this epoch on, None for the one before."""
         key = f"manifest from epoch {epoch} of stage {self._stage} on"
         number = self._ranks.found_by_first(key, self._newer, self._ended)
         if number is None:
@@ -76,7 +76,7 @@ class Following:
         return latest.number if latest.number not in self._refused and self._serves(latest.number) else None
 
     def _serves(self, number: int) -> bool:
-        """Whether it does; then its plan is there, and it is pinned. Else the user is told, once."""
+        """Whether this run can go on with it; if so, keep its plan and pin it, else warn once."""
         try:
             plan = plan_trajectories(self._config, number=number)
             self._check(plan)
@@ -93,16 +93,18 @@ class Following:
         return True
 
     def _check(self, new: Plan) -> None:
-        old, told = self._plan, f"{new.reads['dataset']} now holds samples"
+        old, problem = self._plan, f"{new.reads['dataset']} now holds samples"
         if replace(new.shape, rms=old.shape.rms) != old.shape or new.labels != old.labels:
-            raise ManifestMismatch(f"{told} of another shape, process or kind of condition; start another run on them")
+            raise ManifestMismatch(
+                f"{problem} of another shape, process or kind of condition; start another run on them"
+            )
         if new.stages != old.stages:
-            raise ManifestMismatch(f"{told} on another time grid; start another run on them")
+            raise ManifestMismatch(f"{problem} on another time grid; start another run on them")
         source, before = new.source(self._columns), old.source(self._columns)
         if source.fields != before.fields:
-            raise ManifestMismatch(f"{told} in another storage dtype; start another run on them")
+            raise ManifestMismatch(f"{problem} in another storage dtype; start another run on them")
         if self._config.kind.has_critic and _score(new) != _score(old):
-            raise ManifestMismatch(f"{told} of another teacher or guidance scale; start another run on their score")
+            raise ManifestMismatch(f"{problem} of another teacher or guidance scale; start another run on their score")
         if isinstance(source, ShardSource) and isinstance(before, ShardSource):
             source.check_new(before)
 

@@ -12,7 +12,7 @@ from trainer.config import FitConfig
 from trainer.objectives.kind import Stage
 from trainer.planning.plan import Plan
 from trainer.runs.place import Place
-from trainer.runs.run import RunRecord
+from trainer.runs.record import RunRecord
 
 
 class Models:

@@ -1,4 +1,4 @@
-"""What a fit will do, from its config: the student to start from, the stages, and where samples come from."""
+"""A fit's plan, made from its config: the student to start from, the stages, and where samples come from."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ from trainer.stream import ArraySource, Source
 class Plan:
     """A fit in full. reads: what data it is, in a few words and digests; store: where it lies, if in one.
 
-    shape: what its students share with the samples. labels: whether its samples have any. teacher: whoever made them,
-    on a device; made_by: its record. guidance: the scales that it was guided by. notes: what a user reads first.
+    shape: what its students share with the samples. labels: whether its samples have any. teacher: the model that
+    made them, on a device; made_by: its record. guidance: the scales it was guided by. notes: what a user reads first.
     """
 
     start: Callable[[], Checkpoint]
@@ -44,15 +44,15 @@ class Plan:
     made_by: TeacherRecord | None = None
 
     def warnings_of(self, student: FlowMap) -> list[str]:
-        """What a user should know of these samples, and of this student on them."""
+        """Warnings on these samples, and on this student on them."""
         if (len(self.guidance) > 1) == student.told_guidance:
             return list(self.warnings)
         if student.told_guidance:
-            told = f"the data holds guidance scale {self.guidance[0]:g} alone, and this student is told scales"
-            return [*self.warnings, f"{told}: it learns of no other"]
+            problem = f"the data holds guidance scale {self.guidance[0]:g} alone, and this student takes scales"
+            return [*self.warnings, f"{problem}: it learns of no other"]
         scales = ", ".join(f"{scale:g}" for scale in self.guidance)
-        told = f"the data holds guidance scales {scales}, and this student is not told which"
-        return [*self.warnings, f"{told}: it learns their mixture; --told-guidance tells it"]
+        problem = f"the data holds guidance scales {scales}, and this student doesn't take them"
+        return [*self.warnings, f"{problem}: it learns their mixture; --told-guidance gives it them"]
 
 
 def plan_images(config: FitConfig) -> Plan:

@@ -1,4 +1,4 @@
-"""What a fit begins with: a new run's plan, record and student, or those of the one that it goes on with."""
+"""The start of a fit: a new run's plan, record and student, or those of the run that it goes on with."""
 
 import os
 from contextlib import ExitStack
@@ -17,23 +17,23 @@ from storage_schemas.dataset import latest_manifest
 from storage_schemas.errors import ManifestMismatch, UsageError, without_credentials
 from storage_schemas.store import Store
 from trainer.config import FitConfig
-from trainer.networks.cast import Cast
 from trainer.networks.critic import Critic, FrozenTeacher, frozen_teacher, make_critic
+from trainer.networks.networks import Networks
 from trainer.networks.student import with_dropout
 from trainer.networks.uncertainty import Uncertainty
-from trainer.parallel import Ranks
 from trainer.planning.plan import Plan, plan_images
 from trainer.planning.trajectories import plan_trajectories
+from trainer.ranks import Ranks
 from trainer.runs.checkpoints import Checkpoints, Found
 from trainer.runs.place import RECORD, Place
-from trainer.runs.run import RunRecord, check_place, earlier_run, new_record, only_fit, where
+from trainer.runs.record import RunRecord, check_place, earlier_run, new_record, only_fit, where
 
 # Seconds that a restarted run waits for its processes elsewhere to end, which notice when their collectives fail.
 _PATIENCE = 60.0
 
 
 class Claim:
-    """A run's hold on its folder and place, by the first rank, who alone has a `held` that keeps it; others do nothing.
+    """Locks a run's folder and checkpoint place. Only rank 0 has a `held` for its locks; others' methods do nothing.
 
     Nothing is written before `make`, so that what is refused until then leaves no trace.
     """
@@ -55,12 +55,12 @@ class Claim:
             self._held.enter_context(place.held(patience=patience))
         earlier = earlier_run(config, place)
         if not earlier and not place.store.exists(RECORD) and checkpoints:
-            told = f"{place.store.uri} holds checkpoints of a run without its {RECORD}"
-            raise UsageError(f"{told}; move them, or choose another")
+            problem = f"{place.store.uri} holds checkpoints of a run without its {RECORD}"
+            raise UsageError(f"{problem}; move them, or choose another")
         return earlier
 
     def make(self, record: RunRecord, *, goes_on: bool) -> None:
-        """Now that nothing is refused any more: what another run has left is removed, or fetched to go on with."""
+        """Remove what another run has left, or fetch it to go on with, now that nothing is refused any more."""
         config, place = self._config, self._place
         if self._held is None:
             return
@@ -80,11 +80,11 @@ class Claim:
         place.put(RECORD)
 
 
-def check_launch(config: FitConfig, crew: Ranks) -> None:
-    """Refuse to be spread over no processes, and to start anew what torchrun would start anew at each restart."""
-    if config.parallel != "auto" and crew.objects is None:
-        told = f"parallel {config.parallel} spreads a fit over processes"
-        raise ValueError(f"{told}; start it by torchrun -m trainer fit, or leave --parallel out")
+def check_launch(config: FitConfig, ranks: Ranks) -> None:
+    """Refuse --parallel without processes, and --no-resume where torchrun would start over at each restart."""
+    if config.parallel != "auto" and ranks.objects is None:
+        problem = f"parallel {config.parallel} spreads a fit over processes"
+        raise ValueError(f"{problem}; start it by torchrun -m trainer fit, or leave --parallel out")
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     if restarts and not config.resume:
         raise ValueError(
@@ -92,37 +92,37 @@ def check_launch(config: FitConfig, crew: Ranks) -> None:
         )
 
 
-def make_plan(config: FitConfig, crew: Ranks, earlier: RunRecord | None, found: Found | None) -> Plan:
+def make_plan(config: FitConfig, ranks: Ranks, earlier: RunRecord | None, found: Found | None) -> Plan:
     """The plan of a new run, or of an earlier one on the samples that it reads: on every rank the same."""
     tree = found.plain if found else None
     if tree and tree["sharded"] != (config.parallel == "fsdp"):
-        told = f"{config.out} was saved {'with' if tree['sharded'] else 'without'} --parallel fsdp"
-        raise UsageError(f"{told}; go on in the same way, or start anew by --no-resume")
+        problem = f"{config.out} was saved {'with' if tree['sharded'] else 'without'} --parallel fsdp"
+        raise UsageError(f"{problem}; go on in the same way, or start anew by --no-resume")
     reads = tree["reads"] if tree else earlier.reads if earlier else {}
     if config.kind.reads_images:
         plan = plan_images(config)
     else:
-        plan = plan_trajectories(config, number=crew.broadcast(_manifest(config, reads) if crew.is_first else None))
+        plan = plan_trajectories(config, number=ranks.broadcast(_manifest(config, reads) if ranks.is_first else None))
     if reads and reads["content_digest"] != plan.reads["content_digest"]:
-        told = f"{config.out} was reading samples {reads['content_digest'][:12]}"
-        raise ManifestMismatch(f"{told}, now {plan.reads}: name those it read, or choose another --out")
+        problem = f"{config.out} was reading samples {reads['content_digest'][:12]}"
+        raise ManifestMismatch(f"{problem}, now {plan.reads}: name those it read, or choose another --out")
     _check_beside(config, earlier.reads if earlier else {}, plan.reads)
     return plan
 
 
 def _check_beside(config: FitConfig, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse files beside the store that hold something else than at the run's start."""
-    for name, told in (
+    for name, what in (
         ("images_digest", f"images {config.images}"),
         ("lpips_sha256", f"{config.options.distance_file}"),
     ):
         if name in before and before[name] != now.get(name):
-            changed = f"{told} has sha256 {str(now.get(name))[:12]}..., {config.out} began with {before[name][:12]}..."
+            changed = f"{what} has sha256 {str(now.get(name))[:12]}..., {config.out} began with {before[name][:12]}..."
             raise UsageError(f"{changed}; bring back what it held, or choose another --out")
 
 
 def _manifest(config: FitConfig, reads: dict[str, Any]) -> int | None:
-    """Its number, which one rank finds out for all, as a newer one may be sealed meanwhile. None: there is none."""
+    """The manifest's number, or None: one rank finds it for all, as a newer one may be sealed meanwhile."""
     if config.manifest:
         return config.manifest
     if reads and all(reads[name] == value for name, value in where(config).items()):
@@ -148,7 +148,7 @@ def start(config: FitConfig, plan: Plan, place: Place) -> tuple[RunRecord, Denoi
     """The record of a new run, and its student as --init says."""
     start = plan.start()
     init = None if config.init in ("teacher", "scratch") else _known_of(start, uri=str(config.init))
-    torch.manual_seed(config.seed)  # of what it is told beside its teacher
+    torch.manual_seed(config.seed)  # for the inputs that its teacher lacks
     start = widened(start, second_time=config.kind.takes_target_time, told_guidance=config.told_guidance)
     _check_scales(start, plan.guidance)
     model = with_dropout(start.model, config.network.dropout)
@@ -164,10 +164,10 @@ def _known_of(saved: Checkpoint, *, uri: str) -> dict[str, Any]:
 
 
 def _check_scales(start: Checkpoint, scales: tuple[float, ...]) -> None:
-    """A network is told log(1 + w)."""
+    """Refuse scales below 0: a network takes log(1 + w)."""
     if start.model["network"].get("told_guidance") and min(scales) < 0:
-        told = f"guidance scale {min(scales):g} can't be told to a student, only 0 and more"
-        raise ValueError(f"{told}; generate at others, or fit a student that isn't told")
+        problem = f"guidance scale {min(scales):g} can't be given to a student, only 0 and more"
+        raise ValueError(f"{problem}; generate at others, or fit a student without --told-guidance")
 
 
 def built(model: dict[str, Any]) -> Denoiser:
@@ -176,25 +176,25 @@ def built(model: dict[str, Any]) -> Denoiser:
     return denoiser
 
 
-def gather(config: FitConfig, plan: Plan, student: FlowMap) -> Cast:
-    """The student, and the networks beside it that its objective asks."""
+def gather(config: FitConfig, plan: Plan, student: FlowMap) -> Networks:
+    """The student, and the networks beside it that its objective needs."""
     device = next(student.parameters()).device
     weighting = Uncertainty(config.seed).to(device) if config.options.learns_weighting else None
-    cast = Cast(student, weighting=weighting)
+    networks = Networks(student, weighting=weighting)
     with_gradients: list[nn.Module] = [student]
     if config.kind.has_critic:
         assert plan.teacher is not None
         teacher = plan.teacher(torch.device("cpu") if config.teacher.offload else device)
-        cast.critic = critic_of(config, teacher, student.denoiser)  # first: it starts in float32
-        cast.teacher = real_score(config, teacher, guidance=plan.guidance, device=device)
-        with_gradients.append(cast.critic)
+        networks.critic = critic_of(config, teacher, student.denoiser)  # first: it starts in float32
+        networks.teacher = real_score(config, teacher, guidance=plan.guidance, device=device)
+        with_gradients.append(networks.critic)
         # One that is offloaded answers again for them anyhow.
         if config.kind.through_teacher and not config.teacher.offload:
             with_gradients.append(teacher.denoiser)
     if config.gradient_checkpointing:
         for module in with_gradients:
             checkpoint_activations(module)
-    return cast
+    return networks
 
 
 def critic_of(config: FitConfig, teacher: Teacher, student: Denoiser) -> Critic:

@@ -1,4 +1,4 @@
-"""What a fit on stored trajectories will do: checks the data against the objective, and cuts the run into stages."""
+"""The plan of a fit on stored trajectories: checks the data against the objective, cuts the run into stages."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,7 @@ from storage_schemas.recipe import Recipe
 from storage_schemas.record import Split
 from storage_schemas.store import Store
 from trainer.config import FitConfig
-from trainer.networks.cast import Cast
+from trainer.networks.networks import Networks
 from trainer.networks.student import Shape, check_few_steps, check_fits, saved_model
 from trainer.objectives.conditioning import student_labels
 from trainer.objectives.kind import Given, Stage
@@ -84,7 +84,7 @@ def _check_teacher(recipe: Recipe, config: FitConfig) -> None:
 
 
 def _named(dataset: Dataset) -> dict[str, Any]:
-    """What data it is."""
+    """The data's names and digests, for the record."""
     manifest = dataset.manifest
     return {
         "dataset": manifest.dataset,
@@ -95,7 +95,7 @@ def _named(dataset: Dataset) -> dict[str, Any]:
 
 
 def start_student(config: FitConfig, dataset: Dataset, shape: Shape, first_time: float) -> Checkpoint:
-    """What --init says: the recipe's teacher, a fresh network, or a saved model; refused if it can't fit the data."""
+    """The model of --init: the recipe's teacher, a fresh network, or a saved one; refused if it can't fit the data."""
     if config.init == "scratch":
         start = fresh(config, shape)
     elif config.init == "teacher":
@@ -120,11 +120,11 @@ def _rounding_warnings(recipe: Recipe, process: Process, stages: Sequence[Stage]
             process, stage.times, storage_dtype=recipe.storage_dtype, data_rms=rms, exact_starts=segments
         )
         worst = max(errors)
-        told = f"{recipe.storage_dtype} storage puts {worst:.2g} rms into {stage.name} targets of rms {rms:.2g}"
+        problem = f"{recipe.storage_dtype} storage puts {worst:.2g} rms into {stage.name} targets of rms {rms:.2g}"
         if worst > _REFUSE * rms:
-            raise ManifestMismatch(f"{told}: generate with --dtype float32, or fit fewer steps")
+            raise ManifestMismatch(f"{problem}: generate with --dtype float32, or fit fewer steps")
         if worst > _WARN * rms:
-            lines.append(f"{told} (segment {errors.index(worst) + 1}); --dtype float32 would not")
+            lines.append(f"{problem} (segment {errors.index(worst) + 1}); --dtype float32 would not")
     return tuple(lines)
 
 
@@ -204,4 +204,4 @@ class SegmentError:
     @torch.no_grad()
     def __call__(self, student: FlowMap, stage: Stage) -> float:
         device = next(student.parameters()).device
-        return float(stage.objective(Cast(student), self._batch.to(device)))
+        return float(stage.objective(Networks(student), self._batch.to(device)))

@@ -1,4 +1,4 @@
-"""Items made in a thread ahead of whoever takes them: windows ahead of batches, batches ahead of the step."""
+"""Items made in a thread ahead of their use: windows ahead of batches, batches ahead of the step."""
 
 import contextlib
 import ctypes
@@ -50,7 +50,7 @@ class Ahead(Generic[T]):
         return item
 
     def close(self, timeout: float | None = None) -> None:
-        """Wake whoever waits, drop what is ready and end the thread; one that is reading ends after its read."""
+        """Wake those that wait, drop what is ready and end the thread; one that is reading ends after its read."""
         self._closed = True
         self._taken.put(None)
         self._end()
@@ -69,7 +69,7 @@ class Ahead(Generic[T]):
         try:
             while self._has_room():
                 self._ready.put(next(items))
-        except BaseException as error:  # told to whoever takes the items
+        except BaseException as error:  # raised where the items are taken
             self._ready.put(_Ended(error))
 
     def _has_room(self) -> bool:

@@ -52,7 +52,7 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> "Batch":
-        """On `device`, states in float32 there; a segment's place on the grid stays the integer that it is."""
+        """The batch on `device`, states in float32 there; a segment's place on the grid stays an integer."""
         there = self.each(lambda tensor: tensor.to(device))
         states = {name: x.float() if x.is_floating_point() else x for name, x in there.states.items()}
         return replace(there, states=states)
@@ -68,7 +68,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """What a batch is to hold: rows, state columns, uniform numbers of each row."""
+    """The layout of a batch: rows, state columns, uniform numbers of each row."""
 
     rows: int
     fields: tuple[Field, ...]
@@ -152,7 +152,7 @@ class _Section(NamedTuple):
 
 
 class Ring:
-    """Batches in host memory, each filled anew once it was given back; with `fresh` none is, and each is new.
+    """Batches in host memory, each filled again once it was given back; with `fresh` none is, and each is new.
 
     The one that was given back last is filled first: its memory is in the processor's caches.
     """
@@ -169,7 +169,7 @@ class Ring:
         return filled
 
     def receive(self, packed: Packed) -> Batch:
-        """In the thread that uses it."""
+        """The batch to use; call it in the thread that uses it."""
         return packed.batch
 
     def give_back(self, packed: Packed) -> None:
@@ -213,12 +213,12 @@ class DeviceRing:
         """Batches come in the order they were sent in: what follows on the current stream waits for the copy."""
         current = torch.cuda.current_stream(self._device)
         current.wait_event(self._copied.popleft())
-        # Else its memory could be filled anew while the step that used it is still running.
+        # Else its memory could be filled again while the step that used it is still running.
         packed.memory.record_stream(current)
         return packed.batch
 
     def give_back(self, packed: Packed) -> None:
-        """Its memory goes with it."""
+        """No-op: its memory goes with it."""
 
     def close(self) -> None:
         self._stream.synchronize()

@@ -22,7 +22,7 @@ from storage_schemas.ranges import checksum
 from trainer.reading.mapped import Maps
 
 PATIENCE = 60.0
-"""Seconds to wait for whoever fetches the same; then it is fetched twice."""
+"""Seconds to wait for a process that fetches the same; then it is fetched twice."""
 
 TOUCH = 60.0
 """Seconds in which a use is not noted again."""
@@ -67,7 +67,7 @@ class Cache:
         return data
 
     def put(self, name: str, *parts: bytes | memoryview) -> memoryview | None:
-        """Keeps the bytes and gives them back as a map; None where there is no room for them, or no right to write."""
+        """Keep the bytes and return them as a map; None where there is no room for them, or no right to write."""
         size = sum(len(part) for part in parts)
         problem = OSError(errno.EFBIG, f"one entry has {size} bytes, all of them may have {self.limit}")
         for full in (False, True) if size <= self.limit else ():
@@ -83,13 +83,13 @@ class Cache:
         return None
 
     def drop(self, name: str) -> None:
-        """Deletes an entry; whoever has it mapped keeps its bytes."""
+        """Delete an entry; those that have it mapped keep its bytes."""
         with contextlib.suppress(OSError):
             os.unlink(self._path(name))
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """While it is held nobody else of this node gets it. Without a lock where none can be had in time."""
+        """Hold a lock that nobody else of this node gets meanwhile; no lock where none can be had in time."""
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):
                 stack.enter_context(self._hold(_NAMES + int(checksum(name.encode())[:15], 16), PATIENCE))
@@ -186,11 +186,11 @@ class Cache:
             os.close(handle)
 
     def _warn(self, problem: OSError) -> None:
-        """Once a process: the lock is never released."""
+        """Warn once a process: the lock is never released."""
         if _unwarned.acquire(blocking=False):
             what = "full" if problem.errno in (*FULL, errno.EFBIG) else "unwritable"
-            told = f"the cache in {self.folder} is {what}: {problem.strerror}: chunks are fetched anew for every use"
-            print(f"warning: {told}: make room there, or name another --cache-folder", file=sys.stderr, flush=True)
+            state = f"the cache in {self.folder} is {what}: {problem.strerror}: chunks are fetched anew for every use"
+            print(f"warning: {state}: make room there, or name another --cache-folder", file=sys.stderr, flush=True)
 
 
 def _read_count(handle: int) -> int:

@@ -40,7 +40,7 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How chunks are read.
+    """Options of reading chunks.
 
     verify: `always`, each time a chunk is opened; `first`, when a process opens it for the first time; `never`, only
     its length. What comes over a network is checked in any case, as the cache serves other processes, too.
@@ -67,7 +67,7 @@ class Chunks:
         self._seen: set[int] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Opened anew where it is unpickled."""
+        """Open it again where it is unpickled."""
         return Chunks, (self._store, self._reading)
 
     def open(self, wanted: Sequence[Wanted]) -> list[Found]:
@@ -96,9 +96,9 @@ class Chunks:
         return found
 
     def derived(self, name: str, make: Callable[[], bytes], *, size: int) -> memoryview:
-        """What `make` gives, `size` bytes, kept in the disk cache under a name that says all that it depends on.
+        """The `size` bytes that `make` gives, kept in the disk cache under a name that says all that they depend on.
 
-        Its length and checksum follow it in the file.
+        Their length and checksum follow them in the file.
         """
         entry = f"{hashlib.sha256(name.encode()).hexdigest()}.made"
         found = self._made(entry, size)
@@ -124,7 +124,7 @@ class Chunks:
             return list(threads.map(read, groups))
 
     def _mapped(self, files: dict[str, Found], wanted: list[Wanted]) -> list[Found]:
-        """Out of a folder's own files. files: path -> its map, or why there is none."""
+        """Chunks from a folder's own files. files: path -> its map, or why there is none."""
         found = [_outcome(self._cut, files[commit.path], commit, chunk) for commit, chunk in wanted]
         return [
             _outcome(self._cut, _outcome(self._map, one[0]), *one) if isinstance(it, CorruptShard) else it
@@ -151,13 +151,13 @@ class Chunks:
         return whole
 
     def _cached(self, wanted: list[Wanted]) -> list[Found]:
-        """Chunks of one region, out of the cache, which gets what it lacks."""
+        """Chunks of one region from the cache, which gets what it lacks."""
         found: dict[Place, Found] = {}
         missing = self._look_up(wanted, found)
         if missing:
             commit, first = missing[0]
             with self._cache.lock(f"{commit.path} {first.offset // REGION}"):
-                missing = self._look_up(missing, found)  # again: who had the lock before may have brought them
+                missing = self._look_up(missing, found)  # again: the lock's last holder may have brought them
                 found |= self._fetch(commit, [chunk for _, chunk in missing])
         return [found[_place(chunk)] for _, chunk in wanted]
 
@@ -178,7 +178,7 @@ class Chunks:
         return missing
 
     def _fetch(self, commit: Commit, chunks: list[Chunk]) -> dict[Place, Found]:
-        """Together first; those that are not right then once more, one by one: one may spoil an answer for others."""
+        """Fetch them together; then those that are wrong again, one by one: one may spoil an answer for others."""
         pieces = list(_pieces(chunks, self._reading.in_flight_bytes))
         at_once = pieces and sum(map(_span, pieces)) <= self._reading.in_flight_bytes
         found: dict[Place, Found] = {}
@@ -219,8 +219,8 @@ class Chunks:
         if whole is None:
             return None
         data, trailer = whole[:-_TRAILER], whole[-_TRAILER:]
-        told = _trailer(data) if self._is_due(entry) else len(data).to_bytes(8, "little")
-        if bytes(trailer[: len(told)]) != told:
+        expected = _trailer(data) if self._is_due(entry) else len(data).to_bytes(8, "little")
+        if bytes(trailer[: len(expected)]) != expected:
             self._cache.drop(entry)
             return None
         self._remember(entry)

@@ -1,4 +1,4 @@
-"""What a stream reads and where in it: a source of samples, their order, and a cursor that is saved as integers."""
+"""A stream's source of samples, their order, and its cursor, which is saved as integers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +17,8 @@ from trainer.reading.rows import Rows
 class Source(Protocol):
     """Samples by id.
 
-    digest: of the content; another layout of the same samples has the same. fields: the state columns. row_bytes: of a
-    sample with all that is stored of it. place: what opens it again, written into the state. unreadable: sorted
+    digest: the content's; another layout of the same samples has the same. fields: the state columns. row_bytes: size
+    of a sample with all that is stored of it. place: what opens it again, written into the state. unreadable: sorted
     [first, past) ranges of ids that are known to be unreadable, found by now or excluded.
     """
 
@@ -35,7 +35,7 @@ class Source(Protocol):
         """Rows of existing ids in any order, read and checked. Called in a thread, ahead of their use."""
 
     def exclude(self, ranges: Sequence[Sequence[int]]) -> None:
-        """Take these ids as unreadable from the outset."""
+        """Treat these ids as unreadable from the outset."""
 
 
 class ArraySource:
@@ -82,7 +82,7 @@ class Cursor:
 
     @property
     def epochs(self) -> float:
-        """How often samples have been seen."""
+        """Epochs seen: number of passes over the samples."""
         return self.lanes.first_epoch + self.row * self.lanes.lanes / self.lanes.ids.count
 
     def after(self, batches: int, batch_size: int) -> "Cursor":
@@ -91,7 +91,7 @@ class Cursor:
         return replace(self, row=self.row + samples // self.lanes.lanes, consumed=self.consumed + samples)
 
     def moved(self, source: Source, epoch: int, block: int | None) -> "Cursor":
-        """At the start of `epoch`, in another source."""
+        """The cursor at the start of `epoch`, in another source."""
         check_not_empty(source)
         if source.fields != self.source.fields:
             now, before = ([f"{field.name} {field.dtype}{[*field.shape]}" for field in fields] for fields in
@@ -103,7 +103,7 @@ class Cursor:
         return Cursor(source, lanes, consumed=self.consumed, left_out=self.left_out + carried)
 
     def state(self) -> dict[str, Any]:
-        """Integers, a digest, and the place of the source."""
+        """The cursor as integers, a digest, and the place of the source."""
         lanes = self.lanes
         epoch = lanes.epoch_at(self.row)
         return {
@@ -147,8 +147,8 @@ def resumed(
     ours = {"content_digest": source.digest, "seed": seed, "lanes": lanes, "block": block}
     for name, now in ours.items():
         if now is not None and state[name] != now:
-            told = f"{name} {str(state[name])[:12]}, this stream has {str(now)[:12]}"
-            raise ManifestMismatch(f"this run was reading samples in another order ({told}): {_WAYS_OUT[name]}")
+            problem = f"{name} {str(state[name])[:12]}, this stream has {str(now)[:12]}"
+            raise ManifestMismatch(f"this run was reading samples in another order ({problem}): {_WAYS_OUT[name]}")
     cut = {name: state[name] for name in ("lanes", "block", "first_epoch")}
     # A state of before windows were bounded in bytes names none, and had WINDOW blocks in each.
     order = lanes_of(source, seed=seed, window=state.get("window", WINDOW), **cut)
@@ -170,13 +170,13 @@ def check_not_empty(source: Source) -> None:
 
 
 def check_division(batch_size: int, lanes: int, world_size: int) -> None:
-    """ValueError unless lanes divide the global batch, and ranks the lanes."""
+    """Raise ValueError unless lanes divide the global batch, and ranks the lanes."""
     if batch_size % lanes:
-        told = f"lanes {lanes} do not divide a global batch of {batch_size}"
-        raise ValueError(f"{told}; choose from {_divisors(batch_size)}")
+        problem = f"lanes {lanes} do not divide a global batch of {batch_size}"
+        raise ValueError(f"{problem}; choose from {_divisors(batch_size)}")
     if lanes % world_size:
-        told = f"{world_size} ranks do not divide {lanes} lanes, of which each rank reads its own"
-        raise ValueError(f"{told}; choose from {_divisors(lanes)} ranks, or begin the run with other lanes")
+        problem = f"{world_size} ranks do not divide {lanes} lanes, of which each rank reads its own"
+        raise ValueError(f"{problem}; choose from {_divisors(lanes)} ranks, or begin the run with other lanes")
 
 
 def _divisors(number: int) -> list[int]:

@@ -52,7 +52,7 @@ def _followed(cursor: Cursor, source: Source | None, epoch: int, block: int | No
     """The start of an epoch, in `source` if it is one."""
     if source is None:
         return cursor
-    if source.digest == cursor.lanes.digest:  # the same samples, stored anew
+    if source.digest == cursor.lanes.digest:  # the same samples, stored again
         return replace(cursor, source=source)
     return cursor.moved(source, epoch, block)
 
@@ -122,7 +122,7 @@ class Filler:
         return parts
 
     def _made(self, parts: list[tuple[LoadedWindow, slice]], consumed: int, seed: int) -> Made:
-        """A batch of these rows. Its own frame, so that nothing holds them while the next are waited for."""
+        """A batch of these rows. Its own function, so that no local keeps them mapped while we wait for the next."""
         window, place = parts[-1]
         after = replace(window.cursor, row=window.cursor.row + place.stop, consumed=consumed + self._batch_size)
         substituted = sum(int(window.substituted[:, place].sum()) for window, place in parts)

@@ -27,7 +27,7 @@ class Maps:
     def open(self, path: str, *, size: int | None = None) -> memoryview | None:
         """The file's bytes, uint8; None if its size is not `size`. FileNotFoundError, OSError.
 
-        The size is asked for every time, so that a file that was cut is told as one. Cut later it ends the process.
+        The size is asked for every time, so that a file that was cut is noticed. Cut later it ends the process.
         """
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -58,7 +58,7 @@ def _map(handle: int, size: int, path: str) -> NDArray[np.uint8]:
 
 
 class _Memory:
-    """What an array over a map holds on to; the map ends with it."""
+    """The owner of a map, held by arrays over it; the map ends with it."""
 
     def __init__(self, address: int, size: int) -> None:
         self.__array_interface__ = {"version": 3, "data": (address, True), "shape": (size,), "typestr": "|u1"}

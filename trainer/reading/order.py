@@ -72,7 +72,7 @@ class Window:
 class Lanes:
     """Row of a lane -> sample id; each id of an epoch exactly once.
 
-    digest: of the content (recipe, windows, gaps), so another layout of the same samples has the same order.
+    digest: the content's (recipe, windows, gaps), so another layout of the same samples has the same order.
     """
 
     ids: IdSet

@@ -21,7 +21,7 @@ class Recent(Generic[Key, Value]):
         return Recent, (self._limit,)
 
     def get(self, key: Key, make: Callable[[], Value], weight: Callable[[Value], int]) -> Value:
-        """What is remembered of `key`, or made now."""
+        """The value remembered for `key`, or made now."""
         found = self.find(key)
         if found is not None:
             return found
@@ -30,7 +30,7 @@ class Recent(Generic[Key, Value]):
         return value
 
     def find(self, key: Key) -> Value | None:
-        """What is remembered of `key`, None where nothing is."""
+        """The value remembered for `key`, None where there is none."""
         with self._lock:
             if key not in self._entries:
                 return None

@@ -73,7 +73,7 @@ def gathered(rows: Rows, fields: Sequence[Field]) -> tuple[Tensor, dict[str, Ten
 
 
 class _Memory:
-    """What numpy needs to know of memory that it does not own; torch would warn of memory that is only for reading."""
+    """An array interface to memory that numpy does not own; torch would warn of memory that is only for reading."""
 
     def __init__(self, start: int, length: int) -> None:
         self.__array_interface__ = {"version": 3, "data": (start, False), "shape": (length,), "typestr": "|u1"}

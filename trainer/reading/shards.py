@@ -53,13 +53,13 @@ class ShardSource:
         return self._substitutes.ranges
 
     def exclude(self, ranges: Iterable[Sequence[int]]) -> None:
-        """Takes these ids as unreadable without trying, so that a resumed run has the same substitutes."""
+        """Treat these ids as unreadable without trying, so that a resumed run has the same substitutes."""
         self._substitutes.add(ranges)
 
     def check_new(self, before: "ShardSource") -> None:
-        """CorruptShard, or Pruned, unless every shard that `before` doesn't list is there as its commit says.
+        """Raise CorruptShard, or Pruned, unless each shard that `before` lacks is as its commit says.
 
-        That is its commit, its bytes' number and a Parquet file's footer; a bit that flipped is found when it is read.
+        That is its commit, its size and a Parquet file's footer; a bit that flipped is found when it is read.
         Nothing is asked where other samples would stand in for what is lost.
         """
         known = set(before._table.table["path"].to_pylist())
@@ -72,11 +72,11 @@ class ShardSource:
                 self._give_up(lost[:1])
 
     def _cut(self, index: int) -> CorruptShard | None:
-        """What is wrong with how many bytes a shard's file has."""
+        """An error if a shard's file has another number of bytes than it should."""
         shard, store = self._table[index], self._dataset.store
         size = store.size(shard.path)
-        told = f"{store.uri}/{shard.path} has {size} bytes, its manifest says {shard.bytes}"
-        return None if size == shard.bytes else CorruptShard(f"{told}: restore the file or generate it anew")
+        problem = f"{store.uri}/{shard.path} has {size} bytes, its manifest says {shard.bytes}"
+        return None if size == shard.bytes else CorruptShard(f"{problem}: restore the file or generate it anew")
 
     def load(self, ids: Ints) -> Rows:
         """The rows of existing ids, in their order.
@@ -90,7 +90,7 @@ class ShardSource:
                 return self._rows(chosen, chosen != ids, *opened)
 
     def _open(self, ids: Ints) -> tuple[list[Views], Ints] | None:
-        """(rows of the parts that hold these ids, place of each id among them); None where ids must be chosen anew."""
+        """(rows of the parts that hold these ids, place of each id among them); None where ids must be chosen again."""
         shards, rows = self._table.locate(ids)
         touched, which = _compact(shards)
         read = self._read(touched.tolist())

@@ -39,7 +39,7 @@ class Substitutes:
         return ranges
 
     def add(self, ranges: Iterable[Sequence[int]]) -> None:
-        """These can't be read either. CorruptShard where that is more than half of all ids."""
+        """Add ids that can't be read. CorruptShard where that is more than half of all ids."""
         start, stop = self._ids.start, self._ids.stop
         with self._lock:
             lost = merge_ranges([(first, past) for first, past in [*self._lost, *ranges]], start, stop)
@@ -49,8 +49,8 @@ class Substitutes:
             self._lost, self._readable = lost, readable
 
     def _too_many(self, readable: IdSet) -> str:
-        told = f"{self._ids.count - readable.count} of {self._ids.count} samples can't be read, more than half"
-        return f"{told}: `python -m pipeline verify` names what to restore or to generate anew"
+        problem = f"{self._ids.count - readable.count} of {self._ids.count} samples can't be read, more than half"
+        return f"{problem}: `python -m pipeline verify` names what to restore or to generate anew"
 
     def chosen(self, ids: Ints) -> Ints:
         """The ids, each that can't be read replaced."""

@@ -68,7 +68,7 @@ def _is_tar(commit: Commit) -> bool:
 
 @dataclass(frozen=True)
 class _Block:
-    """What is remembered of a block of a tar: how its rows are laid out, and the integers in their JSON."""
+    """A parsed block of a tar: the layout of its rows, and the integers in their JSON."""
 
     stride: int
     members: dict[str, tuple[int, int]]
@@ -90,7 +90,7 @@ class Viewer:
         self._known: Recent[tuple[str, int], bool] = Recent(_REMEMBERED)
 
     def check(self, commit: Commit) -> None:
-        """CorruptShard unless a Parquet file's footer is what its commit and recipe say."""
+        """Raise CorruptShard unless a Parquet file's footer is what its commit and recipe say."""
         if not _is_tar(commit):
             parquet.check_footer(commit, self._recipe.fields, *self._chunks.checked(commit, commit.chunks[-1:]))
 

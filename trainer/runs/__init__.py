@@ -1,1 +1,1 @@
-"""What a run keeps on disk: its record, checkpoints, models, metrics and pins."""
+"""A run on disk: its record, checkpoints, models, metrics and pins."""

@@ -1,4 +1,4 @@
-"""What a fit says at its end: whether more pairs, more steps or a larger student would lower its error on the holdout.
+"""A fit's advice at its end: whether more pairs, more steps or a larger student would lower its error on the holdout.
 
 A student that was fitted to N pairs is better on these than on others. Were there endless pairs, both errors would be
 about the mean of the two, so of the holdout error H beside the training error E about (H - E)/(2 H) is for want of

@@ -29,7 +29,7 @@ from storage_schemas.documents import Document
 from storage_schemas.errors import StoreError, UserError
 from storage_schemas.names import Count, Positive, Xxh3
 from storage_schemas.store import Store
-from trainer.parallel import Ranks
+from trainer.ranks import Ranks
 from trainer.runs.shards import NAME
 from trainer.runs.trees import TENSORS, TREE, count_tensors, read_plain, read_tree, write_tree
 
@@ -62,7 +62,7 @@ class File(Document):
 
 
 class Marker(Document):
-    """What makes a checkpoint exist. holdout_error: where it was measured; the best is the least of its stage."""
+    """Makes a checkpoint exist. holdout_error: where it was measured; the best is the least of its stage."""
 
     format: Literal[1] = 1
     step: Annotated[int, Field(ge=0, lt=10**12)]
@@ -83,7 +83,7 @@ class Marker(Document):
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """Name of its file."""
         return f"step-{self.step:08d}.json"
 
 
@@ -106,20 +106,20 @@ class Found:
 
     @property
     def holds(self) -> tuple[int, int]:
-        """At most how many (tensors, numbers) of a network, by its files alone."""
+        """Upper bounds (tensors, numbers) of a network, by its files alone."""
         return count_tensors(self.folder), sum(file.bytes for file in self.marker.files)
 
     @contextmanager
-    def told_of(self) -> Iterator[None]:
-        """What a tree lacks of a fit's state, or holds of another shape or kind, is a StoreError in one line."""
+    def store_errors(self) -> Iterator[None]:
+        """Raise StoreError, in one line, for what a tree lacks of a fit's state or holds of another shape or kind."""
         try:
             yield
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             if "gloo" in str(error):  # another rank is lost
                 raise
             reason = " ".join(str(error).split())[:200]
-            told = f"checkpoint {self.marker.folder} holds no state of this fit ({type(error).__name__}: {reason})"
-            raise StoreError(f"{told}: restore it, or start again by --no-resume") from error
+            problem = f"checkpoint {self.marker.folder} holds no state of this fit ({type(error).__name__}: {reason})"
+            raise StoreError(f"{problem}: restore it, or start again by --no-resume") from error
 
 
 class Checkpoints:
@@ -142,7 +142,7 @@ class Checkpoints:
         self._keep_last, self._keep_best = keep_last, keep_best
 
     def save(self, step: int, tree: Any, *, stage: int = 0, holdout_error: float | None = None) -> None:
-        """`tree` (see trees.py) as checkpoint `step`; then those that are no longer kept go."""
+        """Save `tree` (see trees.py) as checkpoint `step`; then remove those that are no longer kept."""
         name = self._ranks.broadcast(f"step-{step:08d}-{paths.new_attempt()}")
         folder, rank = f"{FOLDER}/{name}", self._ranks.rank
         with _to_fill(self.place, folder) as local:
@@ -175,7 +175,7 @@ class Checkpoints:
         for name in reversed(names):
             with tempfile.TemporaryDirectory(prefix="limbeck-checkpoint-") as scratch:
                 found, problem = self._fetched(name, Path(scratch), tuple(refused))
-                problems = [told for told in self._ranks.gather(problem) if told]
+                problems = [each for each in self._ranks.gather(problem) if each]
                 if found and not problems:
                     yield found
                     return
@@ -197,10 +197,10 @@ class Checkpoints:
             local = own_folder(self.place, marker.folder)
             folder = local or scratch
             for file in marker.files:
-                told = f"{self.place.uri}/{marker.folder}/{file.name}"
+                source = f"{self.place.uri}/{marker.folder}/{file.name}"
                 if not local:
                     _download(self.place, f"{marker.folder}/{file.name}", file, folder / file.name)
-                _check(folder / file.name, file, told)
+                _check(folder / file.name, file, source)
             _check_no_others(folder, marker, f"{self.place.uri}/{marker.folder}")
         except OSError as error:
             return None, f"{self.place.uri}/{path} can't be fetched ({error})"
@@ -220,12 +220,12 @@ class Checkpoints:
         """Names of the markers, by their steps."""
         names = self.place.list(FOLDER)
         for name in filter(_EARLIER.fullmatch, names):
-            told = f"{self.place.uri}/{FOLDER}/{name} was written by an earlier release"
-            raise StoreError(f"{told}: go on with that one, or start again by --no-resume")
+            problem = f"{self.place.uri}/{FOLDER}/{name} was written by an earlier release"
+            raise StoreError(f"{problem}: go on with that one, or start again by --no-resume")
         return sorted(filter(_MARKER.fullmatch, names), key=lambda name: int(name[5:-5]))
 
     def _markers(self) -> dict[str, Marker]:
-        """Those that can be read, by their names."""
+        """The markers that can be read, by their names."""
         names, found = self._names(), {}
         for name, data in zip(names, self.place.read_many([f"{FOLDER}/{name}" for name in names]), strict=True):
             try:
@@ -248,12 +248,12 @@ class Checkpoints:
                 remove_folder(self.place, f"{FOLDER}/{name}")
 
     def _kept(self, newest: Marker) -> list[Marker]:
-        """The last few and the best. One past the newest was refused when the run went on from before it."""
+        """Markers of the last few and the best. One past the newest was refused when the run went on from before it."""
         markers = sorted(self._markers().values(), key=lambda marker: marker.step)
         markers = [marker for marker in markers if marker.step <= newest.step]
         kept = markers[-self._keep_last :]
-        told = [(marker.holdout_error, marker.step, marker) for marker in markers if marker.stage == newest.stage]
-        errors = [(error, step, marker) for error, step, marker in told if error is not None]
+        staged = [(marker.holdout_error, marker.step, marker) for marker in markers if marker.stage == newest.stage]
+        errors = [(error, step, marker) for error, step, marker in staged if error is not None]
         return [*kept, min(errors)[2]] if errors and self._keep_best else kept
 
 
@@ -299,29 +299,29 @@ def own_folder(place: Store, folder: str) -> Path | None:
     return Path(local)
 
 
-def _refuse_torchs_own(marker: Marker, told: str) -> None:
+def _refuse_torchs_own(marker: Marker, source: str) -> None:
     if any(_TORCHS_OWN.fullmatch(file.name) for file in marker.files):
         raise EarlierRelease(
-            f"{told} holds shards as release 0.1 wrote them, which may run code when they are read: go on with that "
+            f"{source} holds shards as release 0.1 wrote them, which may run code when they are read: go on with that "
             "release, or start again by --no-resume"
         )
 
 
-def _check(path: Path, file: File, told: str) -> None:
+def _check(path: Path, file: File, source: str) -> None:
     if path.is_symlink() or not path.is_file():
-        raise StoreError(f"{told} is missing")
+        raise StoreError(f"{source} is missing")
     if path.stat().st_size != file.bytes:
-        raise StoreError(f"{told} has {path.stat().st_size} bytes, its marker says {file.bytes}")
+        raise StoreError(f"{source} has {path.stat().st_size} bytes, its marker says {file.bytes}")
     if _xxh3(path) != file.xxh3:
-        raise StoreError(f"{told} does not match its checksum")
+        raise StoreError(f"{source} does not match its checksum")
 
 
-def _check_no_others(folder: Path, marker: Marker, told: str) -> None:
+def _check_no_others(folder: Path, marker: Marker, source: str) -> None:
     """Refuse a file that would be read with the others, though nothing says what it should hold."""
     named = {file.name for file in marker.files}
     for path in sorted(folder.iterdir()):
         if path.name not in named and (path.name in (TREE, TENSORS) or NAME.fullmatch(path.name)):
-            raise StoreError(f"{told}/{path.name} is not in its marker")
+            raise StoreError(f"{source}/{path.name} is not in its marker")
 
 
 def _xxh3(path: Path) -> str:
@@ -332,10 +332,10 @@ def _xxh3(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _download(place: Store, path: str, told: File, target: Path) -> None:
+def _download(place: Store, path: str, expected: File, target: Path) -> None:
     size = place.size(path)
-    if size != told.bytes:
-        has = "is missing" if size is None else f"has {size} bytes, its marker says {told.bytes}"
+    if size != expected.bytes:
+        has = "is missing" if size is None else f"has {size} bytes, its marker says {expected.bytes}"
         raise StoreError(f"{place.uri}/{path} {has}")
     with open(target, "wb") as file:
         for start in range(0, size, _PIECE):

@@ -1,12 +1,12 @@
-"""One fit at a time in a bucket of checkpoints, where no file can be locked.
+"""A lock on a bucket of checkpoints, where no file can be locked: one fit at a time.
 
-    fits/000007.json        who is at work: put where nothing is, and renewed every few seconds by whoever put it
+    fits/000007.json        which fit is at work: put where nothing is, renewed every few seconds by the one that put it
 
-The highest number holds. A number is put once and never used again, so that of several who come at the same time one
+The highest number holds. A number is put once and never used again, so that of several that come at the same time one
 holds the place, and one that slept finds a higher number than its own and stops before it writes.
 
 A fit that was killed leaves its claim. It is taken over at once where its process is gone from this machine, else once
-it is a minute old by the storage's own clock: whoever comes earlier waits, and is refused as soon as it is renewed.
+it is a minute old by the storage's own clock: a fit that comes earlier waits, and is refused as soon as it is renewed.
 """
 
 import os
@@ -83,8 +83,8 @@ class Hold:
     def check(self) -> None:
         """TakenOver where another fit took this one for dead."""
         if any(number > self._number for number in self._numbers()):
-            told = f"another fit goes on in {self._place.uri} since this one was away for more than {_LAPSES:.0f} s"
-            raise TakenOver(f"{told}; nothing is written any more")
+            problem = f"another fit goes on in {self._place.uri} since this one was away for more than {_LAPSES:.0f} s"
+            raise TakenOver(f"{problem}; nothing is written any more")
 
     def _renew(self) -> None:
         beats = 0
@@ -108,8 +108,8 @@ class Hold:
             return
         rest = _LAPSES - self._age(number)
         if rest > 0:
-            told = f"{self._place.uri} is a fit's that may be at work yet: waiting up to {rest:.0f} s"
-            print(shown(told), file=sys.stderr, flush=True)
+            line = f"{self._place.uri} is a fit's that may be at work yet: waiting up to {rest:.0f} s"
+            print(shown(line), file=sys.stderr, flush=True)
         until = time.monotonic() + rest
         while time.monotonic() < until:
             time.sleep(min(_LOOKS, rest))
@@ -148,7 +148,7 @@ def _is_over(data: bytes) -> bool:
 
 
 def _this_process() -> str:
-    """boot/namespace/pid/start: the same again for no other process; empty where the system doesn't tell."""
+    """boot/namespace/pid/start: the same again for no other process; empty where the system doesn't say."""
     return _process(os.getpid())
 
 
@@ -162,7 +162,7 @@ def _process(pid: int) -> str:
 
 
 def _is_gone(process: str) -> bool:
-    """Whether it was one of this boot and namespace that is no more; False where that can't be told."""
+    """Whether it was a process of this boot and namespace that has ended; False where that can't be known."""
     here, parts = _this_process().split("/"), process.split("/")
     if len(here) != 4 or len(parts) != 4 or here[:2] != parts[:2] or not parts[2].isdecimal():
         return False

@@ -65,7 +65,7 @@ class RunLog:
 
 
 class NoLog:
-    """Of the ranks that leave it to the first."""
+    """A log that discards everything: used on all ranks but the first."""
 
     def __enter__(self) -> Self:
         return self
@@ -74,10 +74,10 @@ class NoLog:
         return
 
     def write(self, step: int, figures: Figures) -> None:
-        """Nothing."""
+        """Discard it."""
 
     def say(self, line: str) -> None:
-        """Nothing."""
+        """Discard it."""
 
 
 class _Display(Protocol):

@@ -19,11 +19,11 @@ class Meter:
     """
 
     def __init__(self, stream: Stream, device: torch.device) -> None:
-        self._stream, self._device, self._has_begun, self._first_told = stream, device, False, False
+        self._stream, self._device, self._has_begun, self._first_reported = stream, device, False, False
         self._reset()
 
     def note_batch(self) -> None:
-        """A batch is there: time counts from the first on."""
+        """Note a batch: time counts from the first on."""
         if not self._has_begun:
             self._reset()
         self._has_begun = True
@@ -35,12 +35,12 @@ class Meter:
         self._samples += samples
 
     def finite(self, *, norms: bool) -> bool:
-        """Whether every loss since the last line is, and every norm."""
+        """Whether every loss since the last line is finite; with `norms` every norm, too."""
         looked_at = [figures for name, figures in self._found.items() if norms or not name.endswith("norm")]
         return all(bool(torch.stack(figures).isfinite().all()) for figures in looked_at)
 
     def take(self) -> Figures:
-        """The figures, and start again."""
+        """The figures since the last line; then start again."""
         means = {name: torch.stack(figures).mean().item() for name, figures in self._found.items()}
         seconds = time.perf_counter() - self._started
         figures: Figures = {
@@ -50,9 +50,9 @@ class Meter:
             "epoch": self._stream.epochs,
             "memory_mib": peak_memory(self._device) / 2**20,
         }
-        if not self._first_told:
+        if not self._first_reported:
             figures["first_batch_s"] = self._stream.first_wait or 0.0
-        self._first_told = True
+        self._first_reported = True
         self._reset()
         return figures
 
@@ -62,7 +62,7 @@ class Meter:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that tensors have taken of the GPU, or on the CPU that the process has taken of the machine."""
+    """Peak bytes of tensors on the GPU, or on the CPU of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

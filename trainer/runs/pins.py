@@ -37,14 +37,14 @@ class Pins:
         return None
 
     def keep(self, number: int) -> str | None:
-        """Hold this one, and let go of those that the run read before."""
+        """Pin this one, and remove the pins on those that the run read before."""
         for before in [held for held in list(self._written) if held < number]:
             self._remove(self._name(before))
             del self._written[before]
         return self.hold(number)
 
     def drop(self) -> None:
-        """Let go of all, also of those that a killed process of the run has left."""
+        """Remove all pins, also those that a killed process of the run has left."""
         try:
             listed = self._store.list(paths.PINS)
         except StoreError:

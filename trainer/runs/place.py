@@ -39,8 +39,8 @@ class Place:
         """
         local = self.store.local_path(LOCK)
         if local and self.elsewhere:
-            told = f"another fit keeps its checkpoints in {self.store.uri}"
-            refused = f"{told}; wait for it, or choose another --checkpoints"
+            problem = f"another fit keeps its checkpoints in {self.store.uri}"
+            refused = f"{problem}; wait for it, or choose another --checkpoints"
             with only_one(Path(local), refused=refused, patience=patience):
                 yield
         elif self.elsewhere:
@@ -66,7 +66,7 @@ class Place:
             self.store.write(path, (self.folder / path).read_bytes())
 
     def fetch(self) -> None:
-        """The copies into the folder. A finished stage's model that is there whole stays; what changes is replaced."""
+        """Fetch the copies into the folder. A finished stage's whole model stays there; what changes is replaced."""
         if not self.elsewhere:
             return
         self._fetch(METRICS)
@@ -88,7 +88,7 @@ class Place:
                 (self.folder / name).unlink(missing_ok=True)
 
     def _folders(self) -> list[str]:
-        """Of copies: folders of files, inner ones first."""
+        """Folders of copies, inner ones first."""
         inner = [f"{name}/{one}" for name in (FOLDER, STAGES) for one in self.store.list(name)]
         return [*inner, FOLDER, STAGES, MODEL, BEST]
 

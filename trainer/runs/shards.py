@@ -35,7 +35,7 @@ class Piece:
     file: Any
 
     def read(self, name: str, inner: Box) -> Tensor:
-        """Its numbers within a box of the whole that lies in its own."""
+        """The piece's numbers within a box of the whole that lies in its own."""
         if inner == self.box:
             tensor: Tensor = self.file.get_tensor(name)
             return tensor
@@ -136,9 +136,9 @@ def _pieces(files: Sequence[Any]) -> dict[str, list[Piece]]:
     """Every tensor's pieces, as the files' headers say."""
     found: dict[str, list[Piece]] = {}
     for file in files:
-        told = json.loads((file.metadata() or {})["pieces"])
+        places = json.loads((file.metadata() or {})["pieces"])
         for name in file.keys():  # noqa: SIM118 - it is no dict
-            shape, offsets = (tuple(map(int, numbers)) for numbers in told[name])
+            shape, offsets = (tuple(map(int, numbers)) for numbers in places[name])
             sizes = file.get_slice(name).get_shape()
             box = tuple((start, start + size) for start, size in zip(offsets, sizes, strict=True))
             found.setdefault(name, []).append(Piece(shape, box, file))

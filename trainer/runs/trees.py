@@ -45,12 +45,12 @@ def write_tree(tree: Any, folder: Path, *, rank: int = 0, world_size: int = 1) -
 
 
 def read_tree(folder: Path, *, like: Any = None) -> Any:
-    """The tree in a folder. Where `like`, a tree with the same keys, holds shards, so does it, whoever wrote it.
+    """The tree in a folder. Where `like`, a tree with the same keys, holds shards, so does it, however it was written.
 
     What `like` holds is filled in place by a tree that was written sharded; other tensors are new, on the CPU. Raises
     StoreError in one line for files that are not ours.
     """
-    with _told_of(folder):
+    with _store_errors(folder):
         document = _document_in(folder)
         _, wanted = taken_apart(like)
         if (folder / TENSORS).is_file():
@@ -61,13 +61,13 @@ def read_tree(folder: Path, *, like: Any = None) -> Any:
 
 def read_plain(folder: Path) -> Any:
     """The tree in a folder with None for tensors."""
-    with _told_of(folder):
+    with _store_errors(folder):
         return put_together(_document_in(folder), None)
 
 
 def count_tensors(folder: Path) -> int:
     """How many tensors the tree in a folder has."""
-    with _told_of(folder):
+    with _store_errors(folder):
         return _count(_document_in(folder))
 
 
@@ -78,7 +78,7 @@ def _count(document: Any) -> int:
 
 
 @contextmanager
-def _told_of(folder: Path) -> Iterator[None]:
+def _store_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:

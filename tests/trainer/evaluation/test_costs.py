@@ -12,7 +12,7 @@ from storage_schemas.manifest import ManifestDraft, Window
 from tests.trainer.test_evaluate import config, make_recipe, make_store, rows_of, save_student
 from trainer.evaluate import evaluate
 from trainer.evaluation.costs import student_costs
-from trainer.runs.run import RunRecord
+from trainer.runs.record import RunRecord
 
 BATCH = 32
 

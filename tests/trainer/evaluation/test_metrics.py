@@ -7,6 +7,7 @@ import scipy.stats
 import torch
 from torch import nn
 
+from trainer.classifier import shipped_classifier
 from trainer.evaluation.metrics import (
     Frechet,
     Neighbours,
@@ -15,7 +16,6 @@ from trainer.evaluation.metrics import (
     variance,
     wasserstein_squared,
 )
-from trainer.features import shipped_classifier
 from trainer.reading.images import load_images
 
 

@@ -21,17 +21,17 @@ from diffusion.models.teachers import Teacher, from_checkpoint, load_teacher
 from storage_schemas.errors import UsageError
 from trainer.config import FitConfig
 from trainer.loop import Stepper, step_seed
-from trainer.networks.cast import Cast
 from trainer.networks.critic import FrozenTeacher
 from trainer.networks.lora import with_low_rank
+from trainer.networks.networks import Networks
 from trainer.networks.student import Shape
 from trainer.objectives.dmd import DistributionMatching
 from trainer.objectives.randomness import normal
 from trainer.objectives.sid import ScoreIdentity
 from trainer.objectives.vsd import VariationalScore
-from trainer.parallel import alone
 from trainer.planning.plan import fresh
 from trainer.planning.start import critic_of, gather, real_score
+from trainer.ranks import alone
 from trainer.runs.trees import read_tree, write_tree
 from trainer.stream import Batch, objective_uniforms
 
@@ -67,16 +67,16 @@ def student(seed: int = 1, spec: dict[str, Any] = SPEC) -> FlowMap:
     return FlowMap(network_teacher(seed, spec).denoiser.requires_grad_(True))
 
 
-def cast_of(
+def networks_of(
     fit: FitConfig,
     teacher: Teacher | None = None,
     fitted: FlowMap | None = None,
     *,
     guidance: tuple[float, ...] = (1.0,),
-) -> Cast:
+) -> Networks:
     teacher, fitted = teacher or network_teacher(), fitted or student()
     critic = critic_of(fit, teacher, fitted.denoiser)
-    return Cast(fitted, teacher=real_score(fit, teacher, guidance=guidance, device=CPU), critic=critic)
+    return Networks(fitted, teacher=real_score(fit, teacher, guidance=guidance, device=CPU), critic=critic)
 
 
 def batch(step: int = 0, rows: int = ROWS) -> Batch:
@@ -128,16 +128,16 @@ def test_a_critic_is_told_guidance_where_the_student_is():
 def test_low_rank_changes_are_all_that_is_fitted_and_saved():
     teacher, fit = network_teacher(), config("vsd", critic={"kind": "lora", "rank": 4, "lr": 0.1})
     before = copy.deepcopy(teacher.denoiser.state_dict())
-    cast = cast_of(fit, teacher)
+    networks = networks_of(fit, teacher)
     shared = {id(p) for p in teacher.denoiser.parameters()}
-    assert sum(id(p) in shared for p in cast.critic.parameters()) == len(shared)
-    stepper = Stepper(cast, fit, alone(CPU))
+    assert sum(id(p) in shared for p in networks.critic.parameters()) == len(shared)
+    stepper = Stepper(networks, fit, alone(CPU))
     for step in range(3):
         stepper.step(VariationalScore(**OPTIONS), batch(step), seed=step_seed(0, step))
     after = teacher.denoiser.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     # 9 layers of A and B: time (64 and 24 in), enter, leave, and enter, modulate, leave of 2 blocks.
-    state = cast.critic.state_dict()
+    state = networks.critic.state_dict()
     sizes = [(24, 64), (24, 24), (24, 16), (16, 24), *[(24, 24), (48, 24), (24, 24)] * 2]
     assert sum(tensor.numel() for tensor in state.values()) == sum(4 * (out + into) for out, into in sizes)
     assert all(name.endswith((".a", ".b")) for name in state)
@@ -175,7 +175,7 @@ def test_a_teacher_is_guided_as_it_is_told():
     assert torch.equal(answer(config(objective={"guidance": 1.0}), (2.0,)), denoiser(x_t, t, labels))
 
 
-def gathered(fit: FitConfig, teacher: Teacher) -> Cast:
+def gathered(fit: FitConfig, teacher: Teacher) -> Networks:
     """As a fit gathers it, on samples of two guidance scales."""
     plan: Any = SimpleNamespace(teacher=lambda device: teacher, guidance=(1.0, 2.0))
     return gather(fit, plan, student())
@@ -183,10 +183,10 @@ def gathered(fit: FitConfig, teacher: Teacher) -> Cast:
 
 def gradients(fit: FitConfig) -> torch.Tensor:
     """Of sid's student and critic, whose way back leads through the teacher's input."""
-    cast = gathered(fit, network_teacher())
+    networks = gathered(fit, network_teacher())
     objective = ScoreIdentity(**OPTIONS)
-    found = torch.autograd.grad(objective(cast, batch()), list(cast.student.parameters()))
-    critic = torch.autograd.grad(objective.critic_loss(cast, batch()), list(cast.critic.parameters()))
+    found = torch.autograd.grad(objective(networks, batch()), list(networks.student.parameters()))
+    critic = torch.autograd.grad(objective.critic_loss(networks, batch()), list(networks.critic.parameters()))
     return torch.cat([part.flatten() for part in (*found, *critic)])
 
 
@@ -247,9 +247,9 @@ def test_memory_knobs_change_nothing_but_a_teacher_in_half_precision():
 def test_checkpointed_blocks_of_a_teacher_run_again_where_a_gradient_leads_through_them(name, options, times):
     teacher, calls = network_teacher(), []
     fit = config(name, **options)
-    cast = gathered(fit, teacher)
+    networks = gathered(fit, teacher)
     teacher.denoiser.network.blocks[0].enter.register_forward_pre_hook(lambda *_: calls.append(1))
-    ALTERNATING[name](cast, batch()).backward()
+    ALTERNATING[name](networks, batch()).backward()
     assert len(calls) == times
 
 
@@ -303,7 +303,7 @@ def run(stepper: Stepper, name: str, steps: range) -> list[dict[str, float]]:
 @pytest.mark.parametrize("name", ALTERNATING)
 def test_resume_from_a_state_on_disk_is_bit_identical(name, tmp_path):
     fit = config(name, **FITS[name])
-    whole, first, second = (Stepper(cast_of(fit), fit, alone(CPU)) for _ in range(3))
+    whole, first, second = (Stepper(networks_of(fit), fit, alone(CPU)) for _ in range(3))
     figures = run(whole, name, range(10))
     run(first, name, range(4))
     write_tree(first.state_dict(), tmp_path)
@@ -324,7 +324,7 @@ def _same(one: Any, other: Any) -> bool:
 
 def test_the_student_is_updated_after_each_round_of_its_critic():
     fit = config("dmd", objective={"gan": 0.1, "critic_steps": 2})
-    stepper = Stepper(cast_of(fit), fit, alone(CPU))
+    stepper = Stepper(networks_of(fit), fit, alone(CPU))
     assert [set(found) for found in run(stepper, "dmd", range(4))] == [
         {"critic_loss", "critic_grad_norm"},
         {"critic_loss", "critic_grad_norm", "loss", "grad_norm"},
@@ -335,7 +335,7 @@ def test_micro_batches_give_the_batch_gradient():
     figures = []
     for micro_batch in (None, 4):
         fit = config("dmd", micro_batch=micro_batch, clip=0, objective={"gan": 0.1, "critic_steps": 2})
-        figures += [run(Stepper(cast_of(fit), fit, alone(CPU)), "dmd", range(2))]
+        figures += [run(Stepper(networks_of(fit), fit, alone(CPU)), "dmd", range(2))]
     for whole, cut in zip(*figures, strict=True):
         assert cut == pytest.approx(whole, rel=1e-5)
 
@@ -354,7 +354,7 @@ def gaussian_fit(
     fitted = FlowMap(fresh(fit, Shape((numbers,), None, SPEC["process"], 0.7)).build())
     with torch.no_grad():  # samples begin near N(0, 0.2): without spread they could spread to either side
         fitted.denoiser.network.coefficients.bias[:numbers] = 0.6
-    stepper = Stepper(cast_of(fit, teacher, fitted), fit, alone(CPU))
+    stepper = Stepper(networks_of(fit, teacher, fitted), fit, alone(CPU))
     for step in range(steps):
         positions = step * rows + torch.arange(rows)
         states = {"noise": 80 * normal(0, "x_T", positions, (numbers,))}

@@ -79,7 +79,7 @@ def test_a_model_for_other_data_is_refused(wrong, told):
 
 @pytest.mark.parametrize(
     ("process", "prediction", "told"),
-    [(VE, "epsilon", "can't predict epsilon"), ({"name": "cosine_vp", "s": 0.008}, "edm", "is told inf")],
+    [(VE, "epsilon", "can't predict epsilon"), ({"name": "cosine_vp", "s": 0.008}, "edm", "is given inf")],
 )
 def test_predictions_that_say_nothing_at_pure_noise_are_refused(process, prediction, told):
     saved = fresh(config(prediction=prediction), shape(process=process))

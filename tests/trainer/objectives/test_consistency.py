@@ -9,7 +9,7 @@ import torch
 from diffusion.flow_map import FlowMap, jump_coefficients
 from diffusion.process import VE, CosineVP, LinearVP, RectifiedFlow
 from tests.trainer.flows import minimise, names, perfect_student, shuffled, table_student, trajectories
-from trainer.networks.cast import Cast
+from trainer.networks.networks import Networks
 from trainer.objectives.consistency import Consistency
 from trainer.objectives.distances import PseudoHuber, l2
 from trainer.objectives.weights import Weighting
@@ -41,7 +41,7 @@ def test_the_exact_flow_is_a_fixed_point(process):
     student, target = perfect_student(process), perfect_student(process)
     batch = trajectories(process, GRIDS[process], rows=60)
     for distance in (l2, PseudoHuber(0.3)):
-        loss = consistency(process, distance)(Cast(student, target), batch)
+        loss = consistency(process, distance)(Networks(student, target), batch)
         (gradient,) = torch.autograd.grad(loss, student.denoiser.off)
         assert loss.item() < 1e-20
         assert abs(gradient.item()) < 1e-9
@@ -54,7 +54,7 @@ def test_each_round_of_targets_makes_one_more_interval_exact(process):
     batch = trajectories(process, GRIDS[process], rows=60)
     for exact in (1, 2, 3):
         target = copy.deepcopy(student).requires_grad_(False)
-        minimise(consistency(process), Cast(student, target), batch)
+        minimise(consistency(process), Networks(student, target), batch)
         errors = errors_to_data(student, process)
         assert max(errors[3 - exact :]) < 1e-3
         assert min(errors[: 3 - exact], default=1.0) > 0.02
@@ -67,7 +67,7 @@ def test_loss_and_gradient_at_a_point_are_their_closed_forms_and_stop_at_the_tar
     student = shuffled(table_student(process, GRIDS[process], second=False), 1)
     target = shuffled(table_student(process, GRIDS[process], second=False), 2)
     batch = trajectories(process, GRIDS[process], rows=12)
-    loss = consistency(process, weighting=weighting)(Cast(student, target), batch)
+    loss = consistency(process, weighting=weighting)(Networks(student, target), batch)
     loss.backward()
     expected, w_grad = 0.0, torch.zeros(4, 1, dtype=torch.float64)
     for row in range(12):
@@ -100,4 +100,4 @@ def test_the_last_target_is_the_stored_output_itself(process):
     target.denoiser.off.data.fill_(1e6)
     times = torch.tensor(GRIDS[process], dtype=torch.float64)
     expected = l2(student.jump(batch.states["state_2"], times[2], times[3]), batch.states["state_3"]).mean()
-    assert consistency(process)(Cast(student, target), last).item() == pytest.approx(expected.item(), rel=1e-14)
+    assert consistency(process)(Networks(student, target), last).item() == pytest.approx(expected.item(), rel=1e-14)

@@ -23,7 +23,7 @@ from tests.trainer.flows import (
     table_student,
     trajectories,
 )
-from trainer.networks.cast import Cast
+from trainer.networks.networks import Networks
 from trainer.objectives.ctm import ConsistencyTrajectory
 from trainer.objectives.distances import PseudoHuber, l1, l2
 from trainer.objectives.flow_map import FlowMapOracle
@@ -84,7 +84,7 @@ def test_each_row_compares_its_own_states_and_all_choices_are_as_likely():
 def test_flow_map_loss_and_gradient_at_a_point_are_their_closed_forms(process, weighting):
     student = shuffled(table_student(process, GRIDS[process]))
     batch, times = trajectories(process, GRIDS[process], rows=12), at(process)
-    loss = flow_map(process, weighting=weighting)(Cast(student), batch)
+    loss = flow_map(process, weighting=weighting)(Networks(student), batch)
     loss.backward()
     network, expected = student.denoiser.network, 0.0
     w_grad, b_grad = torch.zeros(2, 4, 4, dtype=torch.float64)
@@ -109,7 +109,7 @@ def test_flow_map_loss_and_gradient_at_a_point_are_their_closed_forms(process, w
 def test_flow_map_is_minimised_by_the_exact_flow_between_all_times(process, distance):
     student = table_student(process, GRIDS[process])
     batch = trajectories(process, GRIDS[process], rows=96)
-    minimise(flow_map(process, distance), Cast(student), batch)
+    minimise(flow_map(process, distance), Networks(student), batch)
     check_exact(student, process, atol=1e-3)
 
 
@@ -118,7 +118,7 @@ def test_the_exact_flow_is_a_fixed_point_of_ctm(process):
     student, target = perfect_student(process), perfect_student(process)
     batch = trajectories(process, GRIDS[process], rows=60, uniforms=2)
     for distance in (l2, PseudoHuber(0.3)):
-        loss = ctm(process, distance)(Cast(student, target), batch)
+        loss = ctm(process, distance)(Networks(student, target), batch)
         (gradient,) = torch.autograd.grad(loss, student.denoiser.off)
         assert loss.item() < 1e-18
         assert abs(gradient.item()) < 1e-8
@@ -128,7 +128,7 @@ def test_the_exact_flow_is_a_fixed_point_of_ctm(process):
 def test_ctm_of_an_exact_target_is_minimised_by_the_exact_flow_between_all_times(process):
     student, target = table_student(process, GRIDS[process]), perfect_student(process).requires_grad_(False)
     batch = trajectories(process, GRIDS[process], rows=100, uniforms=2)
-    assert minimise(ctm(process), Cast(student, target), batch) < 1e-20
+    assert minimise(ctm(process), Networks(student, target), batch) < 1e-20
     check_exact(student, process, atol=1e-9)
 
 
@@ -138,7 +138,7 @@ def test_ctm_gradient_comes_through_the_outer_map_and_stops_at_its_weights():
     student = shuffled(table_student(process, GRIDS[process]), 1)
     target = shuffled(table_student(process, GRIDS[process]), 2).requires_grad_(False)
     batch = trajectories(process, GRIDS[process], rows=20, uniforms=2)
-    loss = ctm(process, weighting="snr")(Cast(student, target), batch)
+    loss = ctm(process, weighting="snr")(Networks(student, target), batch)
     loss.backward()
     ours, theirs = student.denoiser.network, target.denoiser.network
 
@@ -170,7 +170,7 @@ def test_ctm_with_itself_as_target_comes_to_the_exact_flow():
     batch, errors = trajectories(process, GRIDS[process], rows=100, uniforms=2), []
     for _ in range(12):
         target = copy.deepcopy(student).requires_grad_(False)
-        minimise(ctm(process), Cast(student, target), batch)
+        minimise(ctm(process), Networks(student, target), batch)
         with torch.no_grad():
             one_step = student.jump(batch.states["state_0"], at(process)[0], at(process)[3])
         errors.append((one_step - batch.states["state_3"]).square().mean().sqrt().item())
@@ -186,16 +186,16 @@ def test_ctms_denoising_term_is_least_at_the_posterior_mean(process):
     generator = torch.Generator().manual_seed(4)
     x_0 = MEAN + VARIANCE**0.5 * torch.randn(rows, 3, generator=generator, dtype=torch.float64)
     batch = batch_of({f"state_{k}": x_0 for k in range(4)}, even_uniforms(rows, 2))
-    loss = ctm(process).denoising(Cast(student), batch)
+    loss = ctm(process).denoising(Networks(student), batch)
     (gradient,) = torch.autograd.grad(loss, student.denoiser.off)
     alpha, sigma = process.alpha(at(process)[:-1]), process.sigma(at(process)[:-1])
     left = VARIANCE * sigma**2 / (alpha**2 * VARIANCE + sigma**2)
     spread = (left.mean() / (3 * rows)).sqrt().item()
     assert loss.item() == pytest.approx(left.mean().item(), abs=4 * 2**0.5 * VARIANCE / (3 * rows) ** 0.5)
     assert abs(gradient.item()) < 4 * 2 * spread
-    cast = Cast(student, perfect_student(process))
-    whole = ctm(process, denoising_weight=0.5)(cast, batch)
-    assert whole.item() == pytest.approx(0.5 * loss.item() + ctm(process).trajectory(cast, batch).item())
+    networks = Networks(student, perfect_student(process))
+    whole = ctm(process, denoising_weight=0.5)(networks, batch)
+    assert whole.item() == pytest.approx(0.5 * loss.item() + ctm(process).trajectory(networks, batch).item())
 
 
 @pytest.mark.parametrize(("name", "rounds", "at_most"), [("flow_map", 1, 5e-4), ("ctm", 4, 0.01)])
@@ -213,7 +213,7 @@ def test_the_semigroup_error_falls_with_training(name, rounds, at_most):
         objective = ConsistencyTrajectory(times, columns, l2, Weighting(), denoising_weight=0.0, seed=0)
     for _ in range(rounds):
         target = copy.deepcopy(student).requires_grad_(False)
-        minimise(objective, Cast(student, target), batch, steps=30)
+        minimise(objective, Networks(student, target), batch, steps=30)
     assert before == pytest.approx(0.1617, abs=0.001)
     assert semigroup_error(student, times) < at_most
 

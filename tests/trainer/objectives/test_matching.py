@@ -10,7 +10,7 @@ from torch.distributions import Normal, kl_divergence
 from diffusion.flow_map import FlowMap
 from diffusion.gaussian import GaussianTeacher
 from diffusion.process import VE, CosineVP, LinearVP, RectifiedFlow
-from trainer.networks.cast import Cast
+from trainer.networks.networks import Networks
 from trainer.objectives.dmd import DistributionMatching, RealImages
 from trainer.objectives.matching import noise_level
 from trainer.objectives.randomness import normal
@@ -47,11 +47,11 @@ class Exact:
         return self.gaussian(x_t, t)
 
 
-def exact_cast(process, *, mean: float = MEAN, variance: float = VARIANCE, **line: float) -> Cast:
+def exact_networks(process, *, mean: float = MEAN, variance: float = VARIANCE, **line: float) -> Networks:
     """A student with its own exact score, and the exact score of the data."""
     student = Line(process, **line)
     critic = Exact(process, student.b.item(), student.s.item() ** 2)
-    return Cast(FlowMap(student), teacher=Exact(process, mean, variance), critic=critic)
+    return Networks(FlowMap(student), teacher=Exact(process, mean, variance), critic=critic)
 
 
 def batch(process, *, rows: int = 1024, numbers: int = NUMBERS, first: int = 0) -> Batch:
@@ -67,17 +67,17 @@ def options(process, **more) -> dict:
     return {"times": (process.T, 0.0), "critic_steps": 1, "t_range": (0.02, 0.98), "seed": 0, **more}
 
 
-def gradient(objective, cast: Cast, part: Batch) -> Tensor:
+def gradient(objective, networks: Networks, part: Batch) -> Tensor:
     """Of (s, b)."""
-    line = cast.student.denoiser
-    return torch.stack(torch.autograd.grad(objective(cast, part), [line.s, line.b]))
+    line = networks.student.denoiser
+    return torch.stack(torch.autograd.grad(objective(networks, part), [line.s, line.b]))
 
 
 class Theory:
     """What is expected of x = s z + b at the drawn t, given in closed form: [B]."""
 
-    def __init__(self, cast: Cast, t: Tensor) -> None:
-        line, self.process, real = cast.student.denoiser, cast.student.process, cast.teacher.gaussian
+    def __init__(self, networks: Networks, t: Tensor) -> None:
+        line, self.process, real = networks.student.denoiser, networks.student.process, networks.teacher.gaussian
         self.line, (self.m, self.v) = line, (real.mean, real.variance)
         self.alpha, self.sigma = self.process.alpha(t), self.process.sigma(t)
 
@@ -114,15 +114,17 @@ class Theory:
         return projected - a * (c_0**2 + 2 * c_0 * c_1 * first + c_1**2 * second)
 
 
-def check_gradient(objective, cast: Cast, expected) -> None:
+def check_gradient(objective, networks: Networks, expected) -> None:
     """The gradient is the expected one within 4 standard errors, which are at most 3 % of it."""
-    process, found, theory = cast.student.process, [], []
+    process, found, theory = networks.student.process, [], []
     for part in batch(process).split(32):
-        found.append(gradient(objective, cast, part))
-        known = Theory(cast, noise_level(process, part.uniforms[:, 1], objective.t_range))
+        found.append(gradient(objective, networks, part))
+        known = Theory(networks, noise_level(process, part.uniforms[:, 1], objective.t_range))
         weight, value = expected(known)
         loss = (weight.detach() * value).mean()
-        theory.append(torch.stack(torch.autograd.grad(loss, [cast.student.denoiser.s, cast.student.denoiser.b])))
+        theory.append(
+            torch.stack(torch.autograd.grad(loss, [networks.student.denoiser.s, networks.student.denoiser.b]))
+        )
     wanted, off = torch.stack(theory).mean(0), torch.stack(found) - torch.stack(theory)
     error = off.std(0) / math.sqrt(len(off))
     assert (error < 0.03 * wanted.abs()).all(), (wanted, error)
@@ -134,7 +136,7 @@ def test_dmd_gradient_is_that_of_the_kl_divergence(process):
     # alpha (mu_fake - mu_real) = sigma^2/alpha times the difference of scores times alpha, which is dKL/dx.
     objective = DistributionMatching(**options(process))
     check_gradient(
-        objective, exact_cast(process), lambda known: (known.sigma**2 / known.alpha / known.size(), known.kl())
+        objective, exact_networks(process), lambda known: (known.sigma**2 / known.alpha / known.size(), known.kl())
     )
 
 
@@ -145,7 +147,7 @@ def test_vsd_gradient_is_that_of_the_weighted_kl_divergence(process):
         weight = known.sigma**2 / (known.alpha**2 + known.sigma**2)
         return known.sigma / known.alpha * weight, known.kl()
 
-    check_gradient(VariationalScore(**options(process)), exact_cast(process), expected)
+    check_gradient(VariationalScore(**options(process)), exact_networks(process), expected)
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
@@ -153,24 +155,24 @@ def test_sid_gradient_is_half_that_of_the_fisher_divergence_at_a_half(process):
     def expected(known: Theory):
         return known.sigma**4 / known.alpha**2 / known.size() / 2, known.fisher()
 
-    check_gradient(ScoreIdentity(**options(process, a=0.5)), exact_cast(process), expected)
+    check_gradient(ScoreIdentity(**options(process, a=0.5)), exact_networks(process), expected)
 
 
 @pytest.mark.parametrize("a", [1.0, 1.2])
 def test_sid_gradient_at_the_papers_a(a):
     process = LinearVP()
     check_gradient(
-        ScoreIdentity(**options(process, a=a)), exact_cast(process), lambda known: (1 / known.size(), known.sid(a))
+        ScoreIdentity(**options(process, a=a)), exact_networks(process), lambda known: (1 / known.size(), known.sid(a))
     )
 
 
 @pytest.mark.parametrize("process", [*PROCESSES, CosineVP()], ids=lambda p: type(p).__name__)
 def test_nothing_pulls_a_student_whose_samples_are_the_data(process):
-    cast = exact_cast(process, s=math.sqrt(VARIANCE), b=MEAN)
-    cast.critic = cast.teacher
+    networks = exact_networks(process, s=math.sqrt(VARIANCE), b=MEAN)
+    networks.critic = networks.teacher
     for objective in (DistributionMatching, VariationalScore, ScoreIdentity):
         assert torch.equal(
-            gradient(objective(**options(process)), cast, batch(process, rows=8)), torch.zeros(2).double()
+            gradient(objective(**options(process)), networks, batch(process, rows=8)), torch.zeros(2).double()
         )
 
 
@@ -188,23 +190,23 @@ def test_noise_levels_are_even_in_time_and_for_ve_in_karras_warp(process):
 
 def test_the_regression_is_the_distance_to_stored_outputs():
     process = VE()
-    cast, stored = exact_cast(process, s=math.sqrt(VARIANCE), b=MEAN), batch(process, rows=8, numbers=4)
-    cast.critic = cast.teacher  # no other pull
+    networks, stored = exact_networks(process, s=math.sqrt(VARIANCE), b=MEAN), batch(process, rows=8, numbers=4)
+    networks.critic = networks.teacher  # no other pull
     x = MEAN + math.sqrt(VARIANCE) * stored.states["noise"] / process.T
     stored.states["output"] = x + torch.tensor([[0.1, 0.2, 0.3, 0.4]])
     objective = DistributionMatching(**options(process, regression=0.25))
     assert objective.columns == ("noise", "output")
-    assert objective(cast, stored).item() == pytest.approx(0.25 * (0.01 + 0.04 + 0.09 + 0.16) / 4)
+    assert objective(networks, stored).item() == pytest.approx(0.25 * (0.01 + 0.04 + 0.09 + 0.16) / 4)
     assert DistributionMatching(**options(process)).columns == ("noise",)
 
 
 class Odds(Exact):
     """An exact score with the best discriminator there is: the log of how much likelier a sample is for real."""
 
-    def __init__(self, cast: Cast) -> None:
-        line = cast.student.denoiser
+    def __init__(self, networks: Networks) -> None:
+        line = networks.student.denoiser
         super().__init__(line.process, line.b.item(), line.s.item() ** 2)
-        self.real = cast.teacher.gaussian
+        self.real = networks.teacher.gaussian
 
     def logit(self, x_t: Tensor, t: Tensor, stored: Tensor, guidance: Tensor) -> Tensor:
         alpha, sigma = (scale[:, None] for scale in (self.real.process.alpha(t), self.real.process.sigma(t)))
@@ -218,9 +220,9 @@ class Odds(Exact):
 def test_the_discriminator_pulls_as_quadrature_says():
     # One number a sample: E softplus(-D(x_t)) over x_t ~ N(alpha b, alpha^2 s^2 + sigma^2), D held, is an integral.
     process, rows = LinearVP(), 200_000
-    cast = exact_cast(process)
-    cast.critic, cast.teacher = Odds(cast), cast.teacher
-    line, odds = cast.student.denoiser, cast.critic
+    networks = exact_networks(process)
+    networks.critic, networks.teacher = Odds(networks), networks.teacher
+    line, odds = networks.student.denoiser, networks.critic
     objective = DistributionMatching(**options(process, gan=1.0, t_range=(0.3, 0.3 + 1e-9)))
     t = torch.tensor([0.3], dtype=torch.float64)
     alpha, sigma = process.alpha(t), process.sigma(t)
@@ -232,7 +234,7 @@ def test_the_discriminator_pulls_as_quadrature_says():
     assert wanted[1] < 0  # towards the data's mean, which is higher
     plain = DistributionMatching(**options(process, t_range=objective.t_range))
     parts = list(batch(process, rows=rows, numbers=1).split(rows // 50))
-    found = torch.stack([gradient(objective, cast, part) - gradient(plain, cast, part) for part in parts])
+    found = torch.stack([gradient(objective, networks, part) - gradient(plain, networks, part) for part in parts])
     error = found.std(0) / math.sqrt(len(parts))
     assert (error < 0.05 * wanted.abs()).all()
     assert ((found.mean(0) - wanted).abs() < 4 * error).all()
@@ -256,12 +258,12 @@ def test_real_images_are_of_the_samples_label_where_there_are_some():
 
 def test_a_student_of_several_steps_makes_its_own_inputs():
     process, times = LinearVP(), (1.0, 0.6, 0.3, 0.0)
-    cast, rows = exact_cast(process), batch(LinearVP(), rows=600, numbers=2)
+    networks, rows = exact_networks(process), batch(LinearVP(), rows=600, numbers=2)
     objective = VariationalScore(**options(process, times=times))
-    x, t = objective.simulated(cast, rows)
+    x, t = objective.simulated(networks, rows)
     steps = (rows.uniforms[:, 2] * 3).long()
     assert steps.bincount().tolist() == pytest.approx([200] * 3, abs=4 * math.sqrt(600 * 2 / 9))
-    line = cast.student.denoiser
+    line = networks.student.denoiser
     by_hand, clean = [rows.states["noise"]], []
     for index in (1, 2):
         clean.append(line.s * by_hand[-1] / process.sigma(torch.tensor(1.0)) + line.b)
@@ -273,20 +275,20 @@ def test_a_student_of_several_steps_makes_its_own_inputs():
     assert not x.requires_grad
     # The same chain as that which samples it.
     noises = {index: normal(0, f"step {index}", rows.positions, (2,)) for index in (1, 2)}
-    sampled = cast.student.renoise(by_hand[0], torch.tensor(times).double(), noises=lambda index: noises[index])
+    sampled = networks.student.renoise(by_hand[0], torch.tensor(times).double(), noises=lambda index: noises[index])
     at_last = steps == 2
-    torch.testing.assert_close(objective.sample(cast, rows)[at_last], sampled[at_last], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(objective.sample(networks, rows)[at_last], sampled[at_last], rtol=1e-6, atol=1e-6)
 
 
 def test_a_loss_does_not_depend_on_how_the_batch_is_cut():
     process = VE()
-    cast, whole = exact_cast(process), batch(process, rows=12, numbers=4)
-    cast.critic = Odds(cast)
+    networks, whole = exact_networks(process), batch(process, rows=12, numbers=4)
+    networks.critic = Odds(networks)
     whole.states["output"] = whole.states["noise"] / 160
     for objective in (
         DistributionMatching(**options(process, times=(80.0, 2.0, 0.0), regression=0.25, gan=0.1)),
         VariationalScore(**options(process, times=(80.0, 5.0, 1.0, 0.0))),
         ScoreIdentity(**options(process)),
     ):
-        parts = [objective(cast, part) for part in whole.split(4)]
-        torch.testing.assert_close(torch.stack(parts).mean(), objective(cast, whole))
+        parts = [objective(networks, part) for part in whole.split(4)]
+        torch.testing.assert_close(torch.stack(parts).mean(), objective(networks, whole))

@@ -13,7 +13,7 @@ from diffusion.grids import karras, uniform_time
 from diffusion.models.networks import ResidualMLP
 from diffusion.prediction import EDM, Sample
 from diffusion.process import VE, CosineVP, LinearVP, RectifiedFlow
-from trainer.networks.cast import Cast
+from trainer.networks.networks import Networks
 from trainer.objectives.denoising import Denoising
 from trainer.objectives.distances import PseudoHuber, l2
 from trainer.objectives.knowledge import Knowledge
@@ -61,13 +61,13 @@ def minimise(objective, student: FlowMap, batch: Batch) -> float:
 
     def closure():
         optimizer.zero_grad()
-        loss = objective(Cast(student), batch)
+        loss = objective(Networks(student), batch)
         loss.backward()
         return loss
 
     for _ in range(3):
         optimizer.step(closure)
-    return objective(Cast(student), batch).item()
+    return objective(Networks(student), batch).item()
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
@@ -136,7 +136,7 @@ def test_progressive_weights_by_truncated_snr():
     uniforms = torch.tensor([[0.1], [0.9]], dtype=torch.float64)
     batch = Batch(torch.arange(2), torch.arange(2), torch.full((2,), -1), states, uniforms, torch.ones(2).double())
     # 1 -> 0.2: x~ = (1 - 0.2)/(0.8 - 0) = 1, weight max(0, 1); 0.2 -> 0: x~ = 1, weight (0.8/0.2)^2.
-    assert Progressive(times, tuple(states))(Cast(student), batch).item() == pytest.approx((1 + 16) / 2)
+    assert Progressive(times, tuple(states))(Networks(student), batch).item() == pytest.approx((1 + 16) / 2)
 
 
 def test_rounding_error_is_the_measured_one():
@@ -179,7 +179,7 @@ def test_denoising_loss_and_gradient_at_the_known_optimum():
     network = ResidualMLP(sample_shape=(4,), num_classes=3, width=8, depth=1)
     student = FlowMap(Denoiser(network, VE(), EDM(0.7), 3))
     objective, rows = denoising(), 4000
-    loss = objective(Cast(student), denoising_batch(objective, 0.7 * torch.randn(rows, 4)))
+    loss = objective(Networks(student), denoising_batch(objective, 0.7 * torch.randn(rows, 4)))
     spread = math.sqrt(2 / (4 * rows))
     assert abs(loss.item() - 1) < 4 * spread
     loss.backward()
@@ -214,5 +214,5 @@ def test_a_loss_does_not_depend_on_how_the_batch_is_cut():
     network = ResidualMLP(sample_shape=(4,), num_classes=3, width=8, depth=1)
     student, objective = FlowMap(Denoiser(network, VE(), EDM(0.7), 3)), denoising()
     batch = denoising_batch(objective, torch.randn(12, 4))
-    parts = [objective(Cast(student), part) for part in batch.split(4)]
-    torch.testing.assert_close(torch.stack(parts).mean(), objective(Cast(student), batch))
+    parts = [objective(Networks(student), part) for part in batch.split(4)]
+    torch.testing.assert_close(torch.stack(parts).mean(), objective(Networks(student), batch))

@@ -9,7 +9,7 @@ from diffusion.flow_map import FlowMap
 from diffusion.prediction import EDM, Sample, Velocity, VPrediction
 from diffusion.process import RectifiedFlow
 from tests.trainer.flows import MEAN, VARIANCE, batch_of, minimise, perfect_student, shuffled, table_student
-from trainer.networks.cast import Cast
+from trainer.networks.networks import Networks
 from trainer.networks.uncertainty import Uncertainty
 from trainer.objectives.distances import l1, l2
 from trainer.objectives.options import ObjectiveConfig
@@ -53,8 +53,8 @@ class Straight(nn.Module):
 def test_the_straight_coupling_is_a_fixed_point_that_one_step_samples():
     student, batch = FlowMap(Straight()), coupled(64, torch.linspace(1e-4, 1, 64, dtype=torch.float64))
     for distance in (l2, l1):
-        assert reflow(distance)(Cast(student), batch).item() < 1e-12
-    loss = reflow()(Cast(student), batch)
+        assert reflow(distance)(Networks(student), batch).item() < 1e-12
+    loss = reflow()(Networks(student), batch)
     (gradient,) = torch.autograd.grad(loss, student.denoiser.off)
     assert abs(gradient.item()) < 1e-11
     sampled = student.sample(batch.states["noise"] / SCALE, torch.tensor([1.0, 0.0], dtype=torch.float64))
@@ -66,7 +66,7 @@ def test_an_affine_student_reaches_the_known_velocity():
     student = table_student(RectifiedFlow(), TAUS, second=False)
     taus = torch.tensor(TAUS, dtype=torch.float64)
     batch = coupled(48, taus.repeat(16))
-    assert minimise(reflow(), Cast(student), batch) < 1e-16
+    assert minimise(reflow(), Networks(student), batch) < 1e-16
     slope = (1 - C) / ((1 - taus) * C + taus)
     torch.testing.assert_close(student.denoiser.network.w[:, 0], 1 - taus * slope, rtol=0, atol=1e-6)
     torch.testing.assert_close(
@@ -82,7 +82,7 @@ def test_what_an_independent_coupling_leaves_is_its_posterior_variance():
         batch = coupled(rows, tau, independent=True)
         student = perfect_student(RectifiedFlow())
         left = VARIANCE / ((1 - tau) ** 2 * VARIANCE + tau**2)
-        loss = reflow()(Cast(student), batch)
+        loss = reflow()(Networks(student), batch)
         assert loss.item() == pytest.approx(
             left.mean().item(), abs=4 * (2 * left.square().mean().item() / (3 * rows)) ** 0.5
         )
@@ -93,13 +93,13 @@ def test_what_an_independent_coupling_leaves_is_its_posterior_variance():
 @pytest.mark.parametrize("tau", [1e-2, 1e-4, 1e-6])
 def test_weights_that_would_outgrow_all_others_at_small_times_are_refused(tau):
     """Var(z - output | x_tau) goes to 1 with tau, and so does the learned weight's loss where u = 0; snr to 1/tau^2."""
-    cast = Cast(perfect_student(RectifiedFlow()), weighting=Uncertainty(0))
+    networks = Networks(perfect_student(RectifiedFlow()), weighting=Uncertainty(0))
     batch = coupled(4000, torch.full((4000,), tau, dtype=torch.float64), independent=True)
     for weighting in ("uniform", "learned"):
         assert ObjectiveConfig(name="reflow", weighting=weighting)
-        assert reflow(weighting=weighting)(cast, batch).item() == pytest.approx(1, rel=0.1)
+        assert reflow(weighting=weighting)(networks, batch).item() == pytest.approx(1, rel=0.1)
     for weighting in ("snr", "truncated_snr"):
-        assert reflow(weighting=weighting)(cast, batch) > 0.8 / tau**2
+        assert reflow(weighting=weighting)(networks, batch) > 0.8 / tau**2
         with pytest.raises(ValueError, match=f"{weighting} is one of errors of x_0, .*; use uniform or learned"):
             ObjectiveConfig(name="reflow", weighting=weighting)
 
@@ -109,7 +109,7 @@ def test_gradient_at_a_point_is_its_closed_form():
     student = shuffled(table_student(RectifiedFlow(), TAUS, second=False))
     taus = torch.tensor(TAUS, dtype=torch.float64).repeat(4)
     batch, network = coupled(12, taus), student.denoiser.network
-    reflow()(Cast(student), batch).backward()
+    reflow()(Networks(student), batch).backward()
     z, output, tau = batch.states["noise"] / SCALE, batch.states["output"], taus[:, None]
     x = (1 - tau) * output + tau * z
     row = torch.arange(12) % 3
@@ -139,7 +139,7 @@ def test_the_velocity_keeps_its_digits_at_small_times(prediction):
     student = FlowMap(Denoiser(Given(said), RectifiedFlow(), prediction, None))
     found = []
     asked = Reflow(1.0, lambda a, b: (found.append(a), l2(a, b))[1], Weighting("uniform"))
-    asked(Cast(student), batch_of({"noise": z, "output": x_0}, tau[:, None]))
+    asked(Networks(student), batch_of({"noise": z, "output": x_0}, tau[:, None]))
     share, said = tau[:, None], said.double()
     x = (1 - share) * x_0 + share * z
     spread = (share**2 + ((1 - share) / 2) ** 2).sqrt()

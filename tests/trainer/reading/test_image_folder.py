@@ -15,8 +15,8 @@ from PIL import Image
 from diffusion.models import checkpoint
 from storage_schemas.command_line import Command, main
 from storage_schemas.images import images_digest, summary
+from trainer.classifier import ClassifierConfig, run_classifier
 from trainer.config import FitConfig
-from trainer.features import ClassifierConfig, run_classifier
 from trainer.fit import run_fit
 from trainer.reading.images import load_images
 

@@ -11,7 +11,7 @@ import torch
 from storage_schemas.errors import StoreError
 from storage_schemas.store import Store
 from tests.servers import moto, seaweed
-from trainer.parallel import alone
+from trainer.ranks import alone
 from trainer.runs.checkpoints import FOLDER, Checkpoints
 from trainer.runs.place import Place
 from trainer.runs.trees import TENSORS, read_tree, write_tree

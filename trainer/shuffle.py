@@ -26,22 +26,22 @@ class ShuffleConfig(Config):
 
     data: StorePlace | None = Field(None, description="Store whose train split is ordered: a folder or s3://... URI.")
     dataset: str = Field("main", description="Name of the dataset in the store.")
-    manifest: int | None = Field(None, ge=1, description="Number of the manifest; the latest one unless told.")
+    manifest: int | None = Field(None, ge=1, description="Number of the manifest; default: the latest one.")
     rows: int | None = Field(None, ge=1, le=10**15, description="Instead of a store: so many samples.")
     samples_per_shard: int = Field(2048, ge=1, description="With --rows: samples in a shard.")
     batch_size: int | None = Field(
         None, ge=1, description="Samples a step; default: 256, or whole lanes up to it, and no more than there are."
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="Of the order.")
-    lanes: int | None = Field(None, ge=1, description="Lanes of the order; gcd(batch_size, 8) unless told.")
-    block: int | None = Field(None, ge=1, description="Consecutive ids that stay near each other; by size unless told.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the order.")
+    lanes: int | None = Field(None, ge=1, description="Lanes of the order; default: gcd(batch_size, 8).")
+    block: int | None = Field(None, ge=1, description="Consecutive ids that stay near each other; default: by size.")
     count: int = Field(2_000_000, ge=1, description="Rows to look at; of a longer epoch, stretches all over it.")
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="Print JSON instead of a table.")
 
     @model_validator(mode="after")
     def _check(self) -> "ShuffleConfig":
         if (self.data is None) == (self.rows is None):
-            raise ValueError("tell --data STORE, or --rows N for samples that are not there: one of them")
+            raise ValueError("give --data STORE, or --rows N for samples that are not there: one of them")
         if self.lanes and self.batch_size and self.batch_size % self.lanes:
             raise ValueError(f"{self.lanes} lanes do not divide batch_size {self.batch_size}; choose a divisor")
         return self
@@ -62,7 +62,7 @@ class Shards:
 
 @dataclass(frozen=True)
 class Figure:
-    """What was found, what is expected of a full random shuffle, and what an order should have."""
+    """A figure of an order: as found, as expected of a full random shuffle, and as it should be."""
 
     name: str
     found: float | None
@@ -81,7 +81,7 @@ def run_shuffle(config: ShuffleConfig) -> int:
 
 
 def measure(config: ShuffleConfig) -> dict[str, Any]:
-    """Everything that the command tells."""
+    """Everything that the command prints."""
     ids, digest, shards, row_bytes = _stored(config) if config.data else _imagined(config)
     size = config.batch_size or default_batch(config.lanes, rows=ids.count)
     lanes = config.lanes or default_lanes(size)
@@ -195,7 +195,7 @@ def rank_correlation(one: Ints, other: Ints) -> float:
 
 
 def _epochs_correlation(order: Lanes, size: int) -> float:
-    """Of the places of each id in two epochs, as far as whole batches go."""
+    """Rank correlation of each id's places in two epochs, as far as whole batches go."""
     total, places = order.ids.count // size, np.full((2, order.ids.count), -1)
     for epoch in range(2):
         ids = _batches(order, size, 0, total, epoch=1 + epoch).ravel()
@@ -223,7 +223,7 @@ def _working_set(order: Lanes, shards: Shards, count: int) -> dict[str, Any]:
 
 
 def show(measured: dict[str, Any], console: Console) -> None:
-    """What was measured as a table."""
+    """Print what was measured as a table."""
     window = measured["window"]
     console.print(_title(measured), highlight=False)
     table = Table()
@@ -235,15 +235,17 @@ def show(measured: dict[str, Any], console: Console) -> None:
     table.add_row("shards read for a window", *map(_figure, cells))
     console.print(table)
     nbytes = "" if window["bytes_mean"] is None else f", {window['bytes_mean'] / 2**20:.1f} MiB of files"
-    told = f"a window of all lanes: {window['rows']:,} rows of at most {window['shards_most']:,} shards{nbytes}"
-    console.print(told, highlight=False)
+    line = f"a window of all lanes: {window['rows']:,} rows of at most {window['shards_most']:,} shards{nbytes}"
+    console.print(line, highlight=False)
     if measured["figures"][-1]["found"] is None:
         console.print(f"the rank correlation takes whole epochs: --count {measured['samples']}", highlight=False)
 
 
 def _title(measured: dict[str, Any]) -> str:
-    told = f"{measured['samples']:,} samples in {measured['shards']:,} shards, batches of {measured['batch_size']:,}"
-    return f"{told}, {measured['lanes']} lanes, blocks of {measured['block']}; {measured['looked_at']:,} rows looked at"
+    samples = f"{measured['samples']:,} samples in {measured['shards']:,} shards, batches of {measured['batch_size']:,}"
+    return (
+        f"{samples}, {measured['lanes']} lanes, blocks of {measured['block']}; {measured['looked_at']:,} rows looked at"
+    )
 
 
 def _figure(value: float | None) -> str:

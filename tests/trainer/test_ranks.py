@@ -13,8 +13,8 @@ from torch import distributed as dist
 
 from storage_schemas.errors import UsageError
 from tests.trainer.on_ranks import ROWS, config, run_case, student, tensors
-from trainer.parallel import LostRank, _told_once, alone, ranks
 from trainer.planning.start import check_launch
+from trainer.ranks import LostRank, _report_once, alone, join_ranks
 from trainer.runs.trees import read_tree, write_tree
 
 REPOSITORY = Path(__file__).parents[2]
@@ -181,7 +181,7 @@ def check_ways_on_a_device(folder: Path, device: str, case: dict[str, Any]) -> N
 def test_restarts_that_may_hang_are_refused(monkeypatch):
     for name, value in {"WORLD_SIZE": 1, "LOCAL_RANK": 0, "MAX_RESTARTS": 3, "USE_AGENT_STORE": True}.items():
         monkeypatch.setenv(name if name in ("WORLD_SIZE", "LOCAL_RANK") else f"TORCHELASTIC_{name}", str(value))
-    with pytest.raises(ValueError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"), ranks("cpu"):
+    with pytest.raises(ValueError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"), join_ranks("cpu"):
         pass
 
 
@@ -193,18 +193,18 @@ def test_to_be_spread_without_torchrun_is_refused(way):
 
 def test_an_error_is_told_once_and_a_lost_rank_where_nobody_has_said_why():
     store, lost = dist.HashStore(), RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
-    with pytest.raises(UsageError, match="wrong"), _told_once(store):
+    with pytest.raises(UsageError, match="wrong"), _report_once(store):
         raise UsageError("wrong")
     for error, code in [(UsageError("wrong"), 2), (lost, 1)]:
-        with pytest.raises(SystemExit) as silent, _told_once(store):
+        with pytest.raises(SystemExit) as silent, _report_once(store):
             raise error
         assert silent.value.code == code
-    with pytest.raises(UsageError, match="another"), _told_once(store):
+    with pytest.raises(UsageError, match="another"), _report_once(store):
         raise UsageError("another")
     killed = dist.HashStore()
-    with pytest.raises(LostRank, match="was lost"), _told_once(killed):
+    with pytest.raises(LostRank, match="was lost"), _report_once(killed):
         raise lost
-    with pytest.raises(SystemExit), _told_once(killed):
+    with pytest.raises(SystemExit), _report_once(killed):
         raise lost
-    with pytest.raises(RuntimeError, match="our own"), _told_once(killed):
+    with pytest.raises(RuntimeError, match="our own"), _report_once(killed):
         raise RuntimeError("our own")

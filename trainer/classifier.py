@@ -101,7 +101,7 @@ def run_classifier(config: ClassifierConfig) -> int:
 
 
 def classifier_spec(config: ClassifierConfig, images: Tensor, labels: Tensor) -> dict[str, Any]:
-    """What model.json says of a classifier for these images."""
+    """The spec in model.json of a classifier for these images."""
     classes = num_classes(labels.numpy())
     if classes is None:
         raise ValueError(f"{config.images} has no labels to tell apart; name images with a class each")

@@ -12,13 +12,12 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from trainer import parallel
 from trainer.config import FitConfig
-from trainer.networks.cast import Cast
-from trainer.parallel import Ranks
+from trainer.networks.networks import Networks
+from trainer.ranks import Loss, Ranks, held_back, replicated
 from trainer.stream import Batch
 
-LossOf = Callable[[Cast, Batch], Tensor]
+LossOf = Callable[[Networks, Batch], Tensor]
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -31,7 +30,7 @@ def lr_factor(step: int, config: FitConfig) -> float:
     return {"cosine": (1 + math.cos(math.pi * share)) / 2, "linear": 1 - share, "none": 1.0}[config.decay or "none"]
 
 
-class Player:
+class Learner:
     """A module that one optimizer fits, once in `every` steps of the run.
 
     Its weights are the same on every rank, or with `sharded` its networks are sharded already. The loss and the
@@ -44,11 +43,11 @@ class Player:
     ) -> None:
         self.module, self.config, self.ranks = module, config, ranks
         self._lr, self._every, self._sharded = lr, every, sharded
-        self._loss = parallel.Loss(module) if sharded else parallel.replicated(module, ranks)
+        self._loss = Loss(module) if sharded else replicated(module, ranks)
         self.begin()
 
     def begin(self) -> None:
-        """With everything but the weights as new."""
+        """Reset optimizer, schedule and scaler; keep the weights."""
         config, every = self.config, self._every
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(),
@@ -60,10 +59,10 @@ class Player:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda n: lr_factor(n * every, config))
         self.scaler = torch.amp.GradScaler(self.ranks.device.type, enabled=config.autocast == "float16")
 
-    def update(self, loss_of: LossOf, cast: Cast, batch: Batch) -> tuple[Tensor, Tensor]:
+    def update(self, loss_of: LossOf, networks: Networks, batch: Batch) -> tuple[Tensor, Tensor]:
         """One optimizer step; (loss, norm of the gradient before clipping) of the global batch, on the device."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._gradient(loss_of, cast, batch)
+        loss = self._gradient(loss_of, networks, batch)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip or math.inf)
         self.scaler.step(self.optimizer)
@@ -71,22 +70,22 @@ class Player:
         self.scheduler.step()
         return self.ranks.mean(loss), norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def _gradient(self, loss_of: LossOf, cast: Cast, batch: Batch) -> Tensor:
+    def _gradient(self, loss_of: LossOf, networks: Networks, batch: Batch) -> Tensor:
         """The loss of this rank's part; leaves the mean gradient over ranks in the parameters."""
         loss = torch.zeros((), device=self.ranks.device)
         done = 0
         for part in batch.split(self.config.micro_batch or len(batch)):
             done += len(part)
-            with parallel.held_back(self._loss, last=done == len(batch)):
+            with held_back(self._loss, last=done == len(batch)):
                 with self._autocast():
-                    piece = self._loss(loss_of, cast, part.to(self.ranks.device)) * (len(part) / len(batch))
+                    piece = self._loss(loss_of, networks, part.to(self.ranks.device)) * (len(part) / len(batch))
                 self.scaler.scale(piece).backward()
             loss += piece.detach()
         return loss
 
     def _autocast(self) -> torch.autocast:
         dtype = _AUTOCAST.get(self.config.autocast)
-        # Before PyTorch 2.11 its cache gives weights that were cast without a gradient to those who want one.
+        # Before PyTorch 2.11 its cache gives weights that were cast without a gradient to calls that want one.
         return torch.autocast(self.ranks.device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
 
     def state_dict(self) -> dict[str, Any]:
@@ -114,7 +113,7 @@ class Player:
 
 @contextmanager
 def frozen(module: nn.Module | None) -> Iterator[None]:
-    """Its parameters take no gradients, what it is asked about does."""
+    """Hold a module's parameters without gradients; its inputs still take them."""
     fitted = [parameter for parameter in module.parameters() if parameter.requires_grad] if module else []
     for parameter in fitted:
         parameter.requires_grad_(False)

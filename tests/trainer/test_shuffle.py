@@ -5,7 +5,7 @@ import pytest
 
 from storage_schemas.command_line import main
 from trainer.__main__ import commands
-from trainer.shuffling import (
+from trainer.shuffle import (
     ShuffleConfig,
     adjacent_pairs,
     displacement,

@@ -7,7 +7,7 @@ import torch
 from diffusion.models import checkpoint
 from diffusion.models.teachers import builtin_checkpoint
 from storage_schemas.errors import UsageError
-from trainer.features import (
+from trainer.classifier import (
     ClassifierConfig,
     accuracy,
     load_classifier,

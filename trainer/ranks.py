@@ -1,8 +1,8 @@
-"""Several processes as one trainer: who is who, what they tell each other, how the student is spread over them.
+"""Several processes as one trainer: their ranks, their messages, and how the student is spread over them.
 
-`torchrun --nproc-per-node N -m trainer fit ...` starts N processes, one a GPU, and says in their environment who is
-who; without it there is one. "ddp": each holds the whole student. "fsdp": each holds a share of its weights, of their
-average and of the optimizer's state (PyTorch's FSDP2), and a layer is gathered when it is needed.
+`torchrun --nproc-per-node N -m trainer fit ...` starts N processes, one a GPU, and says in their environment which
+rank each is; without it there is one. "ddp": each holds the whole student. "fsdp": each holds a share of its weights,
+of their average and of the optimizer's state (PyTorch's FSDP2), and a layer is gathered when it is needed.
 
 Collective, i.e. called by every rank, in the same order, or not at all: all methods of Ranks but `found_by_first`.
 """
@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from diffusion.recipes.devices import pick_device
 from storage_schemas.errors import UserError, usage_errors
 
-# How long a rank waits for the others, who may be reading, validating or saving.
+# How long a rank waits for the others, which may be reading, validating or saving.
 TIMEOUT = timedelta(minutes=15)
 _LOOKS = 0.02  # seconds between two looks for what the first rank has found
 
@@ -66,10 +66,10 @@ class Ranks:
 
     def any(self, mine: bool) -> bool:
         """Whether it holds on any rank: so that all of them stop at the same step."""
-        told = torch.tensor(int(mine))
+        held = torch.tensor(int(mine))
         if self.objects is not None:
-            dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.objects)
-        return bool(told)
+            dist.all_reduce(held, op=dist.ReduceOp.MAX, group=self.objects)
+        return bool(held)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks of a tensor on their device, a new one."""
@@ -83,7 +83,7 @@ class Ranks:
         return self.sum(tensor) / self.world_size
 
     def found_by_first(self, key: str, find: Callable[[], int | None], ended: Event) -> int | None:
-        """What `find` gives on the first rank, to all that ask by this key, each time by a new one; None once `ended`.
+        """The first rank's `find()`, for all ranks that ask by this key, a new one each time; None once `ended`.
 
         For a thread beside the main one: where its work ends before the other ranks' has come to asking, they never
         will, so that it must not wait for them in a collective.
@@ -110,8 +110,8 @@ def alone(device: torch.device) -> Ranks:
 
 
 @contextmanager
-def ranks(device_name: str) -> Iterator[Ranks]:
-    """The ranks that torchrun's environment tells of, NCCL between GPUs and gloo between CPUs; else one process.
+def join_ranks(device_name: str) -> Iterator[Ranks]:
+    """The ranks of torchrun's environment, NCCL between GPUs and gloo between CPUs; else one process.
 
     A GPU is the one of the process's local rank. Raises ValueError for a device that not every process can have.
     """
@@ -120,7 +120,7 @@ def ranks(device_name: str) -> Iterator[Ranks]:
         return
     _check_restarts()
     store, rank, world_size = next(rendezvous("env://", timeout=TIMEOUT))
-    with _told_once(store):
+    with _report_once(store):
         local_rank = int(os.environ["LOCAL_RANK"])
         with usage_errors():
             device = _device_of(device_name, local_rank)
@@ -139,8 +139,8 @@ class LostRank(UserError):
 
 
 @contextmanager
-def _told_once(store: dist.Store) -> Iterator[None]:
-    """What several ranks fail by is told by one; that another has ended is told only where it could not say why."""
+def _report_once(store: dist.Store) -> Iterator[None]:
+    """Let one rank report what several fail by; report a lost rank only where it could not say why."""
     try:
         yield
     except UserError as error:
@@ -156,10 +156,10 @@ def _told_once(store: dist.Store) -> Iterator[None]:
         raise LostRank("another process of torchrun's was lost; the same command goes on") from error
 
 
-def _count(store: dist.Store, told: str) -> int:
-    """How many ranks have come to tell this, with this one; 1 where the store has gone with its process."""
+def _count(store: dist.Store, problem: str) -> int:
+    """Number of ranks that have this to report, with this one; 1 where the store has gone with its process."""
     try:
-        return int(store.add(f"told {told}", 1))
+        return int(store.add(f"reported {problem}", 1))
     except RuntimeError:
         return 1
 
@@ -172,8 +172,8 @@ def _check_restarts() -> None:
     """
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        told = f"torchrun with --max-restarts={restarts} may wait for processes that it has replaced"
-        raise ValueError(f"{told}; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before it")
+        problem = f"torchrun with --max-restarts={restarts} may wait for processes that it has replaced"
+        raise ValueError(f"{problem}; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before it")
 
 
 def _device_of(name: str, local_rank: int) -> torch.device:
@@ -183,20 +183,20 @@ def _device_of(name: str, local_rank: int) -> torch.device:
     if device.index is not None and int(os.environ["LOCAL_WORLD_SIZE"]) > 1:
         raise ValueError(f"device {name} for every process of torchrun; leave it at auto or cuda")
     if local_rank >= torch.cuda.device_count():
-        told = f"process {local_rank + 1} of torchrun finds {torch.cuda.device_count()} GPUs here"
-        raise ValueError(f"{told}; lower --nproc-per-node, or give --device cpu")
+        problem = f"process {local_rank + 1} of torchrun finds {torch.cuda.device_count()} GPUs here"
+        raise ValueError(f"{problem}; lower --nproc-per-node, or give --device cpu")
     return torch.device("cuda", local_rank if device.index is None else device.index)
 
 
 class Loss(nn.Module):
-    """loss_of(cast, batch) as a forward pass of the module that it fits, so that DDP sees whatever is called of it."""
+    """loss_of(networks, batch) as a forward pass of the fitted module, so that DDP sees whatever is called of it."""
 
     def __init__(self, fitted: nn.Module) -> None:
         super().__init__()
         self.fitted = fitted
 
-    def forward(self, loss_of: Callable[[Any, Any], Tensor], cast: Any, batch: Any) -> Tensor:
-        return loss_of(cast, batch)
+    def forward(self, loss_of: Callable[[Any, Any], Tensor], networks: Any, batch: Any) -> Tensor:
+        return loss_of(networks, batch)
 
 
 def replicated(fitted: nn.Module, ranks: Ranks) -> nn.Module:
@@ -212,11 +212,11 @@ def replicated(fitted: nn.Module, ranks: Ranks) -> nn.Module:
 def _settle(loss: nn.Module, fitted: nn.Module) -> None:
     """Have DDP lay out its buckets by an order of gradients that does not depend on when a run was resumed.
 
-    It lays them out anew before the second backward pass, in the first one's order, and with another layout four ranks
+    It lays them out again before the second backward pass, in the first one's order, and with another layout four ranks
     add up in another order: without this, a resumed run's first step would differ in its last bits.
     """
 
-    def touch(cast: Any, batch: Any) -> Tensor:
+    def touch(networks: Any, batch: Any) -> Tensor:
         fitted_ones = [parameter for parameter in fitted.parameters() if parameter.requires_grad]
         return torch.stack([0 * parameter.sum() for parameter in reversed(fitted_ones)]).sum()
 
@@ -225,7 +225,7 @@ def _settle(loss: nn.Module, fitted: nn.Module) -> None:
 
 
 def held_back(loss: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Leaves gradients to the batch's last part to be summed over ranks. FSDP sums each part's, and stores no more."""
+    """Sum gradients over ranks at the batch's last part alone. FSDP sums each part's, and stores no more."""
     return nullcontext() if last or not isinstance(loss, DistributedDataParallel) else loss.no_sync()
 
 
@@ -235,7 +235,7 @@ def share_out(network: nn.Module, ranks: Ranks) -> None:
     They are gathered in their own dtype and autocast casts them, so that the step is the one of the other ways. They
     are let go after every forward pass: one that no backward pass follows (validation) would keep the old ones.
     """
-    # FSDP warns of networks that return views, which who writes in place would regret. Predictions don't.
+    # FSDP warns of networks that return views, as in-place writes to them go wrong. Nothing writes to predictions.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     for module in (*_layers(network), network):
@@ -252,7 +252,7 @@ def _layers(module: nn.Module) -> Iterable[nn.Module]:
 
 
 def send_first(module: nn.Module, ranks: Ranks) -> None:
-    """The first rank's parameters and buffers, to all."""
+    """Send the first rank's parameters and buffers to all."""
     if ranks.objects is not None:
         for tensor in module.state_dict().values():
             dist.broadcast(tensor, src=0)

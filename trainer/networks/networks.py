@@ -14,11 +14,11 @@ RealScore = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass
-class Cast:
-    """Who an objective can ask.
+class Networks:
+    """The networks of a fit.
 
-    student: who is fitted. target: an average of the student's weights, for the targets of consistency and ctm, without
-    dropout.
+    student: the one being trained. target: an average of the student's weights, for the targets of consistency and ctm,
+    without dropout.
     teacher: frozen, guided as its real score is to be. critic: the score of the student's samples, fitted by an
     optimizer of its own. weighting: the learned weight of each time, fitted with the student.
     """

@@ -1,4 +1,4 @@
-"""What a run is (run.json), and whether a new call goes on with it."""
+"""A run's record, run.json, and whether a new call goes on with it."""
 
 import json
 import secrets
@@ -31,7 +31,7 @@ _FREE: dict[str, Any] = dict.fromkeys((
 def only_fit(folder: Path, *, patience: float = 0.0) -> AbstractContextManager[int]:
     """Refuse a second fit in the same folder.
 
-    patience: seconds to wait for another to end; of a restarted run, whose processes elsewhere may be ending yet.
+    patience: seconds to wait for another to end, for a restarted run whose processes elsewhere may be ending yet.
     """
     refused = f"another fit is at work in {folder}; wait for it, or choose another --out"
     return only_one(folder / LOCK, refused=refused, patience=patience)
@@ -67,8 +67,8 @@ class RunRecord:
             TypeAdapter(cls).validate_python(entries)
             return cls(**entries)
         except (TypeError, ValueError, AttributeError, RecursionError):
-            told = f"{source} is not a record of this release's"
-            raise UsageError(f"{told}; go on with the one that wrote it, or start anew by --no-resume") from None
+            problem = f"{source} is not a record of this release's"
+            raise UsageError(f"{problem}; go on with the one that wrote it, or start anew by --no-resume") from None
 
 
 def earlier_run(config: FitConfig, place: Place) -> RunRecord | None:
@@ -78,8 +78,8 @@ def earlier_run(config: FitConfig, place: Place) -> RunRecord | None:
     here = _own_record(config.out)
     there = RunRecord.from_bytes(place.store.read(RECORD), f"{place.store.uri}/{RECORD}")
     if here and there and here.name != there.name:
-        told = f"{place.store.uri} holds the checkpoints of {there.name}, {config.out} is {here.name}"
-        raise UsageError(f"{told}; choose another --checkpoints, or start anew with --no-resume")
+        problem = f"{place.store.uri} holds the checkpoints of {there.name}, {config.out} is {here.name}"
+        raise UsageError(f"{problem}; choose another --checkpoints, or start anew with --no-resume")
     record = there or here
     if record is None:
         return None
@@ -99,8 +99,10 @@ def check_place(record: RunRecord, place: Place, out: Path) -> None:
     uri = place.store.uri if place.elsewhere else None
     if record.place != uri:
         before = record.place or out
-        told = f"{out} has its checkpoints in {before}, there are none in {place.store.uri}"
-        raise UsageError(f"{told}; give the --checkpoints that it had, or copy them there, or start with --no-resume")
+        problem = f"{out} has its checkpoints in {before}, there are none in {place.store.uri}"
+        raise UsageError(
+            f"{problem}; give the --checkpoints that it had, or copy them there, or start with --no-resume"
+        )
 
 
 def new_record(
@@ -116,7 +118,7 @@ def new_record(
 
 
 def plain(config: FitConfig) -> dict[str, Any]:
-    """What identifies a run, as JSON."""
+    """The settings that identify a run, as JSON."""
     settings = config.model_dump(mode="json")
     derived = {"lanes": config.lanes or default_lanes(config.samples_a_step), "warmup": config.num_warmup}
     return _what(settings) | derived
@@ -143,5 +145,5 @@ def _check_same(before: dict[str, Any], now: dict[str, Any], out: Path, prefix: 
         if isinstance(there, dict) and isinstance(here, dict):
             _check_same(there, here, out, f"{prefix}{name}.")
         elif there != here:
-            told = f"{out} holds a run with {prefix}{name} {there}, not {here}"
-            raise UsageError(f"{told}; choose another --out, or start it anew with --no-resume")
+            problem = f"{out} holds a run with {prefix}{name} {there}, not {here}"
+            raise UsageError(f"{problem}; choose another --out, or start it anew with --no-resume")
