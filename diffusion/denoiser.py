@@ -11,9 +11,9 @@ class Denoiser(nn.Module):
     """mu(x_t, t): the x_0 that a network's prediction says, for 0 < sigma_t.
 
     x_t: [B, ...]; t: float64 [] or [B]; condition: int64 [B] with the null label num_classes, or None for a network
-    without classes (or for the null label everywhere). A network with a second time is told `until`, the time that is
-    jumped to, float64 [] or [B], t where it is None; one that is told guidance, the scale w >= 0, likewise, 1 where it
-    is None. Others are told neither. Returns x_0 in x_t's dtype; the network runs in its own.
+    without classes (or for the null label everywhere). A network with a second time takes `until`, the time that is
+    jumped to, float64 [] or [B], default t; one with told_guidance takes guidance, the scale w >= 0, likewise,
+    default 1. Others get neither. Returns x_0 in x_t's dtype; the network runs in its own.
     """
 
     def __init__(self, network: nn.Module, process: Process, prediction: Prediction, num_classes: int | None) -> None:
@@ -84,7 +84,7 @@ class Denoiser(nn.Module):
 
 
 def check_answer(x_0: Tensor, x_t: Tensor) -> Tensor:
-    """What somebody's denoiser says of x_t. Raises ValueError for what is no x_0: real numbers, in x_t's shape."""
+    """What a denoiser says of x_t. Raises ValueError for what is no x_0: real numbers, in x_t's shape."""
     if not isinstance(x_0, Tensor) or not x_0.is_floating_point():
         kind = str(x_0.dtype).removeprefix("torch.") if isinstance(x_0, Tensor) else type(x_0).__name__
         raise ValueError(f"the denoiser answers {kind}: return x_0 as a tensor of real numbers")
@@ -94,7 +94,7 @@ def check_answer(x_0: Tensor, x_t: Tensor) -> Tensor:
 
 
 def second_time(process: Process, t: Tensor) -> Tensor:
-    """What a network is told of the time that it jumps to: log(r)/4, r = sigma_t/alpha_t within [1e-3, 1e3].
+    """The second time as a network takes it: log(r)/4, r = sigma_t/alpha_t within [1e-3, 1e3].
 
     Finite at both ends of time, whatever the process and the prediction.
     """
@@ -115,7 +115,7 @@ class Guided:
 
     w: a number, or float64 [B], one for each sample, where the batches are. Both halves go through the network as one
     batch of 2B, and count as two evaluations, also for samples of scale 1: a batch stays whole. Ho & Salimans 2022,
-    where the scale is w - 1. A denoiser that is told its guidance is told w instead, in one evaluation (Meng et al.
+    where the scale is w - 1. A denoiser with told_guidance takes w instead, in one evaluation (Meng et al.
     2023). Raises ValueError for a denoiser without classes.
     """
 
@@ -124,17 +124,17 @@ class Guided:
     def __init__(self, denoiser: nn.Module, scale: float | Tensor) -> None:
         num_classes = getattr(denoiser, "num_classes", None)
         if num_classes is None:
-            raise ValueError(f"guidance scale {_told(scale)} needs a class-conditional teacher; leave it at 1")
+            raise ValueError(f"guidance scale {_format_scale(scale)} needs a class-conditional teacher; leave it at 1")
         self.denoiser = denoiser
         self.null_label = int(num_classes)
         self.scale = scale
-        self.is_told = bool(getattr(denoiser, "told_guidance", False))
-        self.nfe_per_call = 1 if self.is_told else Guided.nfe_per_call
+        self.takes_guidance = bool(getattr(denoiser, "told_guidance", False))
+        self.nfe_per_call = 1 if self.takes_guidance else Guided.nfe_per_call
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         if condition is None:
-            raise ValueError(f"guidance scale {_told(self.scale)} needs class labels; give a condition")
-        if self.is_told:
+            raise ValueError(f"guidance scale {_format_scale(self.scale)} needs class labels; give a condition")
+        if self.takes_guidance:
             one = self.scale if isinstance(self.scale, Tensor) else x_t.new_full((), self.scale, dtype=torch.float64)
             return check_answer(self.denoiser(x_t, t, condition, guidance=one), x_t)
         null = torch.full_like(condition, self.null_label)
@@ -145,7 +145,7 @@ class Guided:
         return uncond + scale * (cond - uncond)
 
 
-def _told(scale: float | Tensor) -> str:
+def _format_scale(scale: float | Tensor) -> str:
     return "of each sample" if isinstance(scale, Tensor) else str(scale)
 
 

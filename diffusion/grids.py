@@ -17,7 +17,7 @@ _NEAR_RATIO = 0.002
 
 
 def near_ratio(process: Process) -> float:
-    """The r_min of a grid that is not told one. A network over a table of betas was never shown less than its first."""
+    """The default r_min of a grid. A network over a table of betas was never shown less than its first."""
     if not isinstance(process, DiscreteVP):
         return _NEAR_RATIO
     first = torch.ones((), dtype=torch.float64)

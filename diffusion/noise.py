@@ -28,7 +28,7 @@ Ids = Sequence[int] | NDArray[np.int64]
 
 
 def standard_normal(seed: int, split: str, ids: Ids, shape: tuple[int, ...], *, index: int = 0) -> NDArray[np.float64]:
-    """eps ~ N(0, I) of each sample, [n, *shape]; that of x_T, or drawn anew at another index of a grid."""
+    """eps ~ N(0, I) of each sample, [n, *shape]; that of x_T, or drawn again at another index of a grid."""
     draws = uniform(seed, split, ids, purpose="noise", size=math.prod(shape), index=index)
     return normal_quantile(draws).reshape(-1, *shape)
 

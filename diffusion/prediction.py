@@ -23,10 +23,10 @@ class Prediction(Protocol):
     """Conversions between a network's output and x_0. alpha, sigma broadcast against x_t [B, ...]."""
 
     def network_input(self, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """What the network is shown instead of x_t."""
+        """The input of the network instead of x_t."""
 
     def network_time(self, process: Process, t: Tensor) -> Tensor:
-        """What the network is told of the time; t: [] or [B]."""
+        """The time as the network takes it; t: [] or [B]."""
 
     def x_0(self, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """The x_0 that `output` says."""

@@ -33,20 +33,20 @@ class Process(Protocol):
         """Scale of eps in x_t."""
 
     def f(self, t: Tensor) -> Tensor:
-        """D log alpha/dt, the linear drift."""
+        """d log alpha/dt, the linear drift."""
 
     def g2(self, t: Tensor) -> Tensor:
-        """D sigma^2/dt - 2 f sigma^2, the squared diffusion."""
+        """d sigma^2/dt - 2 f sigma^2, the squared diffusion."""
 
     def time_at(self, ratio: Tensor) -> Tensor:
-        """T with sigma_t/alpha_t = ratio, 0 <= ratio; an infinite ratio is T where alpha_T = 0."""
+        """The t at which sigma_t/alpha_t = ratio >= 0; T for an infinite ratio where alpha_T = 0."""
 
     def network_time(self, t: Tensor) -> Tensor:
-        """What a network trained on this process is told instead of t."""
+        """The time that a network trained on this process takes instead of t."""
 
 
 class _OwnTime:
-    """Networks of a continuous process are told t itself."""
+    """Networks of a continuous process take t itself."""
 
     def network_time(self, t: Tensor) -> Tensor:
         return t
@@ -191,7 +191,7 @@ class RectifiedFlow(_OwnTime):
 class DiscreteVP:
     """VP through a table of betas, as diffusers stores it: log alpha is linear between the table's points.
 
-    t = 0 is data and t = n + 1 is the table's timestep n, so T = len(betas) and a network is told t - 1.
+    t = 0 is data and t = n + 1 is the table's timestep n, so T = len(betas) and a network takes t - 1.
     Where the last beta is 1 (zero terminal SNR) alpha itself is linear over the last interval, down to 0.
     """
 
@@ -236,10 +236,10 @@ class DiscreteVP:
 
 
 def _betas_table(betas: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Log alpha's step over each interval, and its value at each point; copied to a device once, not at every call.
+    """log alpha's step over each interval, and its value at each point; copied to a device once, not at every call.
 
     Read by take(n): an index [n] of no axes would be fetched from the device. A compiled network holds the tables
-    themselves: to make them anew in it would keep it from being a CUDA graph.
+    themselves: to make them again in it would keep it from being a CUDA graph.
     """
     return _betas_table_on(betas, device)
 

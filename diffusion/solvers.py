@@ -121,7 +121,7 @@ def answer(denoise: Denoise, x_t: Tensor, t: Tensor, condition: Tensor | None) -
 
 @contextmanager
 def no_exit(what: str) -> Iterator[None]:
-    """Around code of the user's: sys.exit in it is an error, and not the program's end, perhaps with code 0."""
+    """Turn sys.exit in code of the user's into an error: it would end the program, perhaps with code 0."""
     try:
         yield
     except SystemExit as error:

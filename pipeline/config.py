@@ -1,4 +1,4 @@
-"""What each command of `python -m pipeline` can be told."""
+"""Options of each command of `python -m pipeline`."""
 
 import re
 from datetime import timedelta
@@ -49,8 +49,8 @@ Tick = Annotated[str, AfterValidator(_is_tick)]
 
 def _ascending(scales: tuple[float, ...]) -> tuple[float, ...]:
     if len(set(scales)) < len(scales):
-        told = " ".join(map(str, scales))
-        raise ValueError(f"{told} names a scale twice: each scale has as many samples as any other, name it once")
+        given = " ".join(map(str, scales))
+        raise ValueError(f"{given} names a scale twice: each scale has as many samples as any other, name it once")
     return tuple(sorted(scales))
 
 
@@ -149,8 +149,8 @@ class TeacherConfig(Config):
     @model_validator(mode="after")
     def _guidance_has_labels(self) -> Self:
         if self.guidance != (1.0,) and self.condition == "none":
-            told = " ".join(map(str, self.guidance))
-            raise ValueError(f"guidance {told} needs labels: leave guidance at 1, or condition at auto")
+            given = " ".join(map(str, self.guidance))
+            raise ValueError(f"guidance {given} needs labels: leave guidance at 1, or condition at auto")
         return self
 
 
@@ -388,7 +388,7 @@ class StatusConfig(Config):
 
 
 class ResolveConfig(Config):
-    """Samples of a dataset solved anew: by which teacher, and where."""
+    """Samples of a dataset solved again: by which teacher, and where."""
 
     store: StoreArgument
     dataset: DatasetName = "main"
@@ -421,12 +421,12 @@ class VerifyConfig(ResolveConfig):
     def _only_an_audit_solves(self) -> Self:
         given = [name for name in ("teacher", "tolerance", "richardson") if getattr(self, name)]
         if given and self.audit is None:
-            raise ValueError(f"{given[0]} is for an audit: add --audit K, the number of samples to solve anew")
+            raise ValueError(f"{given[0]} is for an audit: add --audit K, the number of samples to solve again")
         return self
 
 
 class ReproduceConfig(ResolveConfig):
-    """Solve one sample anew from its recipe, and compare it with what is stored."""
+    """Solve one sample again from its recipe, and compare it with what is stored."""
 
     sample: int = Field(ge=0, description="id of the sample")
     split: Literal["train", "holdout"] = Field("train", description="whose line of ids: train or holdout")

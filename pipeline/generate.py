@@ -38,7 +38,7 @@ def _grown(config: GenerateConfig, parent: Manifest | None, recipe_id: str) -> W
 
 
 def report(config: GenerateConfig, act: Callable[[], Outcome]) -> int:
-    """The exit code of what `act` did, told on stdout; what it raises is told there too if that is to be JSON."""
+    """The exit code of what `act` did, printed on stdout; what it raises is printed there too if that is to be JSON."""
     try:
         with stoppable():
             outcome = act()
@@ -65,7 +65,7 @@ def bring_about(config: GenerateConfig, aim: Aim, policy: Policy | None = None) 
 
 
 def carry_out(run: Run, aim: Aim, policy: Policy | None = None) -> Outcome:
-    """Plan on the latest manifest and seal the next one; who loses that race plans again from the new latest."""
+    """Plan on the latest manifest and seal the next one; a job that loses that race plans again from the new latest."""
     pulse = Pulse(run.store)
     last: JobState = "failed"
     try:

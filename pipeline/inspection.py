@@ -32,11 +32,11 @@ def run_inspect(config: InspectConfig) -> int:
     store = Store.open(config.store)
     if config.lineage:
         links = list(_lineage(store, config))
-        print(json.dumps(links) if config.as_json else lineage.told(iter(links)))
+        print(json.dumps(links) if config.as_json else lineage.describe(iter(links)))
         return 0
     dataset = open_dataset(store, config.dataset, config.manifest)
     found = describe(dataset)
-    print(json.dumps(found) if config.as_json else told(found))
+    print(json.dumps(found) if config.as_json else format_description(found))
     if config.picture:
         draw(dataset, config.picture)
     return 0
@@ -50,7 +50,7 @@ def _lineage(store: Store, config: InspectConfig) -> Iterator[lineage.Link]:
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
-    """All that `inspect` tells, as plain JSON."""
+    """All that `inspect` shows, as plain JSON."""
     manifest, recipe = dataset.manifest, dataset.recipe
     shards = list(dataset.table[:: max(1, math.ceil(len(dataset.table) / MOST_COMMITS))])
     commits = [dataset.commit(shard) for shard in shards]
@@ -102,14 +102,14 @@ def pooled(commits: Sequence[Commit], column: str) -> dict[str, float] | None:
     return {"mean": float(centre), "std": float(np.sqrt(spread)), "min": float(low.min()), "max": float(high.max())}
 
 
-def told(found: dict[str, Any]) -> str:
-    """The same for people."""
+def format_description(found: dict[str, Any]) -> str:
+    """The same as text for people."""
     lines = [
         f"{found['store']}, dataset {found['dataset']}",
         f"manifest   {found['manifest']} of {found['latest_manifest']}, sealed {found['sealed_at']}",
-        *_told_recipe(found["recipe_id"], found["recipe"], found["nfe"]),
-        *map(_told_calibration, found["calibrations"]),
-        *(_told_window(split, found["samples"][split], *found["window"][split]) for split in SPLITS),
+        *_describe_recipe(found["recipe_id"], found["recipe"], found["nfe"]),
+        *map(_describe_calibration, found["calibrations"]),
+        *(_describe_window(split, found["samples"][split], *found["window"][split]) for split in SPLITS),
         f"shards     {found['shards']} of layout {found['layout']}, {found['bytes']} bytes",
         *([f"missing    {', '.join(found['missing'])}"] if found["missing"] else []),
         *(f"quarantined {split}: {ids}" for split, ids in found["quarantined"].items() if ids),
@@ -122,38 +122,38 @@ def told(found: dict[str, Any]) -> str:
     return "\n".join(map(shown, lines))
 
 
-def _told_recipe(recipe_id: str, recipe: dict[str, Any], nfe: int | None) -> list[str]:
+def _describe_recipe(recipe_id: str, recipe: dict[str, Any], nfe: int | None) -> list[str]:
     teacher, solver = recipe["teacher"], recipe["solver"]
     grid = ", ".join(f"{name} {value}" for name, value in solver["grid"].items() if name != "name")
     shape = "x".join(map(str, recipe["sample_shape"]))
     return [
         f"teacher    {teacher['uri']}, weights {teacher['weights_sha256'][:12]}",
-        _told_guidance(recipe["guidance"]["scale"]),
+        _describe_guidance(recipe["guidance"]["scale"]),
         f"solver     {solver['name']}, {solver['steps']} steps, {nfe} calls a sample, {solver['frame']} frame",
-        f"grid       {solver['grid']['name']}{' (' + grid + ')' if grid else ''}, {_told_stored(recipe)}",
+        f"grid       {solver['grid']['name']}{' (' + grid + ')' if grid else ''}, {_describe_stored(recipe)}",
         f"samples    {shape} {recipe['storage_dtype']}, solved in {recipe['solve_dtype']} by {recipe['micro_batch']}",
         f"recipe     {recipe_id}, seed {recipe['noise']['seed']}",
     ]
 
 
-def _told_guidance(scale: float | tuple[float, ...]) -> str:
+def _describe_guidance(scale: float | tuple[float, ...]) -> str:
     if isinstance(scale, tuple):
         return f"guidance   {', '.join(map(str, scale))}: each sample has one of them"
     return f"guidance   {scale}"
 
 
-def _told_stored(recipe: dict[str, Any]) -> str:
+def _describe_stored(recipe: dict[str, Any]) -> str:
     if recipe["chain"] == "trajectory":
         return f"stored at {list(recipe['states'])}"
     start = recipe["start"]
     return f"segments of two steps from {start['images'] if start['kind'] == 'data' else 'the prior'}"
 
 
-def _told_window(split: str, samples: int, start: int, stop: int) -> str:
+def _describe_window(split: str, samples: int, start: int, stop: int) -> str:
     return f"{split:<10} {samples} samples, window [{start}, {stop})"
 
 
-def _told_calibration(note: dict[str, Any]) -> str:
+def _describe_calibration(note: dict[str, Any]) -> str:
     reference, ends = note["reference"], [note[name] for name in ("error", "low", "high")]
     error, low, high = ("not finite" if end is None else f"{end:.2g}" for end in ends)
     return (

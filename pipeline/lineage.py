@@ -1,7 +1,7 @@
-"""`inspect --lineage`: from a dataset, or a student, back to the first teacher, as recipes and kept models tell it.
+"""`inspect --lineage`: from a dataset, or a student, back to the first teacher, as recipes and kept models record it.
 
 Newest first: after a model comes the one that its weights began as, if it began as a saved one, and what is behind
-that; then the data that it was fitted to, and the model that made those. No data are told twice.
+that; then the data that it was fitted to, and the model that made those. No data are listed twice.
 """
 
 from collections.abc import Iterator, Mapping
@@ -38,9 +38,9 @@ def lineage_of_student(store: Store, folder: str) -> Iterator[Link]:
     return _behind_model(store, document, folder, document["weights_sha256"], set())
 
 
-def told(links: Iterator[Link]) -> str:
+def describe(links: Iterator[Link]) -> str:
     """A line a link."""
-    return "\n".join(shown(_told_data(link) if link["kind"] == "data" else _told_model(link)) for link in links)
+    return "\n".join(shown(_describe_data(link) if link["kind"] == "data" else _describe_model(link)) for link in links)
 
 
 def _behind_data(store: Store, recipe_id: str, dataset: str, met: set[str]) -> Iterator[Link]:
@@ -82,7 +82,8 @@ def _recipe(store: Store, recipe_id: str) -> Recipe | None:
 def _made(recipe: Recipe) -> Link:
     start = recipe.start.images if isinstance(recipe.start, DataStart) else "prior"
     solver = {"solver": recipe.solver.name, "steps": recipe.num_steps, "grid": recipe.solver.grid["name"]}
-    return {"chain": recipe.chain, "start": start, "seed": recipe.noise.seed, "guidance": recipe.guidance.told} | solver
+    made = {"chain": recipe.chain, "start": start, "seed": recipe.noise.seed}
+    return made | {"guidance": recipe.guidance.as_words} | solver
 
 
 def _model(document: Mapping[str, Any] | None, uri: str, sha256: str) -> Link:
@@ -106,7 +107,7 @@ def _model(document: Mapping[str, Any] | None, uri: str, sha256: str) -> Link:
     return link
 
 
-def _told_data(link: Link) -> str:
+def _describe_data(link: Link) -> str:
     lead = f"  fitted to {link['dataset'] or 'data'}, recipe {link['recipe'][:12]}"
     if "missing" in link:
         return f"{lead}: {link['missing']}"
@@ -116,7 +117,7 @@ def _told_data(link: Link) -> str:
     return f"{lead}: {link['chain']} data {start}, {grid}{guidance}, seed {link['seed']}, solved by"
 
 
-def _told_model(link: Link) -> str:
+def _describe_model(link: Link) -> str:
     lead = f"{link['weights_sha256'][:12]} {link['uri']}"
     if "missing" in link:
         return f"{lead}: {link['missing']}"

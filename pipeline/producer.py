@@ -1,4 +1,4 @@
-"""A worker's inside: a teacher, loaded once, that turns tasks into commits. It knows nothing of who calls it."""
+"""A worker's inside: a teacher, loaded once, that turns tasks into commits. It knows nothing of its caller."""
 
 import ctypes
 import errno
@@ -41,7 +41,7 @@ from storage_schemas.recipe import DataStart, Recipe
 from storage_schemas.store import Store
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of mallopt, as malloc.h of glibc numbers them."""
+"""Parameters of mallopt, as malloc.h of glibc numbers them."""
 
 SCRATCH_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -92,7 +92,7 @@ class Producer:
         self._solving = threading.Lock()
 
     def run(self, task: Task) -> Commit:
-        """The commit that stands for the task: ours, or that of whoever was first.
+        """The commit that stands for the task: ours, or that of the first to commit.
 
         A first one that is sick counts for nothing; one that is solved again, and loses as many samples, stands.
         """
@@ -121,7 +121,7 @@ def publish(
     machine: dict[str, str],
     commit: Callable[[Store, Commit], Commit] = put_commit,
 ) -> Commit:
-    """Encode to scratch, upload under a name of this attempt, then commit if nobody has."""
+    """Encode to scratch, upload under a name of this attempt, then commit if no other attempt has."""
     attempt, recipe, layout = paths.new_attempt(), order.recipe, order.layout
     path = paths.shard_path(recipe.id, layout.id, task.name, attempt, layout.suffix)
     with _scratch() as scratch:
@@ -194,7 +194,7 @@ def _room_in(scratch: str) -> Iterator[None]:
 
 
 def attempt_task(producer: Producer, task: Task) -> Commit | Problem:
-    """`run`, with an exception told instead of raised: it may have to cross to another process."""
+    """`run`, with an exception returned instead of raised: it may have to cross to another process."""
     try:
         return producer.run(task)
     except Exception as error:
@@ -204,10 +204,10 @@ def attempt_task(producer: Producer, task: Task) -> Commit | Problem:
 def describe(error: BaseException) -> Problem:
     """An exception as what a Failure record keeps of it, without the credentials of any uri in its words."""
     line = " ".join(str(error).split()) or "no message"
-    told = line if isinstance(error, UserError) else f"{type(error).__name__}: {line}"
+    problem = line if isinstance(error, UserError) else f"{type(error).__name__}: {line}"
     where = "".join(traceback.format_exception(error))
     code = error.exit_code if isinstance(error, UserError) else UserError.exit_code
-    return Problem(without_credentials(told), without_credentials(where), platform.node(), code)
+    return Problem(without_credentials(problem), without_credentials(where), platform.node(), code)
 
 
 def label_histogram(condition: np.ndarray) -> dict[str, int]:

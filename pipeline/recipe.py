@@ -39,7 +39,9 @@ def build_recipe(config: GenerateConfig, teacher: Teacher) -> Recipe:
     A micro-batch still to be found is 1 here: it fits every shard. That of a default is the one of a new dataset.
     """
     if getattr(teacher.denoiser, "has_second_time", False):
-        raise ValueError(f"{teacher.uri} is told where it jumps to and has no ODE to solve: name the teacher before it")
+        raise ValueError(
+            f"{teacher.uri} takes the time that it jumps to and has no ODE to solve: name the teacher before it"
+        )
     grid = grid_options(config.solver, teacher.process)
     times = _rounded(_times(config, teacher, grid))
     start = _start(config, teacher)
@@ -138,10 +140,10 @@ def _guidance(config: GenerateConfig, teacher: Teacher) -> Guidance:
     """One scale is kept as a number."""
     scales = config.guidance
     if scales != (1.0,) and teacher.num_classes is None:
-        told = " ".join(map(str, scales))
-        raise ValueError(f"guidance {told} needs classes, {teacher.uri} has none: leave it at 1")
+        given = " ".join(map(str, scales))
+        raise ValueError(f"guidance {given} needs classes, {teacher.uri} has none: leave it at 1")
     if min(scales) < 0 and getattr(teacher.denoiser, "told_guidance", False):
-        raise ValueError(f"guidance {scales[0]} can't be told to {teacher.uri}, only 0 and more: give others")
+        raise ValueError(f"guidance {scales[0]} can't be taken by {teacher.uri}, only 0 and more: give others")
     return Guidance(scale=scales[0] if len(scales) == 1 else scales)
 
 
@@ -163,5 +165,5 @@ def _condition(config: GenerateConfig, teacher: Teacher) -> Condition:
 
 
 def _rounded(values: torch.Tensor) -> torch.Tensor:
-    """To 13 digits, so that machines whose pow or exp differ in the last bit still name one recipe."""
+    """The values to 13 digits, so that machines whose pow or exp differ in the last bit still name one recipe."""
     return torch.tensor([float(f"{value:.13g}") for value in values.tolist()], dtype=torch.float64)

@@ -1,6 +1,6 @@
 """`regenerate`: move a dataset's window on by a policy, for schedules.
 
-A run decides on the latest manifest, and decides anew whenever another job seals first. So however runs overlap:
+A run decides on the latest manifest, and decides again whenever another job seals first. So however runs overlap:
 
 - a grow and a refresh at once both happen, in one order or the other: the second slides or lengthens what the first
   has sealed. What it has solved already and still needs is kept;
@@ -10,7 +10,7 @@ A run decides on the latest manifest, and decides anew whenever another job seal
   between one and all of them move the window, and then the last is on record. Ticks of other policies don't count;
 - a run without a tick moves the window each time that it is called, also where it is a second try.
 
-A dataset that nobody has begun is generated, whatever the policy, and moves from the next run on.
+A dataset that no job has begun is generated, whatever the policy, and moves from the next run on.
 """
 
 from collections.abc import Callable

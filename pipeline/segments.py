@@ -48,8 +48,8 @@ def data_start(start: str, *, sample_shape: tuple[int, ...], num_classes: int | 
     uri = start.removeprefix(_IMAGES)
     pixels, labels = read_images(uri, "train")
     if pixels.shape[1:] != sample_shape:
-        told = f"{uri} has images {list(pixels.shape[1:])}, the teacher makes {list(sample_shape)}"
-        raise ValueError(f"{told}: name images that it was fitted on")
+        problem = f"{uri} has images {list(pixels.shape[1:])}, the teacher makes {list(sample_shape)}"
+        raise ValueError(f"{problem}: name images that it was fitted on")
     if num_classes is not None and not 0 <= labels.min() <= labels.max() < num_classes:
         odd = labels.min() if labels.min() < 0 else labels.max()
         raise ValueError(f"{uri} has label {odd}, the teacher has {num_classes} classes: name other images")
@@ -62,8 +62,8 @@ def starting_images(start: DataStart) -> Images:
     pixels, labels = read_images(start.images, "train")
     found = images_digest(pixels, labels)
     if found != start.digest:
-        told = f"{start.images} holds images {found[:12]} here, the recipe says {start.digest[:12]}"
-        raise UserError(f"{told}: it changed, or another machine has other files; give all the same")
+        problem = f"{start.images} holds images {found[:12]} here, the recipe says {start.digest[:12]}"
+        raise UserError(f"{problem}: it changed, or another machine has other files; give all the same")
     return Images(pixels, labels)
 
 

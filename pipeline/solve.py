@@ -1,4 +1,4 @@
-"""From a range of sample ids to the columns of a shard: pure functions of the recipe, the teacher and the ids."""
+"""Columns of a shard from a range of sample ids: pure functions of the recipe, the teacher and the ids."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ from storage_schemas.record import NO_CONDITION, SEGMENT_STATES, Columns
 Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 ALLOCATORS_SAY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
-"""What is in the message of a RuntimeError by which torch's CPU allocator, cuBLAS and cuDNN tell that they are full."""
+"""Substrings of the RuntimeErrors that torch's CPU allocator, cuBLAS and cuDNN raise when out of memory."""
 
 
 class OutOfMemory(UserError):
@@ -72,7 +72,7 @@ def solve_batch(
     recipe: Recipe, denoise: nn.Module, process: Process, split: str, ids: np.ndarray, *, device: torch.device
 ) -> Solved:
     """One micro-batch: where its chains start, its labels, and its states, rounded to the storage dtype."""
-    with memory_told(recipe.micro_batch, device):
+    with as_out_of_memory(recipe.micro_batch, device):
         solver = _solve_segments if recipe.chain == "segment" else _solve_trajectories
         scalars, found, nfe = solver(recipe, denoise, process, split, ids, device=device)
         states = found.to(getattr(torch, recipe.storage_dtype))
@@ -131,7 +131,7 @@ def solve_ids(
 ) -> Solution:
     """States of these ids at the indices `keep` of a grid, from their own x_T, with their labels and guidance.
 
-    By the recipe's solver, in its solve dtype, unless told otherwise. denoise: of `denoise_of`.
+    solver, dtype: the recipe's own by default. denoise: of `denoise_of`.
     """
     labels = draw_labels(recipe, split, ids)
     return solve(
@@ -146,8 +146,8 @@ def solve_ids(
 
 
 @contextmanager
-def memory_told(micro_batch: int, device: torch.device) -> Iterator[None]:
-    """An allocator's complaint as OutOfMemory, with the way out. A CPU allocator and cuBLAS raise a RuntimeError."""
+def as_out_of_memory(micro_batch: int, device: torch.device) -> Iterator[None]:
+    """Turn an allocator's error into OutOfMemory, with the way out. A CPU allocator and cuBLAS raise a RuntimeError."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -184,7 +184,7 @@ def denoise_of(recipe: Recipe, denoiser: nn.Module, *, device: torch.device) -> 
 def guided(recipe: Recipe, denoiser: nn.Module, scales: np.ndarray, *, device: torch.device) -> Denoise:
     """A denoiser as samples with these guidance scales [B] call it: guided, under autocast.
 
-    What is compiled lies within and never sees a scale, so no scale compiles it anew.
+    What is compiled lies within and never sees a scale, so no scale compiles it again.
     """
     denoise: Denoise = denoiser
     if len(recipe.guidance.scales) > 1:
@@ -203,7 +203,7 @@ def _compiled(denoiser: nn.Module, mode: str, device: torch.device) -> nn.Module
 class Graphed(nn.Module):
     """A denoiser that torch runs as a CUDA graph, whose answers all lie in one place: each is copied out of it.
 
-    The next call overwrites it, and a solver of several stages or steps may hold on to what it was told.
+    The next call overwrites it, and a solver of several stages or steps may hold on to its answers.
     """
 
     def __init__(self, compiled: nn.Module) -> None:
@@ -212,9 +212,9 @@ class Graphed(nn.Module):
         self.num_classes: int | None = getattr(compiled, "num_classes", None)
         self.told_guidance = bool(getattr(compiled, "told_guidance", False))
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, **told: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, **given: Tensor) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        return self.compiled(x_t, t, condition, **told).clone()
+        return self.compiled(x_t, t, condition, **given).clone()
 
 
 class _Autocast:

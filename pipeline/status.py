@@ -49,7 +49,7 @@ def run_status(config: StatusConfig) -> int:
     """The exit code: 0, whatever the job's."""
     store = Store.open(config.store)
     status = job_status(store, find_job(store, config.job), now=datetime.now(UTC))
-    print(json.dumps(asdict(status)) if config.as_json else told(status))
+    print(json.dumps(asdict(status)) if config.as_json else describe(status))
     return 0
 
 
@@ -75,7 +75,7 @@ def find_job(store: Store, job: str | None) -> Target:
 
 
 def job_status(store: Store, target: Target, *, now: datetime) -> Status:
-    """Counts commits of the job's tasks, whoever made them."""
+    """Counts commits of the job's tasks, whatever job made them."""
     job, beat = target.job, target.beat
     total, committed = _needed(store, job)
     done, left = len(committed), total - len(committed)
@@ -108,7 +108,7 @@ def read_failures(store: Store, job: str) -> list[Failure]:
     return list(found.values())
 
 
-def told(status: Status) -> str:
+def describe(status: Status) -> str:
     """The status in a few lines."""
     rate = f", {status.samples_per_second:.0f} samples/s" if status.samples_per_second else ""
     eta = f", {status.seconds_to_go:.0f} s to go" if status.seconds_to_go else ""

@@ -151,7 +151,7 @@ def too_young(parent: Manifest | None, max_age: timedelta | None, now: datetime)
     changed = datetime.fromisoformat(parent.train_changed_at)
     young = now - changed < max_age
     return (
-        Nothing(f"the train window changed at {parent.train_changed_at}, due at {_told(changed + max_age)}")
+        Nothing(f"the train window changed at {parent.train_changed_at}, due at {_format_time(changed + max_age)}")
         if young
         else None
     )
@@ -163,7 +163,7 @@ def missing_tasks(goal: Goal, listed: Collection[str]) -> list[Task]:
     return [task for task in tasks if task.name not in listed]
 
 
-def _told(time: datetime) -> str:
+def _format_time(time: datetime) -> str:
     return time.isoformat(timespec="seconds")
 
 

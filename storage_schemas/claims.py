@@ -1,6 +1,6 @@
 """What a manifest, its table, a commit and a file say of the same samples, held against each other.
 
-Whoever reads asks here, and so does `verify`: they believe the same. Nothing is allocated for a number in a document
+Every reader asks here, and so does `verify`: they believe the same. Nothing is allocated for a number in a document
 before that number is held against what it counts.
 """
 
@@ -114,7 +114,7 @@ def check_integers(recipe: Recipe, commit: Commit, columns: Columns, *, first_ro
     ids = columns["sample_id"]
     for name, wrong in (("sample ids", _other_ids(commit, ids, first_row)), *_strays(recipe, columns)):
         if wrong:
-            raise CorruptShard(f"{commit.path} holds other {name} than {wrong}: restore the file or generate it anew")
+            raise CorruptShard(f"{commit.path} holds other {name} than {wrong}: restore the file or generate it again")
 
 
 def _other_ids(commit: Commit, ids: np.ndarray, first_row: int) -> str | None:

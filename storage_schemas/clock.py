@@ -33,8 +33,8 @@ def check_clock(store: Store, path: str, *, since: datetime) -> None:
     if written is None or since - SKEW <= written <= utc() + SKEW:
         return
     off = utc() - written
-    told = f"{abs(off)} {'ahead of' if off > timedelta() else 'behind'}"
+    difference = f"{abs(off)} {'ahead of' if off > timedelta() else 'behind'}"
     raise StoreError(
-        f"the clock of this machine is {told} that of {store.uri}, and what may be deleted is decided by time: "
+        f"the clock of this machine is {difference} that of {store.uri}, and what may be deleted is decided by time: "
         "set the clock (NTP), then run this again"
     )

@@ -84,14 +84,14 @@ def parse(config: type[ConfigT], arguments: Sequence[str], *, program: str) -> C
     if {"-h", "--help"} & set(_before_dashes(flags)):
         return tyro.cli(config, args=flags, prog=program, description=_help(config))
     complaint = io.StringIO()
-    # A wide terminal keeps each sentence of tyro's boxes on one line, so that they can be told in one.
+    # A wide terminal keeps each sentence of tyro's boxes on one line, so that an error can repeat them in one.
     with mock.patch.dict(os.environ, {"COLUMNS": "4000"}), contextlib.redirect_stderr(complaint):
         try:
             return tyro.cli(config, args=flags, prog=program)
         except SystemExit:
             pass
-    told = without_credentials(_one_line(complaint.getvalue(), _renamed(config)))
-    raise UsageError(f"{told}; {program} --help lists every option")
+    problem = without_credentials(_one_line(complaint.getvalue(), _renamed(config)))
+    raise UsageError(f"{problem}; {program} --help lists every option")
 
 
 def spelled_out(config: type[Config], arguments: Sequence[str]) -> list[str]:
@@ -196,11 +196,11 @@ def _one_line(complaint: str, renamed: Mapping[str, str]) -> str:
     lines = [line for line in lines if line and not line.startswith(("╭", "╰", "For full helptext", "For further"))]
     if len(lines) > 1 and set(lines[1]) == {"-"}:
         lines = lines[2:]  # where stdout has no UTF-8 a box is its title, underlined
-    told = [line for line in lines if not set(line) <= {"─", "-"}]
-    stop = next((i for i, line in enumerate(told) if line.startswith("Argument helptext")), len(told))
-    told = told[:stop] or ["these options do not parse"]
-    heading = re.fullmatch(r"Error parsing (\S+): \d+ validation errors? for \S+", told[0])
-    return _refused(told[1:], heading[1], renamed) if heading else " ".join(told)
+    said = [line for line in lines if not set(line) <= {"─", "-"}]
+    stop = next((i for i, line in enumerate(said) if line.startswith("Argument helptext")), len(said))
+    said = said[:stop] or ["these options do not parse"]
+    heading = re.fullmatch(r"Error parsing (\S+): \d+ validation errors? for \S+", said[0])
+    return _refused(said[1:], heading[1], renamed) if heading else " ".join(said)
 
 
 def _refused(lines: Sequence[str], what: str, renamed: Mapping[str, str]) -> str:

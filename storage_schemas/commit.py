@@ -23,13 +23,13 @@ from storage_schemas.record import Columns, Split, from_storage
 from storage_schemas.store import Store
 
 MOST_QUARANTINED = 0.01
-"""Of a window's ids, how many may have no row because they were not finite, by default."""
+"""Share of a window's ids that may have no row because they were not finite, by default."""
 
 SICK = 0.1
-"""Of a task's samples, how many may not be finite before that is its worker's doing."""
+"""Share of a task's samples that are not finite at which its worker is to blame."""
 
 COMMIT_WITHIN = timedelta(hours=12)
-"""From the begin of an attempt's upload. Prune leaves shards alone that are younger than a day and not committed."""
+"""Time from the start of an upload to its commit. Prune spares uncommitted shards that are younger than a day."""
 
 FOOTER = "footer"
 ALL_COLUMNS = "*"
@@ -146,12 +146,12 @@ class Commit(Document):
 
     @property
     def own_paths(self) -> tuple[str, ...]:
-        """Under its task's name, and under its attempt's own."""
+        """Two paths: by its task's name, and by its attempt's."""
         return self.commit_path, self.record_path
 
 
 def is_sick(task: Task, quarantined: Collection[int], micro_batch: int) -> bool:
-    """Whether so many of a task's samples are not finite that nobody should believe whoever solved them.
+    """Whether so many of a task's samples are not finite that their worker should not be believed.
 
     That is more than a tenth of the task, or a whole micro-batch of more than one sample.
     """
@@ -160,7 +160,7 @@ def is_sick(task: Task, quarantined: Collection[int], micro_batch: int) -> bool:
 
 
 def replace_commit(store: Store, commit: Commit) -> Commit:
-    """Ours in the place of one whose samples or file are lost; of two who replace one, either's rows are right.
+    """Ours in the place of one whose samples or file are lost; of two that replace one, either's rows are right.
 
     The record of the other stays, for the manifests that list it.
     """
@@ -171,7 +171,7 @@ def replace_commit(store: Store, commit: Commit) -> Commit:
 
 
 def put_commit(store: Store, commit: Commit) -> Commit:
-    """The commit that stands now: ours, or that of whoever was first (compare `attempt`)."""
+    """The commit that stands now: ours, or that of the first attempt (compare `attempt`)."""
     data = commit.to_bytes()
     store.put_if_absent(commit.record_path, data)
     there = store.put_if_absent(commit.commit_path, data)

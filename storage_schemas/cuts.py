@@ -1,4 +1,4 @@
-"""A file that is cut while it is mapped: SIGBUS ends who reads behind its new end, and here one line says which file.
+"""A file that is cut while it is mapped: SIGBUS ends a read behind its new end, and here one line says which file.
 
 Python's own handlers run between two instructions of Python's, and the one that faults never ends: so this one stands
 in the C library's place, for the whole process, and runs in the thread that faults.
@@ -20,7 +20,7 @@ _before: list[int | None] = [None]
 
 
 def watch(owner: object, path: str, size: int) -> None:
-    """From now on a read behind the end of this file, cut from `size` bytes, ends the process with its name.
+    """End the process, naming this file, at a read behind its end once it is cut from `size` bytes.
 
     owner: what lives as long as the map of it.
     """
@@ -40,8 +40,8 @@ def _explain(number: int) -> None:
     for path, size in list(_mapped.values()):
         found = _size(path)
         if found is not None and found < size:
-            told = f"{path} was cut from {size} to {found} bytes while it was read: restore the file, then start again"
-            os.write(2, f"{told}\n".encode(errors="replace"))
+            line = f"{path} was cut from {size} to {found} bytes while it was read: restore the file, then start again"
+            os.write(2, f"{line}\n".encode(errors="replace"))
             os._exit(1)
 
 

@@ -24,7 +24,7 @@ from storage_schemas.store import Store
 from storage_schemas.tables import MOST_TABLE, read_table
 
 LOOKS = 8
-"""Times that the latest manifest is looked for anew, where it was listed and then pruned before it was read."""
+"""Times that the latest manifest is looked for again, where it was listed and then pruned before it was read."""
 
 _MANIFEST = re.compile(r"([0-9]{6}|[1-9][0-9]{6,17})\.json")
 _BATCH = 4096
@@ -77,8 +77,8 @@ def pruned(store: Store, dataset: str, number: int) -> Pruned | None:
     latest = latest_manifest(store, dataset)
     if latest is None or number >= latest.floor.number:
         return None
-    told = f"manifest {number} of {dataset!r} in {store.uri} was pruned (floor {latest.floor.number})"
-    return Pruned(f"{told}: open the latest, {latest.number}")
+    problem = f"manifest {number} of {dataset!r} in {store.uri} was pruned (floor {latest.floor.number})"
+    return Pruned(f"{problem}: open the latest, {latest.number}")
 
 
 def read_shard_table(store: Store, manifest: Manifest) -> ShardTable:
@@ -126,7 +126,7 @@ def seal(store: Store, draft: ManifestDraft, shards: ShardTable) -> Manifest:
 def seal_nothing(store: Store, latest: Manifest | None, draft: ManifestDraft) -> Manifest:
     """The next manifest with the same content, empty for a dataset that has none: it takes the number of `draft`.
 
-    Whoever planned on `latest` loses the race to seal, however long after. LostRace as for `seal`.
+    Any job that planned on `latest` loses the race to seal, however long after. LostRace as for `seal`.
     """
     if latest is None:
         return seal(store, draft.model_copy(update={"window": Window(), "missing": (), "ticks": {}}), ShardTable.of([]))
@@ -159,7 +159,7 @@ def _put(store: Store, manifest: Manifest) -> Manifest:
     if there != ours:
         raise LostRace(Manifest.from_bytes(there, f"{store.uri}/{path}"))
     latest = latest_manifest(store, manifest.dataset)
-    # A number that was sealed, followed by others and pruned is free again: whoever slept that long has lost, too.
+    # A number that was sealed, followed by others and pruned is free again: a job that slept that long has lost, too.
     if latest is not None and latest.floor.number > manifest.number:
         raise LostRace(latest)
     return manifest
@@ -206,7 +206,7 @@ class Dataset:
 
     @property
     def layout(self) -> Layout:
-        """How its shards are laid out."""
+        """The layout of its shards."""
         return self.manifest.layout
 
     @cached_property
@@ -235,8 +235,8 @@ class Dataset:
         """The shard's commit, checked against the manifest: else CorruptShard, or Pruned where that is why."""
         mine = paths.listed_paths(self.recipe.id, self.layout.id, shard.task, shard.path)
         if shard.commit_path not in mine or any(map(paths.is_outside, (*mine, shard.path))):
-            told = f"{self.store.uri}/{self.manifest.shards.path} places {shard.task!r} where no shard of its is"
-            raise CorruptShard(f"{told}: restore it")
+            problem = f"{self.store.uri}/{self.manifest.shards.path} places {shard.task!r} where no shard of its is"
+            raise CorruptShard(f"{problem}: restore it")
         data = self.store.read(shard.commit_path)
         if data is None:
             lost = f"{self.store.uri}/{shard.commit_path} is missing: `generate --recheck` makes {shard.task} again"
@@ -287,7 +287,7 @@ def wrong_figures(dataset: Dataset) -> list[str]:
 
 
 def find_dataset(store: Store, name: str = "main", number: int | None = None) -> Dataset:
-    """The same, for whoever asks what is wrong with it."""
+    """The same without any check of its figures, for those who ask what is wrong with it."""
     manifest = latest_manifest(store, name) if number is None else read_manifest(store, name, number)
     if manifest is None:
         raise _no_manifest(store, name, number)

@@ -10,9 +10,9 @@ from storage_schemas.errors import StoreError, shown
 
 SCHEMA_VERSION: Final = 2
 MOST_BYTES = 64 << 20
-"""Of a document: more than that is never read."""
+"""Bytes of a document, at most: more is never read."""
 
-_MOST_TOLD = 200
+_MOST_SHOWN = 200
 
 
 class Document(BaseModel):
@@ -75,5 +75,5 @@ def _refused(kind: str, source: str, reason: object) -> str:
 
 def _short(text: object) -> str:
     """So much of what may be millions of characters as a line has room for."""
-    told = shown(str(text)[: _MOST_TOLD + 1])
-    return told if len(told) <= _MOST_TOLD else f"{told[:_MOST_TOLD]}..."
+    short = shown(str(text)[: _MOST_SHOWN + 1])
+    return short if len(short) <= _MOST_SHOWN else f"{short[:_MOST_SHOWN]}..."

@@ -1,4 +1,4 @@
-"""What a user is told: one line with the value, the rule and the way out."""
+"""Errors that a user reads: one line with the value, the rule and the way out."""
 
 import re
 import sys

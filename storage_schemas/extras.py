@@ -1,4 +1,4 @@
-"""Packages that only some commands need: who lacks one is told which extra of ours brings it."""
+"""Packages that only some commands need: where one is missing, the error says which extra of ours brings it."""
 
 from importlib import import_module
 from typing import Any
@@ -17,5 +17,5 @@ def need(module: str, what: str, *, extra: str | None = None) -> Any:
         package, top = module.partition(".")[0], (error.name or module).partition(".")[0]
         if top != package:  # it is there, but broken
             raise UsageError(f"{what} needs {_NAMES.get(package, package)}, which does not load: {error}") from None
-        told = f"{what} needs {_NAMES.get(package, package)}, which is not installed"
-        raise UsageError(f"{told}: pip install 'limbeck[{extra or EXTRAS[package]}]'") from None
+        problem = f"{what} needs {_NAMES.get(package, package)}, which is not installed"
+        raise UsageError(f"{problem}: pip install 'limbeck[{extra or EXTRAS[package]}]'") from None

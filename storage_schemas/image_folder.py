@@ -68,8 +68,8 @@ def _listed(folder: Path) -> list[tuple[Path, int]]:
     folders = [entry for entry in entries if entry.is_dir()]
     if folders and len(folders) < len(entries):
         stray = next(entry.name for entry in entries if not entry.is_dir())
-        told = f"{name} holds both class folders such as {folders[0].name} and files such as {stray}"
-        raise ValueError(f"{told}; keep either: files in class folders have labels, those beside them none")
+        problem = f"{name} holds both class folders such as {folders[0].name} and files such as {stray}"
+        raise ValueError(f"{problem}; keep either: files in class folders have labels, those beside them none")
     if not entries:
         raise ValueError(f"{name} is empty; name a folder of {_formats()} files")
     if not folders:
@@ -85,7 +85,7 @@ def _class_files(folder: Path) -> list[Path]:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """By name; hidden ones, which programs leave behind, don't count."""
+    """Entries sorted by name, without hidden ones, which programs leave behind."""
     return sorted((entry for entry in folder.iterdir() if not entry.name.startswith(".")), key=lambda entry: entry.name)
 
 
@@ -118,8 +118,8 @@ def _common_size(folder: Path, files: list[tuple[Path, int]], headers: list[_Hea
     first = headers[0].size
     for (path, _), header in zip(files, headers, strict=True):
         if header.size != first:
-            told = f"{files[0][0].name} has {_by(first)} pixels, {path.name} {_by(header.size)}"
-            raise ValueError(f"folder:{folder}: {told}; say what to make of all, such as folder:{folder}@{_SMALL}")
+            problem = f"{files[0][0].name} has {_by(first)} pixels, {path.name} {_by(header.size)}"
+            raise ValueError(f"folder:{folder}: {problem}; say what to make of all, such as folder:{folder}@{_SMALL}")
     return first
 
 

@@ -36,10 +36,10 @@ _Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[np.str_]]
 """Images as a source has them, uint8 or float in [-1, 1], labels and splits."""
 
 KINDS = "sklearn:digits, npz:PATH, idx:FOLDER, emoji:FOLDER@32 or folder:PATH@32"
-"""Of sources, for help and errors."""
+"""The kinds of image sources, for help and errors."""
 
 _CHANNELS = (1, 3, 4)
-"""Of pictures: grey, RGB, RGBA."""
+"""Channels of pictures: grey, RGB, RGBA."""
 
 _IDX_SPLITS = {"train": "train", "t10k": "reference"}
 _EMOJI_SIDE = 64
@@ -61,8 +61,8 @@ def read_images(uri: str, split: ImageSplit = "all") -> tuple[NDArray[np.float32
     if not rows.any():
         raise ValueError(f"image source {uri!r} has no {split} images; its splits are {', '.join(np.unique(splits))}")
     if split == "train" and len(lost := np.setdiff1d(labels, labels[rows])):
-        told = f"{uri} has no train image of class {lost[0]:g}"
-        raise ValueError(f"{told}; every class needs one, which the images of even places are unless `split` says so")
+        found = f"{uri} has no train image of class {lost[0]:g}"
+        raise ValueError(f"{found}; every class needs one, which the images of even places are unless `split` says so")
     chosen = images[rows]
     return _scaled(chosen) if chosen.dtype == np.uint8 else chosen.astype(np.float32), labels[rows].astype(np.int64)
 
@@ -86,22 +86,22 @@ def _check_images(uri: str, images: NDArray[Any]) -> None:
     if images.dtype != np.uint8 and images.dtype.kind != "f":
         raise ValueError(f"{uri} has images of {images.dtype}; save them as uint8 in 0..255, or as floats in [-1, 1]")
     if _is_channels_last(images.shape):
-        told = f"{uri} has images {list(images.shape)}, which looks like [n, H, W, C], channels last"
-        raise ValueError(f"{told}; save images.transpose(0, 3, 1, 2), which is [n, C, H, W]")
+        found = f"{uri} has images {list(images.shape)}, which looks like [n, H, W, C], channels last"
+        raise ValueError(f"{found}; save images.transpose(0, 3, 1, 2), which is [n, C, H, W]")
     lowest, highest = images.min(), images.max()
     if not np.isfinite(lowest) or not np.isfinite(highest):
         odd = int((~np.isfinite(images).all(axis=(1, 2, 3))).sum())
         raise ValueError(f"{uri} has NaN or infinity in {odd} of {len(images)} images; leave those out")
     if images.dtype == np.uint8:
         if highest <= 1:
-            told = f"{uri} has bytes from {lowest} to {highest}, and white is 255"
-            raise ValueError(f"{told}; save images * 255, or floats in [-1, 1] if they are meant so")
+            found = f"{uri} has bytes from {lowest} to {highest}, and white is 255"
+            raise ValueError(f"{found}; save images * 255, or floats in [-1, 1] if they are meant so")
     elif lowest < -1 or highest > 1:
-        told = f"{uri} has images from {lowest:g} to {highest:g}, outside [-1, 1]"
-        raise ValueError(f"{told}; scale them, or save them as uint8 in 0..255")
+        found = f"{uri} has images from {lowest:g} to {highest:g}, outside [-1, 1]"
+        raise ValueError(f"{found}; scale them, or save them as uint8 in 0..255")
     elif lowest >= 0:
-        told = f"{uri} has images from {lowest:g} to {highest:g}, none below 0, and black is -1"
-        raise ValueError(f"{told}; save images * 2 - 1 if they are in [0, 1], or uint8 in 0..255 if they are meant so")
+        found = f"{uri} has images from {lowest:g} to {highest:g}, none below 0, and black is -1"
+        raise ValueError(f"{found}; save images * 2 - 1 if they are in [0, 1], or uint8 in 0..255 if they are meant so")
 
 
 def _is_channels_last(shape: tuple[int, ...]) -> bool:
@@ -120,8 +120,8 @@ def _check_labels(uri: str, labels: NDArray[Any]) -> None:
         found = np.unique(labels.astype(str))
     shown = [str(value) for value in found.tolist()]
     values = ", ".join(shown if len(shown) <= 6 else [*shown[:3], "...", shown[-1]])
-    told = f"{uri} has labels {values}; classes are 0 to n - 1, with images of each"
-    raise ValueError(f"{told}: save numpy.unique(labels, return_inverse=True)[1]")
+    problem = f"{uri} has labels {values}; classes are 0 to n - 1, with images of each"
+    raise ValueError(f"{problem}: save numpy.unique(labels, return_inverse=True)[1]")
 
 
 def images_digest(images: NDArray[np.float32], labels: NDArray[np.int64]) -> str:
@@ -179,8 +179,8 @@ def _idx_part(folder: Path, name: str) -> tuple[NDArray[np.uint8], NDArray[np.ui
     """(images [n, H, W], labels [n]) of one half."""
     images, labels = (_read_idx(folder, f"{name}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
     if images.ndim != 3 or labels.shape != images.shape[:1]:
-        told = f"idx:{folder} holds {name} images {images.shape} with labels {labels.shape}"
-        raise ValueError(f"{told}; name the folder of images [n, H, W] with a label each")
+        problem = f"idx:{folder} holds {name} images {images.shape} with labels {labels.shape}"
+        raise ValueError(f"{problem}; name the folder of images [n, H, W] with a label each")
     return images, labels
 
 
@@ -206,8 +206,8 @@ def _emoji(rest: str) -> _Arrays:
     if side not in (32, _EMOJI_SIDE):
         raise ValueError(f"emoji:{rest} asks for {side} pixels; use @32 or @{_EMOJI_SIDE}")
     if not (folder / "emoji.json").is_file():
-        told = f"emoji:{folder} has no emoji.json"
-        raise FileNotFoundError(f"{told}; npm install emoji-datasource-google@16.0.0 and name its folder")
+        problem = f"emoji:{folder} has no emoji.json"
+        raise FileNotFoundError(f"{problem}; npm install emoji-datasource-google@16.0.0 and name its folder")
     named = sorted(_emoji_names(folder))
     images = np.stack([_on_white(folder / "img/google/64" / name) for name, _ in named])
     _, labels = np.unique([category for _, category in named], return_inverse=True)
@@ -224,8 +224,8 @@ def _emoji_names(folder: Path) -> Iterator[tuple[str, str]]:
                 if each["has_img_google"]:
                     yield each["image"], entry["category"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        told = f"{folder}/emoji.json is not as emoji-datasource-google 16.0.0 has it ({error!r})"
-        raise ValueError(f"{told}; name the folder of that package") from error
+        problem = f"{folder}/emoji.json is not as emoji-datasource-google 16.0.0 has it ({error!r})"
+        raise ValueError(f"{problem}; name the folder of that package") from error
 
 
 def _on_white(path: Path) -> NDArray[np.float64]:
@@ -234,11 +234,11 @@ def _on_white(path: Path) -> NDArray[np.float64]:
         with need("PIL.Image", "emoji:").open(path) as image:
             pixels = np.asarray(image.convert("RGBA"), dtype=np.float64)
     except OSError as error:
-        told = f"{path} is no readable picture ({type(error).__name__})"
-        raise ValueError(f"{told}; npm install emoji-datasource-google@16.0.0 again") from error
+        problem = f"{path} is no readable picture ({type(error).__name__})"
+        raise ValueError(f"{problem}; npm install emoji-datasource-google@16.0.0 again") from error
     if pixels.shape[:2] != (_EMOJI_SIDE, _EMOJI_SIDE):
-        told = f"{path} is of {pixels.shape[0]}x{pixels.shape[1]} pixels"
-        raise ValueError(f"{told}; name the folder of emoji-datasource-google 16.0.0, whose are 64x64")
+        problem = f"{path} is of {pixels.shape[0]}x{pixels.shape[1]} pixels"
+        raise ValueError(f"{problem}; name the folder of emoji-datasource-google 16.0.0, whose are 64x64")
     share = pixels[..., 3:] / 255
     return (share * pixels[..., :3] + (1 - share) * 255).transpose(2, 0, 1)
 

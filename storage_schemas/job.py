@@ -1,4 +1,4 @@
-"""Who is making what, what was set aside and why, and who is reading."""
+"""Documents of jobs: what a driver is making, which tasks were set aside, which readers hold manifests."""
 
 from typing import Annotated, Literal
 
@@ -30,7 +30,7 @@ class Job(Document):
 
     @property
     def own_paths(self) -> tuple[str, ...]:
-        """By its name."""
+        """One path, by its name."""
         return (paths.job_path(self.job),)
 
 
@@ -47,7 +47,7 @@ class Heartbeat(Document):
 
 
 class Prune(Document):
-    """Who prunes, when it last said that it lives, and whether it still does."""
+    """A run of `prune`: when it last said that it lives, and whether it has ended."""
 
     run: JobName
     machine: Text
@@ -56,7 +56,7 @@ class Prune(Document):
 
 
 class Mark(Document):
-    """A job that a prune has taken for dead: its driver can't seal what it planned, and nobody builds on its word."""
+    """A job that a prune has taken for dead: its driver can't seal what it planned, and no job builds on its word."""
 
     run: JobName
     at: Time
@@ -74,7 +74,7 @@ class Failure(Document):
 
     @property
     def own_paths(self) -> tuple[str, ...]:
-        """By its task, in the folder of its job."""
+        """One path, by its task, in the folder of its job."""
         return (f"failures/{self.task}.json",)
 
 
@@ -88,5 +88,5 @@ class Pin(Document):
 
     @property
     def own_paths(self) -> tuple[str, ...]:
-        """By its reader."""
+        """One path, by its reader."""
         return (paths.pin_path(self.run),)

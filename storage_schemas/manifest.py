@@ -118,19 +118,19 @@ class Manifest(Document):
 
     @model_validator(mode="after")
     def _accounts_for_its_tasks(self) -> Self:
-        """A window may be as long as it likes; who asks for each of its tasks finds so many in the table."""
+        """A window may be as long as it likes; a reader of each of its tasks finds so many in the table."""
         size = self.layout.samples_per_shard
         tasks = [self.window.task_range(split, size) for split in SPLITS]
-        asked, told = sum(map(len, tasks)), self.shards.count + len(self.missing)
-        if asked > told:
-            raise ValueError(f"its window has {asked} tasks, it lists and misses {told}")
+        asked, listed = sum(map(len, tasks)), self.shards.count + len(self.missing)
+        if asked > listed:
+            raise ValueError(f"its window has {asked} tasks, it lists and misses {listed}")
         if any(each.stop * size > MOST for each in tasks):
             raise ValueError(f"its last task has ids beyond {MOST}")
         return self
 
     @property
     def own_paths(self) -> tuple[str, ...]:
-        """By its dataset and number."""
+        """One path, by its dataset and number."""
         return (paths.manifest_path(self.dataset, self.number),)
 
     @property

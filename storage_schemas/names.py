@@ -13,7 +13,7 @@ from storage_schemas.errors import CONTROLS, shown
 from storage_schemas.paths import INDEX, is_outside
 
 MOST = 2**63 - 1
-"""What an int64 holds, as columns of ids do."""
+"""The largest int64, as columns of ids hold them."""
 
 MOST_SAMPLES_PER_SHARD = 2**26
 """The ids of a shard are in memory while it is read: 512 MiB of them."""
@@ -25,7 +25,7 @@ _LONGEST = 255
 
 
 def _is_time(text: str) -> str:
-    """Of one form and in UTC, since times are compared as text. Far years would overflow where a grace is added."""
+    """Refuse a time not in our form and UTC: times are compared as text. Far years would overflow with a grace."""
     if not _TIME.fullmatch(text):
         raise ValueError(f"{shown(text)[:40]!r} is no time in UTC such as 2026-01-31T23:59:59+00:00")
     datetime.fromisoformat(text)
@@ -51,18 +51,18 @@ LayoutId = Annotated[str, Field(pattern=r"^(parquet|parquet-zstd|webdataset)-[1-
 TaskName = Annotated[str, Field(pattern=rf"^(train|holdout)-{INDEX}$")]
 DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=_LONGEST)]
 JobName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=_LONGEST)]
-"""Of a job, or of another writer of manifests."""
+"""The name of a job, or of another writer of manifests."""
 
 RunName = Annotated[str, AfterValidator(_is_bare), Field(max_length=2 * _LONGEST)]
-"""Of a reader: it begins with the name of the folder of its run."""
+"""The name of a reader: it begins with the name of the folder of its run."""
 
 StoredPath = Annotated[str, AfterValidator(_is_inside), Field(max_length=1024)]
 Time = Annotated[str, AfterValidator(_is_time)]
 Count = Annotated[int, Field(ge=0, le=MOST)]
 Positive = Annotated[int, Field(ge=1, le=MOST)]
 Samples = Annotated[int, Field(ge=1, le=MOST_SAMPLES_PER_SHARD)]
-"""Of one shard."""
+"""Number of samples of one shard."""
 
 Seconds = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(max_length=MOST_TEXT)]
-"""For people; it is shown without control characters."""
+"""A text for people; it is shown without control characters."""

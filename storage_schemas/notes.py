@@ -87,8 +87,8 @@ def check_calibration(calibration: Calibration, recipe: Recipe, source: str) -> 
     }
     for what, (had, wanted) in pairs.items():
         if had != wanted:
-            told = f"{source} was measured with {what} {_short(had)}, this recipe has {_short(wanted)}"
-            raise UsageError(f"{told}: calibrate again")
+            problem = f"{source} was measured with {what} {_short(had)}, this recipe has {_short(wanted)}"
+            raise UsageError(f"{problem}: calibrate again")
     point = calibration.point(recipe.solver.name, recipe.solver.steps)
     if point is None:
         raise UsageError(

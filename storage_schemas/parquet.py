@@ -170,8 +170,8 @@ def decode_chunk(commit: Commit, field: Field, chunk: Chunk, data: memoryview, f
 def _pages(commit: Commit, field: Field, chunk: Chunk, data: memoryview) -> list[Page]:
     pages = find_pages(data, chunk.rows, field.nbytes, compressed=_is_compressed(commit))
     if pages is None:
-        told = f"column {field.name} from row {chunk.first_row} on is no {chunk.rows} rows of {field.nbytes} bytes"
-        raise CorruptShard(f"{commit.path} is not the Parquet file of its commit: {told}")
+        problem = f"column {field.name} from row {chunk.first_row} on is no {chunk.rows} rows of {field.nbytes} bytes"
+        raise CorruptShard(f"{commit.path} is not the Parquet file of its commit: {problem}")
     return pages
 
 

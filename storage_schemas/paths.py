@@ -11,7 +11,7 @@ NOT_LAYOUTS = ("recipe.json", "teacher", "conditions", "notes")
 """What else lies in a recipe's folder."""
 
 INDEX = "(?:[0-9]{8}|[1-9][0-9]{8,17})"
-"""Of a task, in its name: eight digits at least, and as many as it takes."""
+"""A task's index in its name: eight digits at least, and as many as it takes."""
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 RECIPES, DATASETS, JOBS, PINS, PRUNES = "recipes", "datasets", "jobs", "pins", "prunes"
@@ -31,7 +31,7 @@ def new_attempt() -> str:
 
 
 def recipe_path(recipe_id: str) -> str:
-    """How samples are made."""
+    """The recipe: how samples are made."""
     return f"recipes/{recipe_id}/recipe.json"
 
 
@@ -107,17 +107,17 @@ def shard_table_path(dataset: str, sha256: str) -> str:
 
 
 def job_path(job: str) -> str:
-    """Who is making what."""
+    """The job: which driver is making what."""
     return f"jobs/{job}/job.json"
 
 
 def heartbeat_path(job: str) -> str:
-    """When its driver last said that it lives."""
+    """The heartbeat: when the job's driver last said that it lives."""
     return f"jobs/{job}/heartbeat.json"
 
 
 def mark_path(job: str) -> str:
-    """That a prune has taken it for dead."""
+    """The mark that a prune has taken the job for dead."""
     return f"jobs/{job}/dead.json"
 
 
@@ -127,7 +127,7 @@ def failures_folder(job: str) -> str:
 
 
 def failure_path(job: str, task: str) -> str:
-    """What was set aside and why."""
+    """A task that was set aside, and why."""
     return f"{failures_folder(job)}/{task}.json"
 
 
@@ -137,7 +137,7 @@ def pin_path(run: str) -> str:
 
 
 def prune_path(number: int) -> str:
-    """Who prunes: the last number that is there."""
+    """The document of a prune; the last number that is there holds the lease."""
     return f"{PRUNES}/{number:06d}.json"
 
 

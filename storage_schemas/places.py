@@ -41,9 +41,9 @@ def local_path(given: PathT) -> PathT:
     """A file or folder of this machine."""
     if match := _URI.match(str(given)):
         # A Path has lost one of the slashes.
-        told = without_credentials(f"{match[1]}://{match[3]}")
+        place = without_credentials(f"{match[1]}://{match[3]}")
         raise ValueError(
-            f"{told} is not on this machine: give a local file or folder; fit keeps a run in a bucket by --checkpoints"
+            f"{place} is not on this machine: give a local file or folder; fit keeps a run in a bucket by --checkpoints"
         )
     return type(given)(expanded(str(given)))
 
@@ -51,8 +51,8 @@ def local_path(given: PathT) -> PathT:
 def source(text: str) -> str:
     """A teacher, images or a saved model: KIND:NAME, or a folder of this machine."""
     if _SOURCE_AWAY.match(text):
-        told = without_credentials(text)
-        raise ValueError(f"{told} is not on this machine: copy it to a local file or folder, and give that")
+        place = without_credentials(text)
+        raise ValueError(f"{place} is not on this machine: copy it to a local file or folder, and give that")
     return expanded(text)
 
 

@@ -36,7 +36,7 @@ def other_size(store: Store, commit: Commit, size: int) -> CorruptShard:
     """What to say of a file that was cut, or that something was added to."""
     less = f", {commit.bytes - size} bytes are missing" if size < commit.bytes else ""
     says = f"{store.uri}/{commit.path} has {size} bytes, its commit says {commit.bytes}{less}"
-    return CorruptShard(f"{says}: restore the file or generate it anew")
+    return CorruptShard(f"{says}: restore the file or generate it again")
 
 
 def map_shard(store: Store, commit: Commit) -> memoryview | None:
@@ -67,5 +67,6 @@ def check_chunk(store: Store, commit: Commit, chunk: Chunk, data: memoryview) ->
         cut = f", {chunk.length - len(data)} bytes are missing" if len(data) < chunk.length else ""
         raise CorruptShard(
             f"{store.uri}/{commit.path}: column {chunk.column}, {rows} (bytes {chunk.offset} to "
-            f"{chunk.offset + chunk.length - 1}) does not match its checksum{cut}: restore the file or generate it anew"
+            f"{chunk.offset + chunk.length - 1}) does not match its checksum{cut}: restore the file or "
+            "generate it again"
         )

@@ -15,7 +15,7 @@ Dimension = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
 class TeacherRecord(Document):
-    """Who was solved: where it came from, what its weights hash to, and how to build it."""
+    """The teacher that was solved: where it came from, what its weights hash to, and how to build it."""
 
     uri: Text
     weights_sha256: Sha256
@@ -53,7 +53,7 @@ class Guidance(Document):
 
     @property
     def scales(self) -> tuple[float, ...]:
-        """All that occur."""
+        """All scales that occur."""
         return self.scale if isinstance(self.scale, tuple) else (self.scale,)
 
     @property
@@ -62,8 +62,8 @@ class Guidance(Document):
         return self.scales == (1.0,)
 
     @property
-    def told(self) -> str:
-        """For people: 2, or 1, 2, 4."""
+    def as_words(self) -> str:
+        """The scales as a text: 2, or 1, 2, 4."""
         return ", ".join(f"{scale:g}" for scale in self.scales)
 
 
@@ -176,8 +176,8 @@ class Recipe(Document):
         if self.start.kind == "data" and self.chain != "segment":
             raise ValueError("chains that start from data are segments: a trajectory starts from the prior")
         if self.chain == "segment" and (self.num_steps % 2 or self.states):
-            told = f"segments of two steps on a grid of {self.num_steps}, states {list(self.states)}"
-            raise ValueError(f"{told}: give an even number of steps and no states, which are the segment's own")
+            problem = f"segments of two steps on a grid of {self.num_steps}, states {list(self.states)}"
+            raise ValueError(f"{problem}: give an even number of steps and no states, which are the segment's own")
         return self
 
     @cached_property
@@ -187,7 +187,7 @@ class Recipe(Document):
 
     @property
     def own_paths(self) -> tuple[str, ...]:
-        """Under its digest."""
+        """One path, by its digest."""
         return (paths.recipe_path(self.id),)
 
     @property
@@ -204,5 +204,5 @@ class Recipe(Document):
 
     @property
     def sample_bytes(self) -> int:
-        """Of all columns of a sample, uncompressed."""
+        """Bytes of all columns of a sample, uncompressed."""
         return sum(field.nbytes for field in self.fields)

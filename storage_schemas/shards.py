@@ -55,7 +55,7 @@ class Shard:
 
     @property
     def commit_name(self) -> str:
-        """Of its commit's document, without .json: <task>-<attempt> of a record, <task> in an older table."""
+        """Name of its commit's document, without .json: <task>-<attempt> of a record, <task> in an older table."""
         return PurePosixPath(self.commit_path).stem
 
     @property

@@ -24,7 +24,7 @@ PATIENCE = 120.0
 """Seconds after which no other try begins; a storage that is away for a minute costs no solved shard."""
 
 FIRST_TRIES = 3
-"""Of a store's first request: a wrong address should show in seconds."""
+"""Tries of a store's first request: a wrong address should show in seconds."""
 
 READ_THREADS = 16
 FOREIGN = (".tar", ".parquet", ".arrow", ".mds", ".npz", ".npy", ".h5", ".safetensors", ".pt")
@@ -105,7 +105,7 @@ class Store:
         return cls.open(uri)
 
     def _foreign(self) -> str:
-        """What a folder without store.json looks like, if somebody else wrote data there."""
+        """Names the data in a folder without store.json that no command of ours wrote; empty if there is none."""
         try:
             names = self._fs.ls(self._root, detail=False)
         except Exception:  # what can't be listed is described by what can't be read
@@ -115,7 +115,7 @@ class Store:
         return f"it holds {kinds} that no command of ours wrote; {FORMAT}; " if kinds else ""
 
     def _is_there(self) -> bool:
-        """Whether store.json is, which says if writers exclude each other. The first contact: with less patience."""
+        """Whether store.json exists, which says if writers exclude each other. First contact: with less patience."""
         if self.protocol == "file" and Path(self._root).is_file():
             raise StoreError(
                 f"{self.uri} is a file, not a store: give the folder of a store, or s3://bucket/folder; {FORMAT}"
@@ -163,7 +163,7 @@ class Store:
             there = self._look(full)
             if there is not None:
                 return there
-        raise self._told(path, problem) from None
+        raise self._as_store_error(path, problem) from None
 
     def _look(self, full: str) -> bytes | None:
         """What is there, None also when that can't be found out just now."""
@@ -243,7 +243,7 @@ class Store:
         return sorted(name for name in names if not name.startswith(".") and not paths.is_outside(name))
 
     def list_details(self, folder: str, *, unfinished: bool = False) -> Sequence[Listed]:
-        """As `list`, files only, with sizes and times; or the hidden ones that killed writers left in a folder."""
+        """Files as by `list`, with sizes and times; or the hidden ones that killed writers left in a folder."""
         full = self._full(folder)
         self._fs.invalidate_cache(full)
         try:
@@ -308,9 +308,9 @@ class Store:
                 problem = error
                 if self.protocol == "file" or backends.is_permanent(error):
                     break
-        raise self._told(path, problem) from None
+        raise self._as_store_error(path, problem) from None
 
-    def _told(self, path: str, error: Exception) -> StoreError:
+    def _as_store_error(self, path: str, error: Exception) -> StoreError:
         """The exception as one line without credentials."""
         if isinstance(error, StoreError):
             return error
@@ -321,8 +321,8 @@ class Store:
         reason = str(error).strip().split("\n")[0] or "no reason given"
         for secret in self._secrets:
             reason = reason.replace(secret, "***")
-        told = f"{type(error).__name__}: {without_credentials(reason)}"
-        return StoreError(f"{self.uri}/{path}: {told}{self._way_out(error)}")
+        problem = f"{type(error).__name__}: {without_credentials(reason)}"
+        return StoreError(f"{self.uri}/{path}: {problem}{self._way_out(error)}")
 
     def _way_out(self, error: Exception) -> str:
         if isinstance(error, PermissionError):

@@ -29,7 +29,7 @@ _LEAST_ROW, _LEAST_ID = 4, 1 / 8
 
 _SLACK = 1 << 16
 _LONGEST = 512
-"""Of any text in a table."""
+"""Characters of any text in a table, at most."""
 
 _ENCODINGS = (0, 2, 3, 8)
 """Plain, dictionary, RLE: the only ones that we write. Of others a few bytes may be long texts."""

@@ -33,12 +33,12 @@ BLOCK_BYTES = 64 << 20
 BLOCK = tarfile.BLOCKSIZE
 
 BFLOAT16 = ("|V2", "<u2")
-"""What a .npy says of bfloat16, and what ours said at first, which readers took for integers."""
+"""Type codes of bfloat16 in a .npy: ours now, and ours at first, which readers took for integers."""
 
 NOT_OURS = (
     ValueError, KeyError, TypeError, AttributeError, OverflowError, EOFError, RecursionError, SyntaxError, MemoryError,
 )  # fmt: skip
-"""What it raises to read members as ours that hold something else."""
+"""Exceptions raised by reading members as ours that hold something else."""
 
 _HEADER = 1024
 """Bytes of an .npy header, at most: numpy parses it as Python."""

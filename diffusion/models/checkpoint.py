@@ -113,15 +113,15 @@ def pack(module: nn.Module, *, dtype: torch.dtype = torch.float32) -> bytes:
 
 
 def widened(saved: Checkpoint, *, second_time: bool = False, told_guidance: bool = False) -> Checkpoint:
-    """The same model, told more: the time that it jumps to, its guidance scale. Nothing is ever taken away.
+    """The same model with extra inputs (target time, guidance scale); none is ever taken away.
 
-    What is new starts at weight 0, so that the answers stay the same bits; its inner weights are drawn from torch's
+    They start at weight 0, so that the answers stay the same bits; their inner weights are drawn from torch's
     seed. Raises ValueError for a model in closed form.
     """
     asked = {"second_time": second_time, "told_guidance": told_guidance}
     if saved.model["kind"] != "network":
-        told = " and ".join(name for name, wanted in asked.items() if wanted)
-        raise ValueError(f"a {saved.model['kind']} model has no {told} to be told of; start from a network")
+        names = " and ".join(name for name, wanted in asked.items() if wanted)
+        raise ValueError(f"a {saved.model['kind']} model can't take {names}; start from a network")
     new = {name: True for name, wanted in asked.items() if wanted and not saved.model["network"].get(name)}
     if not new:
         return saved
@@ -150,8 +150,8 @@ def load(folder: str | Path) -> Checkpoint:
     if not weights.is_file():
         raise FileNotFoundError(f"{folder} holds no {WEIGHTS_FILE}: fetch the model again")
     with open(description, "rb") as file:
-        told = file.read(LONGEST + 1)
-    return unpack(told, _read_whole(weights), source=str(folder))
+        text = file.read(LONGEST + 1)
+    return unpack(text, _read_whole(weights), source=str(folder))
 
 
 def _read_whole(weights: Path) -> bytes:
@@ -175,9 +175,9 @@ def unpack(description: bytes, weights: bytes, *, source: str) -> Checkpoint:
     found = Checkpoint(document["model"], weights, grids, document["about"], source=source)
     shapes_in(weights, f"{source}: {WEIGHTS_FILE}")
     if found.weights_sha256 != document["weights_sha256"]:
-        told, has = document["weights_sha256"][:12], found.weights_sha256[:12]
+        said, has = document["weights_sha256"][:12], found.weights_sha256[:12]
         raise ValueError(
-            f"{source}: {WEIGHTS_FILE} has sha256 {has}..., {MODEL_FILE} says {told}...: fetch the model again"
+            f"{source}: {WEIGHTS_FILE} has sha256 {has}..., {MODEL_FILE} says {said}...: fetch the model again"
         )
     return found
 

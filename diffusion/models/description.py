@@ -30,8 +30,8 @@ def described(data: bytes, source: str) -> dict[str, Any]:
         document = json.loads(data, parse_constant=_finite, parse_float=_finite)
         _check(document)
     except (ValueError, RecursionError) as error:
-        told = f"{source} is not one of ours ({error})"
-        raise ValueError(f"{told}: name the folder of a model saved here") from None
+        problem = f"{source} is not one of ours ({error})"
+        raise ValueError(f"{problem}: name the folder of a model saved here") from None
     found: dict[str, Any] = document
     return found
 

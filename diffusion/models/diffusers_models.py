@@ -33,15 +33,15 @@ def pipeline_checkpoint(source: str, *, ignore: Collection[str] = ()) -> Checkpo
         written = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **offline)
     except (OSError, ValueError, TypeError) as error:
         if unasked:
-            told = f"diffusers:{source} is no folder, not among what was fetched before, and the hub can't be asked"
-            raise ValueError(f"{told} ({unasked}): name a folder, or mend the network") from error
+            problem = f"diffusers:{source} is no folder, not among what was fetched before, and the hub can't be asked"
+            raise ValueError(f"{problem} ({unasked}): name a folder, or mend the network") from error
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"diffusers:{source} is no pipeline of a UNet2DModel and a scheduler ({reason})") from error
     scheduler = _table_of_betas(source, written, ignore)
     config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     if config["in_channels"] != config["out_channels"]:
-        told = f"diffusers:{source} answers {config['out_channels']} channels to {config['in_channels']}"
-        raise ValueError(f"{told}, as with a learned variance: wrap it by python:MODULE:FACTORY")
+        problem = f"diffusers:{source} answers {config['out_channels']} channels to {config['in_channels']}"
+        raise ValueError(f"{problem}, as with a learned variance: wrap it by python:MODULE:FACTORY")
     if config["num_class_embeds"] or config["class_embed_type"]:
         raise ValueError(f"diffusers:{source} takes class labels: wrap it by python:MODULE:FACTORY")
     size = config["sample_size"]

@@ -1,4 +1,4 @@
-"""How a network is told numbers of each sample: its time, the time that it jumps to, its guidance scale."""
+"""Embeddings of per-sample scalars: time, target time, guidance scale."""
 
 import math
 
@@ -38,10 +38,10 @@ class JointCoefficients(nn.Module):
         return self.coefficients(_waves(angle).to(self.frequencies))
 
 
-def told(width: int, *, bandwidth: float = 1.0) -> nn.Sequential:
+def scalar_embedding(width: int, *, bandwidth: float = 1.0) -> nn.Sequential:
     """An embedding of one more number, [B] -> [B, width], to be added to the time's.
 
-    It starts at 0, so that a network that is told more answers as it did before.
+    It starts at 0, so that a network with an extra input answers as it did before.
     """
     last = zeroed(nn.Linear(width, width))
     return nn.Sequential(FourierTime(64, bandwidth), nn.Linear(64, width), nn.SiLU(), last)

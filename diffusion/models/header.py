@@ -63,8 +63,8 @@ def check_holds(model: Mapping[str, Any], *, tensors: int, numbers: int, source:
         layers = "depth" in name or "layers" in name or name.startswith("the length")
         if value > (tensors if layers else max(numbers, 1)):
             what = f"{tensors} tensors" if layers else f"{numbers} numbers"
-            told = f"{source} holds {what}, its description says {name} {value}"[:300]
-            raise ValueError(f"{told}: restore it, or fetch the model again")
+            problem = f"{source} holds {what}, its description says {name} {value}"[:300]
+            raise ValueError(f"{problem}: restore it, or fetch the model again")
 
 
 def _sizes(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
@@ -92,13 +92,13 @@ def names_of(module: nn.Module, held: Mapping[str, Held], source: str) -> dict[s
         names = plain if set(plain.values()) == wanted.keys() and len(plain) == len(wanted) else names
     found = set(names.values())
     if missing := sorted(wanted.keys() - found):
-        raise ValueError(f"{source} has no {missing[0]}{_told_of_prefix(held, wanted)}: fetch the model again")
+        raise ValueError(f"{source} has no {missing[0]}{_describe_prefix(held, wanted)}: fetch the model again")
     if more := sorted(found - wanted.keys()):
         raise ValueError(f"{source} has a {more[0]:.60} that is no part of its description: fetch the model again")
     for name, there in held.items():
         if there != wanted[names[name]]:
-            told, said = list(there.shape), list(wanted[names[name]].shape)
-            raise ValueError(f"{source} has {name} as {told}, its description says {said}: fetch the model again")
+            has, says = list(there.shape), list(wanted[names[name]].shape)
+            raise ValueError(f"{source} has {name} as {has}, its description says {says}: fetch the model again")
     return names
 
 
@@ -107,7 +107,7 @@ def _without_wrappers(name: str) -> str:
     return ".".join(parts[1:] if parts[0] == "module" else parts)
 
 
-def _told_of_prefix(held: Mapping[str, Held], wanted: Mapping[str, Held]) -> str:
+def _describe_prefix(held: Mapping[str, Held], wanted: Mapping[str, Held]) -> str:
     first = {name.partition(".")[0] for name in held}
     if len(first) == 1 and not first & {name.partition(".")[0] for name in wanted}:
         return f" (its names begin with {first.pop():.40}.)"

@@ -1,7 +1,7 @@
 """Networks F(x, time, condition) of our own, for small images and vectors; diffusers' UNet is in unet.py.
 
-Each can be told two numbers more of every sample: `second_time`, the time that a flow map jumps to, and its guidance
-scale, if built with second_time or told_guidance. What is told so starts at weight 0.
+Each can take two extra inputs per sample: `second_time`, the time that a flow map jumps to, and its guidance scale,
+if built with second_time or told_guidance. Their weights start at 0.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion.models.embeddings import FourierTime, JointCoefficients, told, zeroed
+from diffusion.models.embeddings import FourierTime, JointCoefficients, scalar_embedding, zeroed
 from diffusion.models.unet import DiffusersUNet2D
 
 
@@ -32,10 +32,10 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """A residual MLP over the flattened sample, told time by Fourier features and the class by an embedding.
+    """A residual MLP over the flattened sample, with Fourier features of time and an embedding of the class.
 
     x: [B, *sample_shape], time: [B], condition: int64 [B] in [0, num_classes], where num_classes is the null label;
-    second_time, guidance: [B], where the network is told them. features: [B, num_features], after the last block.
+    second_time, guidance: [B], where the network takes them. features: [B, num_features], after the last block.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class ResidualMLP(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.leave = zeroed(nn.Linear(width, size))
         self.has_second_time, self.told_guidance = second_time, told_guidance
-        self.second_time = told(width) if second_time else None
-        self.guidance = told(width) if told_guidance else None
+        self.second_time = scalar_embedding(width) if second_time else None
+        self.guidance = scalar_embedding(width) if told_guidance else None
 
     def forward(
         self,
@@ -96,14 +96,14 @@ class ResidualMLP(nn.Module):
         return h
 
 
-# Of (time, second time, guidance scale), which ones an affine network's terms are told together.
+# Indices into (time, second time, guidance scale) that each of an affine network's terms takes together.
 _JOINT = {"second_time": (0, 1), "guidance": (0, 2), "both": (0, 1, 2)}
 
 
 class Affine(nn.Module):
     """F = a * x + b, coordinate by coordinate, with a and b linear in Fourier features of time.
 
-    Where it is told more, a and b get terms that are linear in Fourier features of time and that number together, and
+    With extra inputs, a and b get terms that are linear in Fourier features of time and that number together, and
     of all three. Its least-squares fit is convex, so the best error that it can reach is known in closed form: the
     student of the oracle tests. No classes.
     """

@@ -76,8 +76,8 @@ def check_unasked(uri: str, *, flag: str) -> None:
     if scheme == "python":
         raise ValueError(f"the teacher {uri} is code and isn't in the store: allow it to run by {flag} {uri}")
     if scheme != "builtin":
-        told = f"the teacher {uri} isn't in the store, and what a recipe names is used only if you name it, too"
-        raise ValueError(f"{told}: give {flag} {uri}")
+        problem = f"the teacher {uri} isn't in the store, and what a recipe names is used only if you name it, too"
+        raise ValueError(f"{problem}: give {flag} {uri}")
 
 
 def load_checkpoint(uri: str, *, ignore: Collection[str] = ()) -> Checkpoint:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffusion.models.embeddings import told, zeroed
+from diffusion.models.embeddings import scalar_embedding, zeroed
 
 _COARSEST = 8
 """Levels halve an image down to this size, or as far as it is even."""
@@ -17,7 +17,7 @@ _ATTENDS = 16
 class DiffusersUNet2D(nn.Module):
     """diffusers' UNet2DModel, x: [B, C, H, W], time: [B]. pip install 'limbeck[diffusers]'.
 
-    Its sinusoids are told time_scale * time. The class (int64 [B], num_classes is the null label), second_time and the
+    Its sinusoids take time_scale * time. The class (int64 [B], num_classes is the null label), second_time and the
     guidance scale ([B]) are embeddings that are added to the time's. features: [B, num_features], the mean over the
     middle block's places.
     """
@@ -43,8 +43,8 @@ class DiffusersUNet2D(nn.Module):
         self.num_features = self.unet.config.block_out_channels[-1]
         width = self.unet.time_embedding.linear_2.out_features
         self.classes = None if num_classes is None else nn.Embedding(num_classes + 1, width)
-        self.second_time = told(width) if second_time else None
-        self.guidance = told(width) if told_guidance else None
+        self.second_time = scalar_embedding(width) if second_time else None
+        self.guidance = scalar_embedding(width) if told_guidance else None
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -60,7 +60,7 @@ class DiffusersUNet2D(nn.Module):
         second_time: Tensor | None = None,
         guidance: Tensor | None = None,
     ) -> Tensor:
-        return self.unet(x, self.time_scale * time, self._told(condition, second_time, guidance)).sample
+        return self.unet(x, self.time_scale * time, self._embedded(condition, second_time, guidance)).sample
 
     def features(
         self,
@@ -70,7 +70,7 @@ class DiffusersUNet2D(nn.Module):
         second_time: Tensor | None = None,
         guidance: Tensor | None = None,
     ) -> Tensor:
-        unet, more = self.unet, self._told(condition, second_time, guidance)
+        unet, more = self.unet, self._embedded(condition, second_time, guidance)
         embedding = unet.time_embedding(unet.time_proj(self.time_scale * time).to(x.dtype))
         embedding = embedding if more is None else embedding + more
         h = unet.conv_in(2 * x - 1 if unet.config.center_input_sample else x)
@@ -79,10 +79,10 @@ class DiffusersUNet2D(nn.Module):
         h = h if unet.mid_block is None else unet.mid_block(h, embedding)
         return h.mean(dim=(2, 3))
 
-    def _told(self, condition: Tensor | None, second_time: Tensor | None, guidance: Tensor | None) -> Tensor | None:
-        """The sum of what it is told beside the time, [B, width]; None for a network that is told nothing more."""
-        told_of = ((self.classes, condition), (self.second_time, second_time), (self.guidance, guidance))
-        embeddings = [embed(value) for embed, value in told_of if embed is not None]
+    def _embedded(self, condition: Tensor | None, second_time: Tensor | None, guidance: Tensor | None) -> Tensor | None:
+        """The sum of the embeddings besides the time, [B, width]; None for a network of time alone."""
+        inputs = ((self.classes, condition), (self.second_time, second_time), (self.guidance, guidance))
+        embeddings = [embed(value) for embed, value in inputs if embed is not None]
         return sum(embeddings[1:], start=embeddings[0]) if embeddings else None
 
 

@@ -25,7 +25,7 @@ def recipe_process(recipe: Recipe) -> Process:
         for time, there, here in zip(recipe.times, theirs, ours.tolist(), strict=True):
             if not math.isclose(there, here, rel_tol=1e-9, abs_tol=1e-12):
                 said = f"the recipe says {name} {there} at t = {time}, its process gives {here}"
-                raise ManifestMismatch(f"{said}: another release wrote it; generate the data anew")
+                raise ManifestMismatch(f"{said}: another release wrote it; generate the data again")
     return process
 
 

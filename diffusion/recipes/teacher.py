@@ -67,7 +67,7 @@ class TeacherSource:
         return saved
 
     def _kept(self) -> Checkpoint | None:
-        """What the store keeps, unless the user gave another place."""
+        """The teacher that the store keeps; a place that the user gave goes first."""
         saved = None if self.uri else kept_weights(self.store, self.recipe.id)
         if saved is not None:
             self._check(saved, f"{self.store.uri}/{paths.weights_folder(self.recipe.id)}")

@@ -1,4 +1,4 @@
-"""What an audit learns by solving samples anew: the solver's error, and whether the stored states are the recipe's."""
+"""What an audit learns by solving samples again: the solver's error, and whether the stored states are the recipe's."""
 
 import math
 from typing import Any
@@ -45,18 +45,18 @@ def error_check(recipe: Recipe, found: Findings, resolved: Resolved, place: int,
     }
     limit = config.tolerance if name == "output" else None
     against = _against(recipe, name, extrapolated=extrapolated)
-    told = f"{error:.3g} of the output's spread against {against}, 95% in [{low:.3g}, {high:.3g}]"
-    told += f", tolerance {limit:g}" if limit else ""
-    told += "; worst sample {worst:.3g}, storage's rounding {rounding:.3g}".format(**figures)
+    detail = f"{error:.3g} of the output's spread against {against}, 95% in [{low:.3g}, {high:.3g}]"
+    detail += f", tolerance {limit:g}" if limit else ""
+    detail += "; worst sample {worst:.3g}, storage's rounding {rounding:.3g}".format(**figures)
     if by_scale := _error_by_scale(recipe, resolved, squares, std):
-        told += "; by guidance " + ", ".join(f"{scale} {value:.3g}" for scale, value in by_scale.items())
+        detail += "; by guidance " + ", ".join(f"{scale} {value:.3g}" for scale, value in by_scale.items())
         figures["by_guidance"] = by_scale
     passed = math.isfinite(error) and (limit is None or high <= limit)
-    return Check(f"solver error of {name}", passed, told, figures)
+    return Check(f"solver error of {name}", passed, detail, figures)
 
 
 def _against(recipe: Recipe, state: str, *, extrapolated: bool) -> str:
-    """What a stored state's error is told against."""
+    """What a stored state's error is measured against."""
     if is_own(recipe):
         return "its own steps"
     aside = "" if halves_last(recipe) or state != "output" else ", the last step to sigma = 0 aside"
@@ -111,10 +111,11 @@ def replay_check(recipe: Recipe, found: Findings, resolved: Resolved) -> Check:
     wrong = list(dict.fromkeys(odd + other))
     same, elsewhere = sum(part.same_bits for part in replays), sum(not part.same_machine for part in replays)
     largest = max((max(part.max_difference.values()) for part in replays if part.max_difference), default=math.nan)
-    told = (
+    detail = (
         f"{sum(alike)} of {len(alike)} samples come out alike; of the {len(replays)} least alike {same} have the same "
         f"bits in their micro-batch, largest difference {largest:.3g}"
     )
-    told += f"; {elsewhere} were solved on another machine, or by other threads" if elsewhere else ""
+    detail += f"; {elsewhere} were solved on another machine, or by other threads" if elsewhere else ""
     figures = {"samples": len(alike), "alike": sum(alike), "replayed": len(replays), "same_bits": same}
-    return Check("solved again", not wrong, told + named(wrong), figures | {"max_difference": largest, "wrong": wrong})
+    figures |= {"max_difference": largest, "wrong": wrong}
+    return Check("solved again", not wrong, detail + named(wrong), figures)

@@ -30,7 +30,7 @@ from storage_schemas.record import SPLITS
 from storage_schemas.shards import Shard
 
 REPLAYS = 4
-"""Of the samples that are solved anew, how many are solved with their whole micro-batch, for the same bits."""
+"""Number of the samples solved again that are solved with their whole micro-batch, for the same bits."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _resolve(source: TeacherSource, order: WorkOrder, picked: Sequence[Stored]) 
 def refuse_segments(recipe: Recipe) -> None:
     """An audit re-solves x_T -> x_0."""
     if recipe.chain != "trajectory" or recipe.start.kind != "prior":
-        raise UserError("only trajectories from the prior are solved anew; this dataset holds other chains")
+        raise UserError("only trajectories from the prior are solved again; this dataset holds other chains")
 
 
 def _why_no_teacher(source: TeacherSource, config: VerifyConfig) -> str:
@@ -94,7 +94,7 @@ def _why_no_teacher(source: TeacherSource, config: VerifyConfig) -> str:
     except NoTeacher as error:
         if config.teacher or config.tolerance is not None:
             raise
-        return f"{error}; so nothing was solved anew"
+        return f"{error}; so nothing was solved again"
 
 
 def pick(dataset: Dataset, count: int, seed: int) -> frozenset[Sample]:

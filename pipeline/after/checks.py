@@ -32,23 +32,23 @@ LISTED = 100
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the audit; `passed` is None for what could not be done, and `told` says why."""
+    """One line of the audit; `passed` is None for what could not be done, and `detail` says why."""
 
     name: str
     passed: bool | None
-    told: str
+    detail: str
     figures: dict[str, Any] = field(default_factory=dict)
 
     @property
     def line(self) -> str:
         """passed  x_T norms: p 0.31 ..."""
-        return f"{ {True: 'passed', False: 'FAILED', None: 'not done'}[self.passed]:<8}  {self.name}: {self.told}"
+        return f"{ {True: 'passed', False: 'FAILED', None: 'not done'}[self.passed]:<8}  {self.name}: {self.detail}"
 
 
 def plain(check: Check) -> dict[str, Any]:
     """A check as JSON, which has no infinity and no nan."""
     figures = {name: _finite(value) for name, value in check.figures.items()}
-    return {"name": check.name, "passed": check.passed, "told": check.told, "figures": figures}
+    return {"name": check.name, "passed": check.passed, "told": check.detail, "figures": figures}
 
 
 def tally(checks: Sequence[Check]) -> str:
@@ -64,8 +64,8 @@ def _finite(value: Any) -> Any:
 def own_noise(recipe: Recipe, picked: Sequence[Stored]) -> Check:
     """x_T and the label of every picked sample against the pure function of (seed, split, id) that they are."""
     wrong = [str(part.sample) for part in picked if not _is_own(recipe, part)]
-    told = f"{len(picked) - len(wrong)} of {len(picked)} samples have the x_T and the label of their id"
-    return Check("x_T of an id", not wrong, told + named(wrong), {"samples": len(picked), "wrong": wrong})
+    detail = f"{len(picked) - len(wrong)} of {len(picked)} samples have the x_T and the label of their id"
+    return Check("x_T of an id", not wrong, detail + named(wrong), {"samples": len(picked), "wrong": wrong})
 
 
 def _is_own(recipe: Recipe, part: Stored) -> bool:
@@ -92,10 +92,10 @@ def duplicates(dataset: Dataset, rows: int, repeats: Repeats) -> Check:
     wrong = [group for group in strangers[:LISTED] if _same_bytes(dataset, group)] + strangers[LISTED:]
     p = collision_tail(repeats.pairs, mean, variance)
     least = "" if repeats.complete else "at least "
-    told = f"{least}{repeats.pairs} pairs share an x_T, {mean:.3g} expected of its rounding, p {p:.2g}"
+    detail = f"{least}{repeats.pairs} pairs share an x_T, {mean:.3g} expected of its rounding, p {p:.2g}"
     names = ["=".join(map(str, group[:8])) for group in (wrong or repeats.groups)[:LISTED]]
     figures = {"pairs": repeats.pairs, "expected": mean, "p": p, "groups": names, "not_their_own": len(wrong)}
-    return Check("duplicate x_T", not wrong and p >= ALARM, told + named(names), figures)
+    return Check("duplicate x_T", not wrong and p >= ALARM, detail + named(names), figures)
 
 
 def _share_honestly(recipe: Recipe, group: Sequence[Sample]) -> bool:
@@ -160,8 +160,8 @@ def quarantine(dataset: Dataset, rows: int) -> Check:
         ids, (start, stop) = dataset.shards(split).quarantined, dataset.manifest.window.bounds(split)
         lost += int(((ids >= start) & (ids < stop)).sum())
     share = lost / (lost + rows)
-    told = f"{lost} of {lost + rows} samples ({share:.2%}, {MOST_QUARANTINED:.0%} may be)"
-    return Check("quarantined", share <= MOST_QUARANTINED, told, {"samples": lost, "share": share})
+    detail = f"{lost} of {lost + rows} samples ({share:.2%}, {MOST_QUARANTINED:.0%} may be)"
+    return Check("quarantined", share <= MOST_QUARANTINED, detail, {"samples": lost, "share": share})
 
 
 def labels(recipe: Recipe, found: Findings) -> Check:
@@ -178,7 +178,7 @@ def labels(recipe: Recipe, found: Findings) -> Check:
 
 
 def guidance(recipe: Recipe, found: Findings) -> list[Check]:
-    """Of several scales, how many of the rows have which: a scale whose solves run away loses more than the others."""
+    """How many of the rows have which of several scales: a scale whose solves run away loses more than the others."""
     scales = recipe.guidance.scales
     if len(scales) == 1:
         return []
@@ -194,8 +194,8 @@ def _evenly(name: str, each_of: str, counts: Sequence[int], figures: dict[str, A
         return Check(name, None, f"{each:.2g} samples {each_of} are too few, {LABELS_EACH:g} are needed", figures)
     statistic, degrees = sum((count - each) ** 2 / each for count in counts), len(counts) - 1
     p = float(chi_square_tail(torch.tensor(statistic, dtype=torch.float64), degrees))
-    told = f"chi-square {statistic:.3g} of {degrees} degrees, p {p:.2g}, counts {min(counts)} to {max(counts)}"
-    return Check(name, p >= ALARM, told, figures | {"p": p})
+    detail = f"chi-square {statistic:.3g} of {degrees} degrees, p {p:.2g}, counts {min(counts)} to {max(counts)}"
+    return Check(name, p >= ALARM, detail, figures | {"p": p})
 
 
 def named(names: Sequence[str]) -> str:

@@ -67,7 +67,7 @@ class NoiseSums:
 
 
 def noise_sums(x_T: np.ndarray, sigma_T: float, dtype: StorageDtype) -> NoiseSums:
-    """Of rows x_T [n, *shape], as numbers (from_storage), a block of rows at a time."""
+    """The sums of rows x_T [n, *shape], as numbers (from_storage), a block of rows at a time."""
     total = NoiseSums(x_T.shape[1:])
     rows = max(2, BLOCK_VALUES // max(1, math.prod(x_T.shape[1:])))
     for first in range(0, len(x_T), rows):

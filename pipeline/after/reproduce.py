@@ -1,4 +1,4 @@
-"""`reproduce`: one sample solved anew from its recipe, with its whole micro-batch, against what is stored."""
+"""`reproduce`: one sample solved again from its recipe, with its whole micro-batch, against what is stored."""
 
 import json
 
@@ -24,7 +24,7 @@ def run_reproduce(config: ReproduceConfig) -> int:
     source = TeacherSource(dataset.store, dataset.recipe, config.teacher)
     order = WorkOrder(dataset.store, dataset.recipe, dataset.layout, config.device, config.threads)
     replay = run_once(reproduce_one, source, order, stored, runner=config)
-    print(json.dumps(_plain(dataset, replay)) if config.as_json else told(replay))
+    print(json.dumps(_plain(dataset, replay)) if config.as_json else describe(replay))
     return 0 if agrees(replay, config.tolerance) else 1
 
 
@@ -52,7 +52,7 @@ def agrees(replay: Replay, tolerance: float) -> bool:
     return bool(tolerance) and replay.max_difference is not None and max(replay.max_difference.values()) <= tolerance
 
 
-def told(replay: Replay) -> str:
+def describe(replay: Replay) -> str:
     """A few lines for people."""
     if replay.max_difference is None:
         lines = [f"{replay.sample}: not finite now, though what is stored is"]

@@ -13,7 +13,7 @@ from diffusion.recipes.devices import pick_device
 from diffusion.recipes.teacher import TeacherSource
 from pipeline.after.duplicates import DIGITS, Sample
 from pipeline.producer import Producer, WorkOrder
-from pipeline.solve import memory_told, micro_batches, solve_batch, solve_ids
+from pipeline.solve import as_out_of_memory, micro_batches, solve_batch, solve_ids
 from storage_schemas.commit import Task
 from storage_schemas.recipe import Recipe
 from storage_schemas.record import Columns, from_storage, state_column, to_storage
@@ -49,7 +49,7 @@ class Replay:
 
 @dataclass(frozen=True)
 class Resolved:
-    """What came of solving K samples anew; S stored states.
+    """What came of solving K samples again; S stored states.
 
     squares [K, S]: mean over coordinates of (stored - solved at 2N steps)^2, or at a student's own N; rounding [S]:
     storage's share of it. drift [K, S]: the same against N steps, among other samples than the recipe says, without one
@@ -167,7 +167,7 @@ def halves_last(recipe: Recipe) -> bool:
 
 
 def _batches(stored: Sequence[Stored], size: int) -> Iterator[Sequence[Stored]]:
-    """Samples of one split at a time, no more than `size`: at doubled steps it does not matter who is with whom."""
+    """Samples of one split at a time, no more than `size`: at doubled steps it does not matter which are together."""
     for split in sorted({part.sample.split for part in stored}):
         mine = [part for part in stored if part.sample.split == split]
         yield from (mine[first : first + size] for first in range(0, len(mine), size))
@@ -178,7 +178,7 @@ def _solve(producer: Producer, batch: Sequence[Stored], times: Tensor, keep: Seq
     """States of a batch from its ids' own x_T, in float64 and not rounded for storage."""
     recipe, split = producer.order.recipe, batch[0].sample.split
     ids = np.array([part.sample.id for part in batch], dtype=np.int64)
-    with memory_told(recipe.micro_batch, producer.device):
+    with as_out_of_memory(recipe.micro_batch, producer.device):
         solution = solve_ids(
             recipe, producer.denoise, producer.teacher.process, split, ids, times, keep=keep, device=producer.device
         )
@@ -195,7 +195,7 @@ def _mean_squares(gaps: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _rounded(recipe: Recipe, values: np.ndarray) -> np.ndarray:
-    """As the storage dtype would hold them."""
+    """The values as the storage dtype would hold them."""
     with np.errstate(over="ignore"):
         return _numbers(recipe, to_storage(values, recipe.storage_dtype))
 

@@ -55,7 +55,7 @@ class Spread:
         return float(np.sqrt(max(0.0, self.squares / finite - (self.total / finite) ** 2)))
 
     def plus(self, other: "Spread") -> "Spread":
-        """Both's values."""
+        """The values of both."""
         low, high = min(self.low, other.low), max(self.high, other.high)
         return Spread(
             self.values + other.values,
@@ -83,7 +83,7 @@ class Findings:
     picked: tuple[Stored, ...] = ()
 
     def plus(self, other: "Findings") -> "Findings":
-        """Both's rows, without their fingerprints, which are too many to keep."""
+        """The rows of both, without their fingerprints, which are too many to keep."""
         return Findings(
             self.noise.plus(other.noise),
             self.rows + other.rows,
@@ -161,7 +161,7 @@ def _picked(shard: Shard, commit: Commit, rows: Columns, picked: frozenset[Sampl
 
 
 def spread(field: Field, stored: np.ndarray) -> Spread:
-    """Of a state column, a block of rows at a time."""
+    """The spread of a state column, a block of rows at a time."""
     total, flat = Spread(), stored.reshape(len(stored), math.prod(field.shape))
     rows = max(1, BLOCK_VALUES // max(1, flat.shape[1]))
     for first in range(0, len(flat), rows):

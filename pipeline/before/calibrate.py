@@ -23,7 +23,7 @@ from storage_schemas.recipe import Recipe
 DONE, FAILED = 0, 1
 
 FINER = 3
-"""The reference's own error must be so many times below the tolerance, and below an error that is told as one."""
+"""The reference's own error must be so many times below the tolerance, and below an error that is shown as one."""
 
 ABOVE_ROUNDING = 10
 """An order is measured between errors that are so many times above the reference's and above rounding."""
@@ -43,7 +43,7 @@ def run_calibrate(config: CalibrateConfig) -> int:
         Path(config.out).write_bytes(calibration.to_bytes())
     if config.picture:
         draw(calibration, config.picture)
-    print(json.dumps(_as_json(config, calibration)) if config.as_json else told(config, calibration))
+    print(json.dumps(_as_json(config, calibration)) if config.as_json else describe(config, calibration))
     _warn(calibration)
     return FAILED if calibration.choice is None else DONE
 
@@ -58,15 +58,15 @@ def _check_folders(config: CalibrateConfig) -> None:
 
 
 def judge(config: CalibrateConfig, recipe: Recipe, measured: Measured) -> Calibration:
-    """What was measured as a document. Refuses a reference that is no finer than what is to be told apart."""
+    """What was measured as a document. Refuses a reference that is no finer than the errors to be compared."""
     if not (math.isfinite(measured.scale) and measured.scale > 0):
         raise UserError(f"the reference's outputs have the scale {measured.scale}: the teacher can't be solved so")
     solver, steps, nfe = measured.reference
     own = _point(measured.halved, measured.scale)
     if own.error is None or FINER * own.error > config.tolerance:
         raise UserError(
-            f"the reference, {solver} at {steps} steps, is itself {_told(own.error)} from {solver} at half as many: "
-            f"too much to judge a tolerance of {config.tolerance:g}; raise --reference-factor or the tolerance"
+            f"the reference, {solver} at {steps} steps, is itself {_format_error(own.error)} from {solver} at half as "
+            f"many: too much to judge a tolerance of {config.tolerance:g}; raise --reference-factor or the tolerance"
         )
     points = tuple(_point(trial, measured.scale) for trial in measured.trials)
     return Calibration(
@@ -139,21 +139,21 @@ def flags(calibration: Calibration) -> list[str]:
     return words
 
 
-def told(config: CalibrateConfig, calibration: Calibration) -> str:
-    """For people: a row for a number of steps, a column for a solver, error and network calls in each cell."""
+def describe(config: CalibrateConfig, calibration: Calibration) -> str:
+    """The table: a row for a number of steps, a column for a solver, error and network calls in each cell."""
     reference, solvers = calibration.reference, list(dict.fromkeys(point.solver for point in calibration.points))
     grid = ", ".join(f"{name} {value}" for name, value in calibration.grid.items() if name != "name")
     lines = [
-        f"teacher    {calibration.teacher.uri}, guidance {calibration.guidance.told}, "
+        f"teacher    {calibration.teacher.uri}, guidance {calibration.guidance.as_words}, "
         f"{calibration.grid['name']} grid{' (' + grid + ')' if grid else ''}",
-        f"reference  {reference.solver}, {reference.steps} steps, {reference.nfe} calls, {_told(reference.error)} from "
-        "half as many steps",
+        f"reference  {reference.solver}, {reference.steps} steps, {reference.nfe} calls, "
+        f"{_format_error(reference.error)} from half as many steps",
         f"error      RMS of a coordinate over {calibration.count} samples, in standard deviations of the outputs "
         f"({calibration.scale:.4g}); behind it the network calls",
         "",
         f"{'steps':>5}" + "".join(f"{solver:>18}" for solver in solvers),
         *(_row(calibration, solvers, steps) for steps in sorted(set(config.steps))),
-        f"{'order':>5}" + "".join(f"{_told_order(order):>18}" for order in orders(calibration).values()),
+        f"{'order':>5}" + "".join(f"{_format_order(order):>18}" for order in orders(calibration).values()),
         "order: between the two finest steps. The last step, to sigma = 0, has an error that more steps don't lessen.",
         "",
         _verdict(calibration),
@@ -174,7 +174,7 @@ def _row(calibration: Calibration, solvers: Sequence[str], steps: int) -> str:
         assert point is not None
         index = calibration.points.index(point)
         mark = "*" if index == calibration.choice else "~" if _drowned(calibration, point) else " "
-        cells.append(f"{_told(point.error)}{mark}{'(' + str(point.nfe) + ')':>6}")
+        cells.append(f"{_format_error(point.error)}{mark}{'(' + str(point.nfe) + ')':>6}")
     return f"{steps:>5}" + "".join(f"{cell:>18}" for cell in cells)
 
 
@@ -183,12 +183,12 @@ def _verdict(calibration: Calibration) -> str:
         best = min(calibration.points, key=lambda point: math.inf if point.error is None else point.error)
         return (
             f"none is surely below {calibration.tolerance:g}; nearest: {best.solver} at {best.steps} steps, "
-            f"{_told(best.error)}: give more --steps, more --count, or a larger --tolerance"
+            f"{_format_error(best.error)}: give more --steps, more --count, or a larger --tolerance"
         )
     point = calibration.points[calibration.choice]
     return (
         f"* cheapest below {calibration.tolerance:g}: {point.solver} at {point.steps} steps, {point.nfe} calls, error "
-        f"{_told(point.error)} (95%: {_told(point.low)} to {_told(point.high)})"
+        f"{_format_error(point.error)} (95%: {_format_error(point.low)} to {_format_error(point.high)})"
     )
 
 
@@ -210,9 +210,9 @@ def _as_json(config: CalibrateConfig, calibration: Calibration) -> dict[str, obj
     return {**calibration.plain(), "orders": orders(calibration), "flags": flags(calibration), "out": config.out}
 
 
-def _told(error: float | None) -> str:
+def _format_error(error: float | None) -> str:
     return "not finite" if error is None else f"{error:.2e}" if error < 1e-3 else f"{error:.4f}"
 
 
-def _told_order(order: float | None) -> str:
+def _format_order(order: float | None) -> str:
     return "-" if order is None else f"{order:.2f}      "

@@ -76,7 +76,7 @@ def _decorate(axes: Any, calibration: Calibration) -> None:
     axes.legend(frameon=False, fontsize=9)
     reference = f"{calibration.reference.solver} at {calibration.reference.steps} steps"
     axes.set_title(
-        f"{calibration.teacher.uri}, {calibration.grid['name']} grid, guidance {calibration.guidance.told}: "
+        f"{calibration.teacher.uri}, {calibration.grid['name']} grid, guidance {calibration.guidance.as_words}: "
         f"{calibration.count} samples against {reference}",
         fontsize=10,
         loc="left",

@@ -10,7 +10,7 @@ from typing import Any
 from diffusion.models import checkpoint
 from pipeline.before.timing import Timing, time_a_worker
 from pipeline.config import PlanConfig
-from pipeline.job.amounts import PER_TASK, told_size
+from pipeline.job.amounts import PER_TASK, format_size
 from pipeline.job.continuity import check_continues
 from pipeline.job.prepare import Run, prepare
 from pipeline.job.solving import adopt
@@ -72,12 +72,12 @@ def run_plan(config: PlanConfig) -> int:
     if config.as_json:
         print(json.dumps(_as_json(run, work, timing, estimate)))
     else:
-        print("\n".join(told(config, run, work, timing, estimate)))
+        print("\n".join(describe(config, run, work, timing, estimate)))
     return 0
 
 
 def find_work(run: Run) -> Work:
-    """As generate sees it: the window's tasks without those that the latest manifest lists or that are committed."""
+    """What generate would do: the window's tasks but those that the latest manifest lists or that are committed."""
     config, parent = run.config, latest_manifest(run.store, run.config.dataset)
     if parent and not (config.new_recipe and parent.recipe_id != run.recipe.id):
         check_continues(run.store, parent, run.recipe, run.layout, None)
@@ -153,8 +153,10 @@ def _on_gpu(timing: Timing) -> bool:
     return timing.machine["device"].startswith(("cuda", "xpu", "mps"))
 
 
-def told(config: PlanConfig, run: Run, work: Work, timing: Timing | None, estimate: Estimate | None) -> Iterator[str]:
-    """For people."""
+def describe(
+    config: PlanConfig, run: Run, work: Work, timing: Timing | None, estimate: Estimate | None
+) -> Iterator[str]:
+    """The plan as lines for people."""
     already = f", {work.tasks_adopted} are committed and not sealed yet" if work.tasks_adopted else ""
     size = run.layout.samples_per_shard
     yield f"tasks      {work.tasks} of {work.tasks_in_window} to do{already}, {size} samples each"
@@ -166,8 +168,8 @@ def told(config: PlanConfig, run: Run, work: Work, timing: Timing | None, estima
     yield f"samples    {work.samples}, solved {together}"
     yield f"calls      {estimate.nfe} a sample (NFE), {estimate.nfe_total} in all"
     yield (
-        f"bytes      {told_size(estimate.bytes)}, {told_size(timing.shard_bytes)} a shard, in {work.objects} objects: "
-        f"{work.tasks} shards, {work.tasks} commits in two places, {work.objects - PER_TASK * work.tasks} more"
+        f"bytes      {format_size(estimate.bytes)}, {format_size(timing.shard_bytes)} a shard, in {work.objects} "
+        f"objects: {work.tasks} shards, {work.tasks} commits in two places, {work.objects - PER_TASK * work.tasks} more"
     )
     yield (
         f"a task     solving {_time(estimate.solve_seconds)}, writing {_time(estimate.write_seconds)} "
@@ -204,7 +206,7 @@ def _warnings(estimate: Estimate, timing: Timing) -> Iterator[str]:
         )
     elif timing.upload is None:
         room = timing.shard_bytes / max(estimate.solve_seconds - timing.encode, 1e-9)
-        yield f"bottleneck solving, as long as a worker's uploads run at {told_size(room)}/s or more"
+        yield f"bottleneck solving, as long as a worker's uploads run at {format_size(room)}/s or more"
     else:
         yield "bottleneck solving"
 

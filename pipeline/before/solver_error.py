@@ -12,13 +12,13 @@ from diffusion.recipes.devices import pick_device
 from pipeline.config import CalibrateConfig, GenerateConfig, TeacherConfig
 from pipeline.producer import machine_of, set_up_torch
 from pipeline.recipe import build_recipe, grid_options
-from pipeline.solve import denoise_of, memory_told, solve_ids
+from pipeline.solve import as_out_of_memory, denoise_of, solve_ids
 from storage_schemas.recipe import Recipe
 
 REFERENCE = "rk4"
 
 REFERENCE_STEPS = 512
-"""By default of few steps too: else the reference is no finer than a tolerance."""
+"""The fewest steps of a default reference: with fewer it is no finer than a tolerance."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Bench:
         outputs, nfe = [], 0
         for start in range(0, config.count, config.micro_batch):
             ids = np.arange(start, min(start + config.micro_batch, config.count))
-            with memory_told(len(ids), self.device), torch.no_grad():
+            with as_out_of_memory(len(ids), self.device), torch.no_grad():
                 solution = solve_ids(
                     self.recipe, self.denoise, process, "holdout", ids, times,
                     keep=[steps], device=self.device, solver=solver, dtype=dtype,
@@ -103,7 +103,7 @@ def measure(config: CalibrateConfig) -> Measured:
 
 
 def build_config(config: CalibrateConfig, solver: str, steps: int) -> GenerateConfig:
-    """One trial as generate would be told it, of which there is a recipe."""
+    """One trial as the options of generate, from which a recipe is built."""
     return GenerateConfig.model_validate(
         {
             **{name: getattr(config, name) for name in TeacherConfig.model_fields},

@@ -32,8 +32,8 @@ def say_amounts(store: Store, recipe: Recipe, layout: Layout, tasks: Sequence[Ta
     words = [
         f"{samples} samples in {len(tasks)} shard{'s' * (len(tasks) > 1)} of {layout.samples_per_shard}",
         *([f"{samples * recipe_nfe(recipe)} network calls"] if calls else []),
-        f"{'at most ' if layout.compression != 'none' else ''}{told_size(size)} in {PER_TASK * len(tasks)} objects",
-        *([] if free is None else [f"{told_size(free)} are free"]),
+        f"{'at most ' if layout.compression != 'none' else ''}{format_size(size)} in {PER_TASK * len(tasks)} objects",
+        *([] if free is None else [f"{format_size(free)} are free"]),
     ]
     print(f"to make: {', '.join(words)}", file=sys.stderr, flush=True)
     if layout.compression == "none":
@@ -56,8 +56,9 @@ def _check_room(needed: dict[str, int]) -> None:
         size, free = sum(needed[place] for place in places), _free(places[0])
         if size > free:
             raise UsageError(
-                f"{' and '.join(places)}: {told_size(size)} are needed, {told_size(free)} are free: make room, give a "
-                "smaller --count, --holdout or --samples-per-shard, or another place (TMPDIR names that of scratch)"
+                f"{' and '.join(places)}: {format_size(size)} are needed, {format_size(free)} are free: "
+                "make room, give a smaller --count, --holdout or --samples-per-shard, or another place "
+                "(TMPDIR names that of scratch)"
             )
 
 
@@ -70,7 +71,7 @@ def _existing(place: str) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
-def told_size(count: float) -> str:
+def format_size(count: float) -> str:
     """1.5 GB."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:

@@ -24,11 +24,11 @@ def check_continues(store: Store, parent: Manifest, recipe: Recipe, layout: Layo
     """Refuse a recipe or layout that is not the dataset's own. `policy` is None for `generate`."""
     place = f"dataset {parent.dataset} of {store.uri}"
     if parent.recipe_id != recipe.id:
-        told = list(differences(read_recipe(store, parent.recipe_id), recipe))
-        more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
+        changes = list(differences(read_recipe(store, parent.recipe_id), recipe))
+        more = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
         way_out = "--policy recipe" if policy else "--new-recipe"
         raise UsageError(
-            f"{place} holds another recipe: {'; '.join(told[:SHOWN])}{more}; use --dataset OTHER, or {way_out} to "
+            f"{place} holds another recipe: {'; '.join(changes[:SHOWN])}{more}; use --dataset OTHER, or {way_out} to "
             f"begin a new window in {parent.dataset}"
         )
     if parent.layout != layout:

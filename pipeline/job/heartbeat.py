@@ -16,7 +16,7 @@ SPARED = timedelta(hours=1)
 
 
 class Pulse:
-    """Writes the heartbeat of a driver's job from a thread. A store that refuses it does the job no harm."""
+    """Writes the heartbeat of a driver's job from a thread. Failed writes are ignored: the job matters more."""
 
     def __init__(self, store: Store, *, every: float = EVERY) -> None:
         self.store, self.every, self.job = store, every, ""

@@ -109,7 +109,7 @@ def adoptable(store: Store, job: str, place: Place, tasks: Sequence[str]) -> dic
     for first in range(0, len(there), BATCH):  # a commit is much larger than what is kept of it
         for name, commit in read_commits(store, *place, there[first : first + BATCH]).items():
             if files.get(commit.path.rpartition("/")[2]) != commit.bytes:
-                continue  # a late commit of a shard that was pruned: whoever solves it again takes its place
+                continue  # a late commit of a shard that was pruned: a job that solves it again takes its place
             if named.has(place, _record(commit)) or not _is_stale(commit, since, written[f"{name}.json"]):
                 shards[name] = Shard.of(commit)
                 if job and _record(commit) not in records:
@@ -137,7 +137,7 @@ def _record(commit: Commit) -> str:
 
 
 def _put_record(store: Store, commit: Commit) -> None:
-    """Of a commit of an older release, which knew of no records."""
+    """Write the record of a commit of an older release, which knew of no records."""
     data = store.read(commit.commit_path)
     if data is not None and Commit.from_bytes(data, commit.commit_path).attempt == commit.attempt:
         store.put_if_absent(commit.record_path, data)
@@ -162,7 +162,7 @@ def check_held(store: Store, job: str, place: Place, shards: dict[str, Shard], e
 
 
 def _let_go(store: Store, job: str, place: Place, shards: dict[str, Shard], early: Mapping[str, str]) -> set[str]:
-    """Stale ones that nobody may build on. Of the others, `shards` gets what stands for the task now."""
+    """Stale commits that no job may build on; for the others, `shards` gets what stands for the task now."""
     since = stale_since([it.floor for it in latest_manifests(store)], utc() + SKEW)
     stale = [name for name, at in early.items() if since and at < since]
     standing = adoptable(store, job, place, stale) if stale else {}
@@ -184,7 +184,7 @@ def next_floor(latest: Manifest, number: int, *, now: datetime, grace: timedelta
 
 
 def grace_of(floor: Floor) -> timedelta:
-    """From a floor's sealing to its sweep."""
+    """The time from a floor's sealing to its sweep."""
     if not floor.sealed_at or not floor.sweep_at:
         return timedelta()
     return datetime.fromisoformat(floor.sweep_at) - datetime.fromisoformat(floor.sealed_at)

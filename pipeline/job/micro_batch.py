@@ -30,7 +30,7 @@ LARGEST = 4096
 """More samples together make no network faster."""
 
 HEADROOM = 0.9
-"""Of a worker's share of a GPU, what a micro-batch may fill: the rest is for what the allocator can't use."""
+"""Fraction of a worker's share of a GPU that a micro-batch may fill: the rest is what the allocator can't use."""
 
 PROBE_STEPS = 4
 """Enough for every solver to hold all the earlier calls that it ever holds."""
@@ -42,7 +42,7 @@ JOBS_LOOKED_AT = 16
 def settle(config: GenerateConfig, draft: Recipe, store: Store) -> tuple[Recipe, Layout]:
     """The recipe with its micro-batch, and the layout: what isn't given is as in what the job goes on with.
 
-    Else it is as in `draft`, the recipe of a new dataset; the micro-batch of `auto` is found, and told on stderr.
+    Else it is as in `draft`, the recipe of a new dataset; the micro-batch of `auto` is found, and named on stderr.
     """
     layout = build_layout(config, draft)
     given = (config.micro_batch, config.samples_per_shard, config.format, config.compression)

@@ -1,4 +1,4 @@
-"""What a run of `generate` or `regenerate` did, told for people or as JSON."""
+"""What a run of `generate` or `regenerate` did, as text for people or as JSON."""
 
 import json
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """Of a run that ends by itself; what is raised has a code of its own."""
+        """The exit code of a run that ends by itself; what is raised has a code of its own."""
         if self.what == "failed":
             return FAILED
         return QUARANTINED if self.manifest and lacks_samples(self.manifest) else DONE
@@ -67,7 +67,7 @@ class Outcome:
 
 
 def tell(outcome: Outcome, store: str, *, as_json: bool) -> None:
-    """On stdout. `store` is the uri without credentials."""
+    """Print the outcome on stdout. `store` is the uri without credentials."""
     print(json.dumps(outcome.plain()) if as_json else "\n".join(map(shown, _lines(outcome, store))))
 
 
@@ -101,7 +101,7 @@ def lacks_samples(manifest: Manifest) -> bool:
 
 
 def described(manifest: Manifest | None) -> str:
-    """manifest 3 of main: train [0, 160), holdout [0, 40), 200 samples."""
+    """One line such as: manifest 3 of main: train [0, 160), holdout [0, 40), 200 samples."""
     assert manifest is not None
     windows = ", ".join("{} [{}, {})".format(split, *manifest.window.bounds(split)) for split in SPLITS)
     return f"manifest {manifest.number} of {manifest.dataset}: {windows}, {sum(manifest.rows.values())} samples"

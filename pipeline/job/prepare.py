@@ -69,7 +69,7 @@ def prepare(config: GenerateConfig, *, writes: bool = True) -> Run:
 
 
 def _as_it_is(uri: str) -> Store:
-    """The store if there is one, else a place where nothing is yet."""
+    """The store, or a handle to an empty place if it doesn't exist yet."""
     store = Store(uri)
     return Store.open(uri) if store.exists(paths.STORE) else store
 
@@ -111,11 +111,11 @@ def try_teacher(recipe: Recipe, teacher: Teacher) -> None:
     """One call about the first samples' x_T, before any work: UserError where no solve could go on with the answer."""
     ids, cpu = np.arange(TRIED), torch.device("cpu")
     labels = draw_labels(recipe, "train", ids)
-    told = None if labels is None else torch.from_numpy(labels)
+    condition = None if labels is None else torch.from_numpy(labels)
     denoise = guided(recipe, teacher.denoiser, draw_scales(recipe, "train", ids), device=cpu)
     time = torch.tensor(recipe.times[0], dtype=torch.float64)
     try:
-        x_0 = answer(denoise, draw_noise(recipe, "train", ids), time, told)
+        x_0 = answer(denoise, draw_noise(recipe, "train", ids), time, condition)
     except Exception as error:  # whatever code of the user's raises
         raise UserError(f"teacher {teacher.uri} fails at the first call: {describe(error).error}") from error
     if not x_0.isfinite().all():

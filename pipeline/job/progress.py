@@ -26,7 +26,7 @@ class Progress:
         self._started = time.monotonic()
         self._ended = threading.Event()
         self._bar = _bar() if sys.stderr.isatty() else None
-        self._row = self._bar.add_task("solving", total=total_tasks, told="") if self._bar else None
+        self._row = self._bar.add_task("solving", total=total_tasks, rate="") if self._bar else None
 
     def __enter__(self) -> Self:
         if self._bar:
@@ -51,15 +51,15 @@ class Progress:
             self.failures += 1
             self.say(f"{outcome.task} set aside after {outcome.attempts} attempts: {outcome.error}")
         if self._bar and self._row is not None:
-            self._bar.update(self._row, completed=self.tasks, told=self._rate())
+            self._bar.update(self._row, completed=self.tasks, rate=self._rate())
 
     def _tell(self) -> None:
-        """A line an interval, also while no task ends: whoever reads a log sees that the job lives."""
+        """A line an interval, also while no task ends: those who read a log see that the job lives."""
         while not self._ended.wait(self._interval):
             self.say(self.line())
 
     def line(self) -> str:
-        """For example: 3/9 tasks, 6144 samples, 812 samples/s, 0 failures, 15 s to go."""
+        """One line such as: 3/9 tasks, 6144 samples, 812 samples/s, 0 failures, 15 s to go."""
         left = self.total - self.tasks - self.failures
         eta = f"{self._elapsed / self.tasks * left:.0f} s to go" if self.tasks else "no estimate yet"
         return f"{self.tasks}/{self.total} tasks, {self.samples} samples, {self._rate()}, {eta}"
@@ -85,7 +85,7 @@ def _bar() -> bars.Progress:
         bars.TextColumn("{task.description}"),
         bars.BarColumn(),
         bars.MofNCompleteColumn(),
-        bars.TextColumn("shards, {task.fields[told]}"),
+        bars.TextColumn("shards, {task.fields[rate]}"),
         bars.TimeElapsedColumn(),
         bars.TimeRemainingColumn(),
         console=Console(stderr=True),

@@ -1,4 +1,4 @@
-"""Jobs as the store tells of them: who still aims at something, who is dead, and how a prune buries the dead."""
+"""Jobs as the store knows them: which still aim at something, which are dead, and how a prune buries those."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -95,7 +95,7 @@ def readable(store: Store, many: Sequence[str], kind: type[D], unread: list[str]
 
 
 def holding(targets: Iterable[Target]) -> tuple[Target, ...]:
-    """Jobs that are at work, or that died or failed and that no prune has taken for dead: somebody may go on."""
+    """Jobs that are at work, or that died or failed and that no prune has taken for dead: these may go on."""
     return tuple(target for target in targets if target.beat.state not in OVER and not target.is_dead)
 
 
@@ -110,7 +110,7 @@ def is_lost(store: Store, job: str) -> bool:
 
 
 def bury(store: Store, targets: Iterable[Target], *, run: str, now: datetime, patience: timedelta) -> None:
-    """See to it that no silent job seals what a prune is about to delete, and that nobody builds on its word.
+    """See to it that no silent job seals what a prune is about to delete, and that no other job builds on its word.
 
     The number that it would seal is taken before its mark is written: a prune that dies in between begins again here.
     """

@@ -1,4 +1,4 @@
-"""What `python -m pipeline progressive` can be told."""
+"""Options of `python -m pipeline progressive`."""
 
 import re
 import shlex
@@ -60,15 +60,15 @@ class ProgressiveConfig(JobConfig, TeacherConfig):
     def _rounds_halve(self) -> Self:
         chain = (self.num_steps, *self.schedule)
         if len(chain) < 2 or any(longer != 2 * shorter for longer, shorter in pairwise(chain)):
-            told = f"schedule {list(self.schedule)} does not halve {self.num_steps} steps again and again"
-            raise ValueError(f"{told}: give an even number of steps, and a schedule such as 8 4 2 1 for 16")
+            problem = f"schedule {list(self.schedule)} does not halve {self.num_steps} steps again and again"
+            raise ValueError(f"{problem}: give an even number of steps, and a schedule such as 8 4 2 1 for 16")
         return self
 
     @model_validator(mode="after")
     def _guidance_is_one(self) -> Self:
         if len(self.guidance) > 1:
-            told = " ".join(map(str, self.guidance))
-            raise ValueError(f"guidance {told}: all rounds are solved and measured at one scale; give one scale")
+            given = " ".join(map(str, self.guidance))
+            raise ValueError(f"guidance {given}: all rounds are solved and measured at one scale; give one scale")
         return self
 
     @model_validator(mode="after")
@@ -86,19 +86,19 @@ class ProgressiveConfig(JobConfig, TeacherConfig):
         return self
 
     @model_validator(mode="after")
-    def _trainer_is_told_options(self) -> Self:
+    def _trainer_takes_options(self) -> Self:
         flags = [word for word in self.fit if word.startswith("--")]
         if self.fit and not self.fit[0].startswith("--"):
             raise ValueError(f"fit {self.fit[0]!r} is no option: write --fit.steps 1000, in YAML fit: {{steps: 1000}}")
         if odd := [flag for flag in flags if not re.fullmatch(r"--[a-z][\w.-]*(=.*)?", flag, re.DOTALL)]:
             raise ValueError(f"fit.{odd[0].removeprefix('--')} is no option: write --fit.steps 1000")
-        if "config" in self.told:
+        if "config" in self.fit_options:
             raise ValueError("fit.config is a file that may change between rounds: give its fields, such as fit.steps")
         return self
 
     @model_validator(mode="after")
-    def _trainer_is_told_what_is_its_own(self) -> Self:
-        if taken := sorted(set(self.told) & set(OURS)):
+    def _trainer_keeps_its_own_options(self) -> Self:
+        if taken := sorted(set(self.fit_options) & set(OURS)):
             raise ValueError(f"fit.{taken[0]} is what progressive itself says to the trainer: leave it out")
         if not shlex.split(self.launch):
             raise ValueError("launch is empty: give a command such as 'python -m trainer'")
@@ -110,7 +110,7 @@ class ProgressiveConfig(JobConfig, TeacherConfig):
         return self.steps or 2 * self.schedule[0]
 
     @property
-    def told(self) -> dict[str, tuple[str, ...]]:
+    def fit_options(self) -> dict[str, tuple[str, ...]]:
         """The trainer's options by name, without dashes: steps -> ("1000",)."""
         options: dict[str, tuple[str, ...]] = {}
         for word in self.fit:

@@ -67,7 +67,7 @@ def _as_process(command: Sequence[str], part: Round, lock: int) -> None:
 
 
 def _heeding_signals(process: "subprocess.Popen[bytes]", wait: Callable[[], Any]) -> Any:
-    """Its end. A signal to us ends it, too: it saves first, and a second one kills it."""
+    """Wait for the process's end. A signal to us ends it, too: it saves first, and a second one kills it."""
     try:
         return wait()
     except KeyboardInterrupt:
@@ -94,9 +94,9 @@ def _as_job(config: ProgressiveConfig, command: Sequence[str], part: Round) -> N
             f"{part.name}: job {receipt.submission_id} is {receipt.status}: the same command tries again"
         )
     if not _is_fitted(part):
-        told = f"{part.name}: job {receipt.submission_id} has ended, but there is no {part.student}"
+        problem = f"{part.name}: job {receipt.submission_id} has ended, but there is no {part.student}"
         way = f"let the cluster write there, or `ray job delete {receipt.submission_id}` if it was removed since"
-        raise TrainerFailed(f"{told}: {way}")
+        raise TrainerFailed(f"{problem}: {way}")
 
 
 def _is_fitted(part: Round) -> bool:
@@ -108,7 +108,7 @@ def _this_python(launch: Sequence[str]) -> list[str]:
 
 
 def _end_with_parent() -> None:
-    """On Linux the trainer is asked to end, and so saves, if its driver dies without a word."""
+    """Have Linux ask the trainer to end, and so to save, if its driver dies without a word."""
     if sys.platform == "linux":
         _libc.prctl(_PDEATHSIG, signal.SIGTERM)
 
@@ -118,6 +118,6 @@ def _ended(code: int) -> str:
 
 
 def device_of(config: ProgressiveConfig) -> list[str]:
-    """The device that fits were told, for what is measured beside them; on a cluster that is another machine's."""
-    told = None if shlex.split(config.launch)[0] == RAY_JOB else config.told.get("device")
-    return ["--device", *told] if told else []
+    """The device option of fits, for what is measured beside them; on a cluster that is another machine's."""
+    device = None if shlex.split(config.launch)[0] == RAY_JOB else config.fit_options.get("device")
+    return ["--device", *device] if device else []

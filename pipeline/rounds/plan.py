@@ -31,13 +31,13 @@ class Round:
         return self.out / "model"
 
 
-def rounds_of(config: ProgressiveConfig, *, told: bool = False) -> list[Round]:
-    """All rounds, the first teacher's first. told: whether its students are told their guidance scale."""
+def rounds_of(config: ProgressiveConfig, *, takes_guidance: bool = False) -> list[Round]:
+    """All rounds, the first teacher's first. takes_guidance: whether its students do."""
     rounds = []
     teacher = config.teacher
     for number, steps in enumerate(config.schedule, start=1):
         out = config.out / f"{steps}-step"
-        data = _data(config, teacher, 2 * steps, number=number, told=told)
+        data = _data(config, teacher, 2 * steps, number=number, takes_guidance=takes_guidance)
         fit = _fit(config, data, out, schedule=(steps,), first=number == 1)
         rounds.append(Round(steps, data, out, fit))
         teacher = str(out / "model")
@@ -56,9 +56,9 @@ def direct_of(config: ProgressiveConfig, *, count: int) -> Round:
     return Round(config.schedule[-1], data, out, _fit(config, data, out, schedule=config.schedule, first=True))
 
 
-def _data(config: ProgressiveConfig, teacher: str, steps: int, *, number: int, told: bool) -> GenerateConfig:
-    """A student that isn't told its guidance scale has the first teacher's in what it was fitted to."""
-    later: dict[str, Any] = {"guidance": 1.0} if number > 1 and not told else {}
+def _data(config: ProgressiveConfig, teacher: str, steps: int, *, number: int, takes_guidance: bool) -> GenerateConfig:
+    """The round's data. A student that takes no guidance scale has the first teacher's in what it was fitted to."""
+    later: dict[str, Any] = {"guidance": 1.0} if number > 1 and not takes_guidance else {}
     grid = {"grid": "own"} if number > 1 else config.solver.model_dump()
     return _generate(
         config,
@@ -88,7 +88,7 @@ def _generate(config: ProgressiveConfig, **changes: Any) -> GenerateConfig:
 def _fit(
     config: ProgressiveConfig, data: GenerateConfig, out: Path, *, schedule: tuple[int, ...], first: bool
 ) -> tuple[str, ...]:
-    options = {name: values for name, values in config.told.items() if first or name not in FIRST_ONLY}
+    options = {name: values for name, values in config.fit_options.items() if first or name not in FIRST_ONLY}
     if place := options.get("checkpoints"):  # a run has a place of its own
         options["checkpoints"] = (f"{place[0].rstrip('/')}/{out.name}",)
     ours = {

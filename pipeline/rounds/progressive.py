@@ -51,7 +51,7 @@ class Progressive:
         self.quarantined = False
 
     def run(self) -> None:
-        """To the end."""
+        """Run all rounds to the end."""
         rounds = self._rounds()
         if not self.record.plain["rounds"]:
             self._check_first(rounds[0])
@@ -65,9 +65,9 @@ class Progressive:
             self._fit_direct(self.direct())
 
     def _rounds(self) -> list[Round]:
-        """As they are known now: only the first student says whether students are told their guidance scale."""
+        """All rounds as they are known now: only the first student says whether students take their guidance scale."""
         first, *_ = rounds_of(self.config)
-        return rounds_of(self.config, told=_is_told(first.student))
+        return rounds_of(self.config, takes_guidance=_takes_guidance(first.student))
 
     def _round(self, part: Round) -> None:
         done = self.record.round(part.steps)
@@ -87,8 +87,8 @@ class Progressive:
             self.record.note_round(part.steps, student=_hash(part.student))
             _say(f"{part.name}: {part.student} is promoted")
         elif done["student"] != _hash(part.student):
-            told = f"{part.student} is not the student that was promoted ({done['student'][:12]})"
-            raise UserError(f"{told}: put it back, or choose another --out")
+            problem = f"{part.student} is not the student that was promoted ({done['student'][:12]})"
+            raise UserError(f"{problem}: put it back, or choose another --out")
         if "error" not in done:
             self.record.note_round(part.steps, **self._measured(part.out, (part.steps,))[part.steps])
 
@@ -102,8 +102,8 @@ class Progressive:
         for part in rounds:
             there = _there(part.data)
             if there and there.recipe.teacher.uri != part.data.teacher:
-                told = f"dataset {part.data.dataset} of {there.store.uri} is of {there.recipe.teacher.uri}"
-                raise UsageError(f"{told}, which is no student of {self.config.out}: choose another --dataset")
+                problem = f"dataset {part.data.dataset} of {there.store.uri} is of {there.recipe.teacher.uri}"
+                raise UsageError(f"{problem}, which is no student of {self.config.out}: choose another --dataset")
 
     def _make_reference(self) -> None:
         """The dataset that errors are measured on: there by this or another run, or made now."""
@@ -118,12 +118,12 @@ class Progressive:
         self.record.note("reference", dataset=data.dataset, **facts)
 
     def direct(self) -> Round:
-        """As many network calls of the first teacher as all rounds took."""
+        """Direct distillation on as many network calls of the first teacher as all rounds took."""
         paid = sum(self.record.round(steps)["calls"] for steps in self.config.schedule)
         return direct_of(self.config, count=max(1, round(paid / (self.config.num_steps * self._calls_a_step()))))
 
     def _calls_a_step(self) -> int:
-        """Of the first teacher's ddim."""
+        """Network calls of a step of the first teacher's ddim."""
         if self.config.guidance == (1.0,):
             return 1
         return Guided(load(self.config).denoiser, *self.config.guidance).nfe_per_call
@@ -151,11 +151,11 @@ class Progressive:
         return open_dataset(Store.open(data.store), data.dataset)
 
     def _measured(self, run: Path, schedule: tuple[int, ...]) -> dict[int, dict[str, Any]]:
-        """By number of steps: the mean squared error against the first teacher, of the student and of its own ddim."""
+        """Errors by number of steps: mean squared, against the first teacher, of the student and of its own ddim."""
         reference = self.record.plain["reference"]
         where = ["--data", self.config.store, "--dataset", reference["dataset"]]
         where += ["--manifest", str(reference["manifest"])]
-        # A guided teacher is asked twice a step, unless it is told its guidance.
+        # A guided teacher is called twice a step, unless it takes its guidance scale.
         most = 1 if self.config.guidance == (1.0,) else Guided.nfe_per_call
         asked = {steps * calls for steps in schedule for calls in (1, most)}
         nfe = ["--nfe", *map(str, sorted(asked)), *launch.device_of(self.config)]
@@ -193,8 +193,8 @@ def _check_reference(dataset: Dataset, asked: Recipe) -> None:
     there, here = _measured_by(dataset.recipe), _measured_by(asked)
     for what in there:
         if there[what] != here[what]:
-            told = f"{name} has {what} {there[what]}, errors are measured at {here[what]}"
-            raise UsageError(f"{told}: give another --reference")
+            problem = f"{name} has {what} {there[what]}, errors are measured at {here[what]}"
+            raise UsageError(f"{problem}: give another --reference")
     if dataset.ids("holdout").count < 2:
         raise UsageError(f"{name} has no holdout samples to measure errors on: give another --reference")
 
@@ -203,14 +203,14 @@ def _measured_by(recipe: Recipe) -> dict[str, Any]:
     return {
         "chain": recipe.chain,
         "teacher": recipe.teacher.weights_sha256[:12],
-        "guidance": recipe.guidance.told,
+        "guidance": recipe.guidance.as_words,
         "condition": recipe.condition.kind,
         "first time": recipe.times[0],
     }
 
 
 def _solve_seconds(dataset: Dataset) -> float:
-    """What workers solved for, on whatever day."""
+    """Seconds that workers solved for, on whatever day."""
     return round(sum(dataset.commit(shard).seconds for shard in dataset.table), 3)
 
 
@@ -224,8 +224,8 @@ def _hash(model: Path) -> str | None:
     return found["weights_sha256"] if found else None
 
 
-def _is_told(model: Path) -> bool:
-    """Whether a student, once it is there, is told its guidance scale."""
+def _takes_guidance(model: Path) -> bool:
+    """Whether a student, once it exists, takes its guidance scale."""
     found = _document(model)
     return bool(found and found["model"]["network"].get("told_guidance"))
 

@@ -81,7 +81,7 @@ class Record:
     """The document, written whole at every change.
 
     rounds: by the steps of their students. A round has `student` once its fit is done, and `error` once it is measured.
-    out: the folder as it was told, which recipes of later rounds name.
+    out: the folder as it was given, which recipes of later rounds name.
     """
 
     def __init__(self, config: ProgressiveConfig) -> None:
@@ -120,8 +120,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def settings(config: ProgressiveConfig) -> dict[str, Any]:
     """What identifies the work, as JSON."""
-    told = {name: " ".join(values) for name, values in config.told.items() if name not in FREE_TO_FIT}
-    plain = config.model_dump(mode="json", exclude=FREE | {"fit"}) | {"fit": told, "steps": config.num_steps}
+    options = {name: " ".join(values) for name, values in config.fit_options.items() if name not in FREE_TO_FIT}
+    plain = config.model_dump(mode="json", exclude=FREE | {"fit"}) | {"fit": options, "steps": config.num_steps}
     return plain | {"store": without_credentials(config.store)}
 
 
@@ -134,8 +134,8 @@ def _check_goes_on(there: dict[str, Any], now: dict[str, Any], config: Progressi
     before, asked = ({name: it[name] for name in it.keys() - by_default} for it in (before, asked))
     _check_same(before, asked, config.out)
     if there["out"] != now["out"] and len(promoted) < len(config.schedule):
-        told = f"{now['out']} was {there['out']} when its rounds began, and their recipes name it so"
-        raise UsageError(f"{told}: run it in the same folder with --out {there['out']}")
+        problem = f"{now['out']} was {there['out']} when its rounds began, and their recipes name it so"
+        raise UsageError(f"{problem}: run it in the same folder with --out {there['out']}")
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], out: Path, prefix: str = "") -> None:

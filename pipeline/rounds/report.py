@@ -1,4 +1,4 @@
-"""What has come of all rounds, as a table."""
+"""The table of all rounds."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ def show(config: ProgressiveConfig, record: Mapping[str, Any]) -> None:
         part = record["rounds"][str(steps)]
         so_far += part["calls"]
         errors = [part["error"], *([direct["errors"][str(steps)]] if direct else []), part["teacher_error"]]
-        table.add_row(*map(_told, [steps, *errors, part["calls"], so_far, part["solve_seconds"], part["fit_seconds"]]))
+        table.add_row(*map(_cell, [steps, *errors, part["calls"], so_far, part["solve_seconds"], part["fit_seconds"]]))
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(table)
     variance = record["rounds"][str(config.schedule[0])]["variance"]
@@ -39,5 +39,5 @@ def show(config: ProgressiveConfig, record: Mapping[str, Any]) -> None:
         console.print(shown(line))
 
 
-def _told(value: float | None) -> str:
+def _cell(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -71,7 +71,7 @@ def _carry_out(store: Store, config: ConvertConfig) -> tuple[Manifest, str, int]
 
 
 def _settle(store: Store, config: ConvertConfig, pulse: Pulse) -> tuple[Manifest, int]:
-    """The manifest that shows the dataset in the layout, and the shards written; planned anew after a lost race."""
+    """The manifest that shows the dataset in the layout, and the shards written; planned again after a lost race."""
     written, plans = 0, Plans(store)
     while True:
         run = _planned(store, config, new_job())
@@ -148,7 +148,7 @@ def _seal(run: Conversion, missing: tuple[str, ...]) -> Manifest:
 def _tell(manifest: Manifest, written: int, job: str, seconds: float, *, as_json: bool) -> None:
     sealed = manifest.writer == job
     if as_json:
-        told = {
+        figures = {
             "what": "sealed" if sealed else "nothing",
             "dataset": manifest.dataset,
             "manifest": manifest.number,
@@ -159,7 +159,7 @@ def _tell(manifest: Manifest, written: int, job: str, seconds: float, *, as_json
             "content_digest": manifest.content_digest,
             "seconds": round(seconds, 3),
         }
-        print(json.dumps(told))
+        print(json.dumps(figures))
         return
     lead = "sealed" if sealed else "nothing to do:"
     print(

@@ -84,7 +84,7 @@ def name_kept(
 def as_observed(store: Store, manifest: Manifest) -> Manifest:
     """The manifest with its floor due no earlier than a grace after the storage has taken it.
 
-    Whoever set the floor may have slept between writing down the times and putting the manifest.
+    The job that set the floor may have slept between writing down the times and putting the manifest.
     """
     floor = manifest.floor
     path = paths.manifest_path(manifest.dataset, floor.set_by) if floor.set_by else None
@@ -103,7 +103,7 @@ def floors_in_force(latest: Iterable[Manifest], now: datetime) -> dict[str, int]
 def set_floor(
     store: Store, dataset: str, number: int, *, writer: str, grace: timedelta, clock: Callable[[], datetime]
 ) -> Manifest:
-    """The manifest that sets it: the content of the latest, whoever sealed that meanwhile."""
+    """The manifest that sets it: the content of the latest, whatever job sealed that meanwhile."""
     plans = Plans(store)
     while True:
         latest = latest_manifest(store, dataset)
@@ -113,5 +113,5 @@ def set_floor(
         try:
             return seal_floor(store, latest, writer=writer, floor=floor)
         except LostRace as lost:
-            told = f"another job sealed manifest {lost.winner.number} of {dataset}: setting the floor on it"
-            print(told, file=sys.stderr)
+            line = f"another job sealed manifest {lost.winner.number} of {dataset}: setting the floor on it"
+            print(line, file=sys.stderr)

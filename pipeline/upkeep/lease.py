@@ -1,4 +1,4 @@
-"""One prune at a time: who takes the next number in prunes/ holds it, until the end or an hour of silence."""
+"""One prune at a time: the run that takes the next number in prunes/ holds it, until its end or an hour of silence."""
 
 import platform
 import re
@@ -34,11 +34,11 @@ class Lease:
 
     @property
     def path(self) -> str:
-        """Of the document by which it is held."""
+        """Path of the document by which the lease is held."""
         return paths.prune_path(self.number)
 
     def check(self) -> None:
-        """Say that we live, and make sure that nobody has taken us for dead."""
+        """Say that we live, and make sure that no other run has taken us for dead."""
         with self._lock:
             silent = self.clock() - self._renewed
             if silent < RENEWED:

@@ -1,6 +1,6 @@
 """`prune`: sweep what the last floor allows, then set the next one. Safe beside everything else, and why.
 
-A floor is set by a manifest, so nobody misses it. It comes due after its grace; only then is anything deleted that was
+A floor is set by a manifest, so no job misses it. It comes due after its grace; only then is anything deleted that was
 ever sealed or committed, and only what is stale (committed before the floor was sealed) and not kept (keep.py): named
 by no manifest from the floor on, no pin, and no job that lives. Any program may sleep between any two of its steps,
 for hours (a laptop that is shut, a paused VM), and go on as if nothing had been. So no step relies on the one before
@@ -29,11 +29,11 @@ However late a deletion of step 6 comes, nothing that is sealed names what it ta
 - What workers give back that was committed before the job was announced goes through the same check before the seal.
 - A worker that slept between upload and commit for 12 hours gives the shard up, before and after it commits. Files that
   no commit names are left alone for 24 hours. A commit whose shard is gone, or that came late, counts for nothing.
-- A floor counts from when the storage took its manifest. Setting one is sealing a manifest as any other: who planned on
-  its parent loses the race and plans again. No other floor is set while one is not yet due.
+- A floor counts from when the storage took its manifest. Setting one is sealing a manifest as any other: jobs that
+  planned on its parent lose the race and plan again. No other floor is set while one is not yet due.
 - A table of shards that went while its writer slept is put again by the writer, right after it sealed.
 - A reader that pins its manifest keeps it. One that opens a manifest below the floor too late for its pin to be seen
-  is told that it was pruned, wherever it meets the first gap.
+  raises Pruned, wherever it meets the first gap.
 - A pin or a job that can't be read is named and left. While it is younger than the grace, and a day, nothing is
   deleted that was ever sealed or committed: what it holds isn't known.
 - A prune that dies leaves commits without a manifest, or shards without a commit. The next one takes them.
@@ -172,13 +172,13 @@ def _buried(
 
 
 def _are_young(store: Store, unread: list[str], now: datetime, patience: timedelta) -> bool:
-    """Whether one of these was written so lately that whoever wrote it may live."""
+    """Whether one of these was written so lately that its writer may live."""
     times = (store.modified(path) for path in unread)
     return any(now - time <= max(patience, YOUNG) for time in times if time)
 
 
 def _weights(store: Store, sweep: Sweep) -> None:
-    """Of recipes that nothing names and that have no commit left."""
+    """Sweep the teachers' weights of recipes that nothing names and that have no commit left."""
     used = {it.recipe_id for it in places(store) if list_committed(store, *it) or list_records(store, *it)}
     for recipe_id in store.list(paths.RECIPES):
         if recipe_id not in used | sweep.kept.recipes:

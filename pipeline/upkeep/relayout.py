@@ -1,4 +1,4 @@
-"""From the shards of one layout to those of another: which tasks there are, and the rows of each."""
+"""The shards of another layout from those of one: which tasks there are, and the rows of each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """The deleting half of `prune`: each kind of file by its own rule, a commit always before its shard.
 
-Only files with names of our own go. Whatever else lies in a store's folders is somebody's, and stays.
+Only files with names of our own go. Whatever else lies in a store's folders stays.
 """
 
 from collections import Counter
@@ -113,7 +113,7 @@ class Sweep:
                     self._delete("unfinished", f"{folder}/{file.name}", file.size)
 
     def manifests(self, latest: Manifest, pinned: set[int], floor: int) -> None:
-        """Manifests below the floor, so that nobody opens them from now on, and old tables that no manifest names."""
+        """Manifests below the floor, so that no one opens them from now on, and old tables that no manifest names."""
         numbers = list_numbers(self.store, latest.dataset)
         gone = [number for number in numbers if number < floor and number not in pinned]
         left = [read_manifest(self.store, latest.dataset, number) for number in sorted(set(numbers) - set(gone))]

@@ -1,1 +1,1 @@
-"""Who does the tasks: one loop that hands them out, and processes, threads or Ray actors that take them."""
+"""Workers: one loop that hands out the tasks, and processes, threads or Ray actors that take them."""

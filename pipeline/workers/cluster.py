@@ -1,6 +1,6 @@
 """A Ray cluster as this program meets it: joined or started, how much room it has, why an actor of it is gone.
 
-Every function takes the ray module: whoever calls has imported it.
+Every function takes the ray module: the caller has imported it.
 """
 
 import atexit
@@ -19,7 +19,7 @@ from pipeline.workers.worker_death import OUT_OF_MEMORY_HINT, Cause
 from storage_schemas.errors import UsageError
 
 OBJECT_STORE_BYTES = 100 * 2**20
-"""Of a cluster that is started here. Tensors never enter it."""
+"""Size of the object store of a cluster that is started here. Tensors never enter it."""
 
 KNOCK_SECONDS = 10.0
 
@@ -42,7 +42,7 @@ class Head:
         self.is_gone = False
 
     def answers(self, *, now: bool = False) -> bool:
-        """As of the last second, or now. HeadGone once it has been silent for GONE_SECONDS."""
+        """Whether the head answered in the last second, or now. HeadGone once it has been silent for GONE_SECONDS."""
         clock = time.monotonic()
         if now or clock - self._asked >= 1 or self._heard < self._asked:
             self._asked = clock
@@ -117,12 +117,12 @@ def connect(ray: Any, config: RayConfig, *, workers: int) -> None:
 
 
 def actor_options(config: RayConfig) -> dict[str, Any]:
-    """What an actor takes. Ray neither restarts it nor asks it again: who retries what is decided by dispatch."""
+    """What an actor takes. Ray neither restarts it nor calls it again: dispatch decides what is retried."""
     return {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus, "max_restarts": 0, "max_task_retries": 0}
 
 
 def room(ray: Any, config: RayConfig) -> str:
-    """For example: each takes 1 CPU, 0.5 GPU; the cluster has 8 CPU, 1 GPU, free are 2 CPU, 0 GPU."""
+    """One line such as: each takes 1 CPU, 0.5 GPU; the cluster has 8 CPU, 1 GPU, free are 2 CPU, 0 GPU."""
     total, free = ray.cluster_resources(), ray.available_resources()
     asked = {"CPU": config.num_cpus, "GPU": config.num_gpus}
     names = [name for name, number in asked.items() if number]
@@ -176,7 +176,7 @@ def _refuse_no_room(ray: Any, config: RayConfig) -> None:
 
 
 def _knock(address: str) -> None:
-    """OSError at once where nobody listens at host:port; Ray itself would wait for minutes."""
+    """OSError at once where nothing listens at host:port; Ray itself would wait for minutes."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if port.isdecimal():
         socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()

@@ -29,7 +29,7 @@ class Patience:
 
 
 class Deadline:
-    """For a task, from those that have ended."""
+    """The deadline of a task, from those that have ended."""
 
     def __init__(self, given: float | None) -> None:
         self._given = given

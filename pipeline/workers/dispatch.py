@@ -13,7 +13,7 @@ from pipeline.workers.backlog import Backlog, MayTry
 from pipeline.workers.deadlines import Deadline, Patience, RoomWatch
 from pipeline.workers.fleet import IN_FLIGHT, Died, Event, Finished, Fleet, Leaving, Ready, WorkerError
 from pipeline.workers.pool import Pool
-from pipeline.workers.signals import Drain, told
+from pipeline.workers.signals import Drain, describe_drain
 from pipeline.workers.worker_death import Cause
 from storage_schemas.commit import Commit, Task
 from storage_schemas.job import Failure
@@ -25,7 +25,7 @@ DEAD_ON_ARRIVAL = 3
 with its node isn't counted: that is not the teacher's doing, and a spot cluster that flaps takes many along."""
 
 PAUSE_SECONDS = 60.0
-"""Where others are at work, that many only pause the starting of more."""
+"""Seconds for which that many deaths pause the starting of more, where others are at work."""
 
 SICK = 3
 """Tasks in a row that a worker may fail while others succeed, before it is replaced."""
@@ -89,7 +89,7 @@ class _Dispatch:
             self.watch.look(self.clock())
 
     def _start(self) -> None:
-        """As many as may be, no more than there are tasks for."""
+        """Start as many workers as may be, no more than there are tasks for."""
         pool = self.pool
         places = self.workers - len(pool.starting) - pool.ready
         unserved = len(self.backlog) - len(pool.starting) - len(pool.idle)
@@ -128,7 +128,7 @@ class _Dispatch:
             self.pool.end(next(reversed(self.pool.starting)))
 
     def _stop_handing_out(self) -> None:
-        self.tell(told(self.drain, in_flight=self.pool.in_flight))
+        self.tell(describe_drain(self.drain, in_flight=self.pool.in_flight))
         for worker in [*self.pool.starting, *self.pool.idle]:
             self.pool.end(worker)
 
@@ -171,12 +171,12 @@ class _Dispatch:
             "give them more memory, or fewer --workers"
         )
 
-    def _one_more_stillborn(self, told: str) -> None:
+    def _one_more_stillborn(self, problem: str) -> None:
         self.stillborn += 1
         if self.stillborn < max(DEAD_ON_ARRIVAL, self.workers // 2):
             return
         if not self.pool.ready:
-            raise WorkerError(told)
+            raise WorkerError(problem)
         self.start_at = self.clock() + PAUSE_SECONDS
 
     def _finished(self, worker: int, task: Task, outcome: Commit | Problem) -> Iterator[Commit | Failure]:

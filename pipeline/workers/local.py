@@ -62,7 +62,7 @@ class ThreadFleet:
             )
 
     def wait(self) -> Sequence[Event]:
-        """What ended."""
+        """Tasks that ended."""
         started, self._started = self._started, []
         if started:
             return started
@@ -132,7 +132,7 @@ class ProcessFleet:
         self._processes.pop(worker).end()
 
     def wait(self) -> Sequence[Event]:
-        """What processes said, and which died."""
+        """Answers of the processes, and which of them died."""
         workers = {process.pipe: number for number, process in self._processes.items()}
         heard = wait_for_any(list(workers), timeout=WAIT_SECONDS)
         return [self._hear(workers[pipe], pipe) for pipe in heard if isinstance(pipe, Connection)]

@@ -78,6 +78,6 @@ def _end_with_parent(pipe: Connection) -> None:
 
 
 def _on_ray(function: Callable[..., T], arguments: tuple[object, ...], config: RayConfig) -> T | Raised:
-    from pipeline.workers.ray_runner import call_once  # only who asks for Ray pays for it
+    from pipeline.workers.ray_runner import call_once  # only those who ask for Ray pay for it
 
     return call_once(function, arguments, config)

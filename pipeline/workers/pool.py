@@ -1,4 +1,4 @@
-"""Who of a fleet is starting, idle or busy, and since when. Every step costs O(1), whatever the number of workers."""
+"""Workers of a fleet: which are starting, idle or busy, since when. Every step costs O(1), whatever their number."""
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable

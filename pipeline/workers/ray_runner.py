@@ -20,7 +20,7 @@ from storage_schemas.errors import UsageError, without_credentials
 
 WAIT_SECONDS = 1.0
 NOTICE_SECONDS = 5.0
-"""How often the cluster is asked which of its nodes have had notice to go."""
+"""Seconds between questions to the cluster which of its nodes have had notice to go."""
 
 
 class _Worker:
@@ -87,14 +87,14 @@ class RayFleet:
         self._called(worker, self._actors[worker].handle.run.remote(task), task)
 
     def end(self, worker: int) -> None:
-        """Its place is free again, or nobody waits for one."""
+        """End an actor at once; a place that it held or waited for is free again."""
         actor = self._actors.pop(worker)
         for reference in actor.calls:
             del self._calls[reference]
         self._ray.kill(actor.handle)
 
     def wait(self) -> Sequence[Event]:
-        """All answers that are there, or the first to come. HeadGone if nobody will ever answer."""
+        """All answers that are there, or the first to come. HeadGone if none will ever come."""
         if not self._head.answers() or not self._calls:
             time.sleep(WAIT_SECONDS)
             return []

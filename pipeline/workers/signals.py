@@ -14,11 +14,11 @@ from storage_schemas.errors import UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SOLVING = "limbeck-solve"
-"""How threads are named that solve in this process and can't be ended."""
+"""Name prefix of threads that solve in this process and can't be ended."""
 
 
 class Stopped(UserError):
-    """The driver was told to stop, and did; the exit code is that of a program that the signal ended."""
+    """The driver got a signal to stop, and did; the exit code is that of a program that the signal ended."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
@@ -36,7 +36,7 @@ class Drain:
 
     def __enter__(self) -> Self:
         self._before = {number: signal.getsignal(number) for number in SIGNALS}
-        _set(dict.fromkeys(SIGNALS, self._told))
+        _set(dict.fromkeys(SIGNALS, self._on_signal))
         return self
 
     def __exit__(
@@ -46,12 +46,12 @@ class Drain:
 
     @property
     def asked(self) -> bool:
-        """No more tasks are to be handed out."""
+        """Whether no more tasks are to be handed out."""
         return self.signal is not None
 
     @property
     def over(self) -> bool:
-        """What is in flight has had its time."""
+        """Whether what is in flight has had its time."""
         return time.monotonic() >= self._deadline
 
     def raise_if_asked(self, how_far: str) -> None:
@@ -60,7 +60,7 @@ class Drain:
             name = signal.Signals(self.signal).name
             raise Stopped(f"stopped by {name}: {how_far}, nothing is sealed; run it again to go on there", self.signal)
 
-    def _told(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         self._deadline = now if self.asked else now + self.seconds
         self.signal = self.signal or number
@@ -69,10 +69,10 @@ class Drain:
 @contextmanager
 def stoppable() -> Iterator[None]:
     """SIGTERM and SIGINT end what runs inside, wherever it is, as Stopped. A Drain inside takes them over."""
-    told: list[int] = []
+    seen: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        told.append(number)
+        seen.append(number)
         raise KeyboardInterrupt  # which no `except Exception` on its way out takes for a fault of the storage
 
     with signals_kept():
@@ -80,14 +80,14 @@ def stoppable() -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt:
-            if not told:
+            if not seen:
                 raise
-            name = signal.Signals(told[0]).name
-            raise Stopped(f"stopped by {name}: what is done is kept, run it again to go on there", told[0]) from None
+            name = signal.Signals(seen[0]).name
+            raise Stopped(f"stopped by {name}: what is done is kept, run it again to go on there", seen[0]) from None
 
 
-def told(drain: Drain, *, in_flight: int) -> str:
-    """What a log shows when the signal came."""
+def describe_drain(drain: Drain, *, in_flight: int) -> str:
+    """The line for the log when a signal came."""
     assert drain.signal is not None
     name = signal.Signals(drain.signal).name
     return f"{name}: {in_flight} tasks in flight may finish for {drain.seconds:g} s; a second signal ends them at once"
@@ -95,7 +95,7 @@ def told(drain: Drain, *, in_flight: int) -> str:
 
 @contextmanager
 def signals_kept() -> Iterator[None]:
-    """Around ray.init, which takes SIGTERM for itself twice over: its own handler would print a crash trace."""
+    """Keep our handlers around ray.init, which takes SIGTERM for itself twice: its own would print a crash trace."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         yield
@@ -104,7 +104,7 @@ def signals_kept() -> Iterator[None]:
 
 
 def ignore_signals() -> None:
-    """In a worker: a terminal and a service manager signal the whole group, the driver decides what that means."""
+    """Ignore signals in a worker: they go to its driver's whole group, and the driver decides what they mean."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -69,7 +69,7 @@ def run_submit(config: SubmitConfig) -> int:
     client = job_client(config.dashboard)
     receipt = hand_in(client, submission, working_dir=config.working_dir)
     if not config.as_json:
-        print(_told(receipt), flush=True)
+        print(_describe(receipt), flush=True)
     if config.wait:
         receipt = wait_for(client, receipt)
         print(client.get_job_logs(receipt.submission_id), end="", file=sys.stderr if config.as_json else sys.stdout)
@@ -159,16 +159,16 @@ def _state(client: JobClient, name: str) -> tuple[str, int | None]:
     """A job's status and the exit code of its driver."""
     try:
         info = client.get_job_info(name)
-    except RuntimeError:  # its cluster was started anew, or somebody deleted it
+    except RuntimeError:  # its cluster was started again, or somebody deleted it
         raise UserError(f"the job server doesn't know {name} any more: submit again, what is done is kept") from None
     return str(getattr(info.status, "value", info.status)), info.driver_exit_code
 
 
-def _told(receipt: Receipt) -> str:
+def _describe(receipt: Receipt) -> str:
     if receipt.submitted:
         return f"submitted {receipt.submission_id}"
-    anew = f"; `ray job delete {receipt.submission_id}` lets it run again" if receipt.status == "SUCCEEDED" else ""
-    return f"{receipt.submission_id} was submitted before and is {receipt.status}: not submitted again{anew}"
+    again = f"; `ray job delete {receipt.submission_id}` lets it run again" if receipt.status == "SUCCEEDED" else ""
+    return f"{receipt.submission_id} was submitted before and is {receipt.status}: not submitted again{again}"
 
 
 def _shown(submission: Submission) -> str:

@@ -107,7 +107,7 @@ def test_widening_keeps_what_is_there_and_follows_from_the_seed():
     both, weights = widened(first, told_guidance=True), first.build().state_dict()
     assert both.model["network"] == {**saved.model["network"], "second_time": True, "told_guidance": True}
     assert all(torch.equal(both.build().state_dict()[name], value) for name, value in weights.items())
-    with pytest.raises(ValueError, match="a gaussian model has no second_time to be told of; start from a network"):
+    with pytest.raises(ValueError, match="a gaussian model can't take second_time; start from a network"):
         widened(builtin_checkpoint("gaussian"), second_time=True)
 
 

@@ -139,7 +139,7 @@ class SimpleConfig:
     """As much of a ProgressiveConfig as a record asks for before it is read."""
 
     def __init__(self, out):
-        self.out, self.told, self.num_steps, self.store = out, {}, 8, "s"
+        self.out, self.fit_options, self.num_steps, self.store = out, {}, 8, "s"
 
     def model_dump(self, **options):
         return {}

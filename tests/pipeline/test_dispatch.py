@@ -366,7 +366,7 @@ def test_a_drain_lets_tasks_in_flight_finish_and_hands_out_no_more():
     outcomes = dispatch(fleet, tasks(50), workers=2, max_attempts=3, drain=drain, tell=lines.append)
     ended = [next(outcomes).task.index for _ in range(5)]
     in_flight = sum(map(len, fleet.loads.values()))
-    drain._told(signal.SIGTERM, None)
+    drain._on_signal(signal.SIGTERM, None)
     ended += [outcome.task.index for outcome in outcomes]
     assert len(ended) == len(set(ended)) == 5 + in_flight
     assert lines == [f"SIGTERM: {in_flight} tasks in flight may finish for 60 s; a second signal ends them at once"]
@@ -376,8 +376,8 @@ def test_a_second_signal_abandons_what_is_in_flight():
     fleet, drain = Slow(stuck={0: 99}), Drain(1e9)
     outcomes = dispatch(fleet, tasks(9), workers=2, max_attempts=3, drain=drain, clock=fleet.clock)
     next(outcomes)
-    drain._told(signal.SIGTERM, None)
-    drain._told(signal.SIGTERM, None)
+    drain._on_signal(signal.SIGTERM, None)
+    drain._on_signal(signal.SIGTERM, None)
     assert list(outcomes) == []
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from diffusion.models.teachers import load_teacher
-from pipeline.before.plan import Work, foretell, told
+from pipeline.before.plan import Work, describe, foretell
 from pipeline.before.timing import Timing
 from pipeline.config import PlanConfig
 from pipeline.job.prepare import Run
@@ -149,7 +149,7 @@ def summed(timing=TIMING, **fields):
     recipe = build_recipe(config, load_teacher(config.teacher))
     run = Run(config, Store("memory://nothing"), recipe, build_layout(config, recipe))
     estimate = foretell(config, run, WORK, timing)
-    return estimate, "\n".join(told(config, run, WORK, timing, estimate))
+    return estimate, "\n".join(describe(config, run, WORK, timing, estimate))
 
 
 def test_the_sums():

@@ -102,7 +102,7 @@ def test_a_sample_is_what_it_is_in_a_recipe_of_its_scale_alone():
 
 def test_a_student_of_two_times_is_no_teacher(tmp_path):
     checkpoint.save(widened(builtin_checkpoint("digits"), second_time=True), tmp_path / "student")
-    with pytest.raises(ValueError, match="is told where it jumps to and has no ODE to solve"):
+    with pytest.raises(ValueError, match="takes the time that it jumps to and has no ODE to solve"):
         recipe_of(load_teacher(str(tmp_path / "student")))
 
 
@@ -120,7 +120,7 @@ def test_a_student_that_is_told_its_guidance_is_told_the_scales_as_a_teacher(tmp
         outputs.append(alone.columns["output"])
         assert np.array_equal(several.columns["output"][scales == scale], outputs[-1][scales == scale])
     assert np.abs(outputs[0] - outputs[1]).max() > 0.01
-    with pytest.raises(ValueError, match=r"guidance -1.0 can't be told to .*, only 0 and more"):
+    with pytest.raises(ValueError, match=r"guidance -1.0 can't be taken by .*, only 0 and more"):
         recipe_of(told, guidance=(-1.0, 2.0))
 
 

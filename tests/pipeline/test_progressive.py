@@ -340,7 +340,7 @@ def test_direct_progressive_is_given_as_many_calls_as_the_rounds_took(tmp_path, 
 def test_options_of_the_trainer_come_from_flags_and_yaml_alike(tmp_path):
     (tmp_path / "rounds.yaml").write_text("fit:\n  steps: 100\n  keep_best: false\n  network: {dropout: 0.1}\n")
     config = told("--config", tmp_path / "rounds.yaml", "--fit.steps", 50, "--fit.lr=1e-3", "--seed", 1)
-    assert config.told == {"steps": ("50",), "lr": ("1e-3",), "no-keep-best": (), "network.dropout": ("0.1",)}
+    assert config.fit_options == {"steps": ("50",), "lr": ("1e-3",), "no-keep-best": (), "network.dropout": ("0.1",)}
     assert config.seed == 1
 
 

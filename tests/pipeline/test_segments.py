@@ -159,4 +159,4 @@ def test_segments_of_digits_are_told_drawn_and_verified_but_not_solved_again(pip
     assert pipeline("verify", tmp_path)[0] == 0
     for words in (["verify", tmp_path, "--audit", 4], ["reproduce", tmp_path, "--sample", 1]):
         code, _, err = pipeline(*words)
-        assert (code, "only trajectories from the prior are solved anew" in err) == (1, True)
+        assert (code, "only trajectories from the prior are solved again" in err) == (1, True)

@@ -213,7 +213,7 @@ def test_credentials_in_a_uri_are_never_shown(uri: str) -> None:
     except StoreError as error:
         shown = str(error)
     else:
-        told = store._told("a", PermissionError("key s3cr3t/with+slash of AKIAKEY"))
+        told = store._as_store_error("a", PermissionError("key s3cr3t/with+slash of AKIAKEY"))
         shown = f"{store.uri} {store!r} {told} {store.put_if_absent.__self__}"
         assert store.uri == "s3://bucket/folder"
         assert pickle.loads(pickle.dumps(store))._fs.secret == "s3cr3t/with+slash"
