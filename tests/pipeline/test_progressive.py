@@ -270,7 +270,7 @@ def test_the_plan_of_rounds_follows_from_the_options():
     assert [part.steps for part in rounds] == [8, 4, 2, 1]
     # The students of a guided teacher are guided already, but for those that are told at which scale.
     assert [part.data.guidance for part in rounds] == [(2.0,), (1.0,), (1.0,), (1.0,)]
-    assert [part.data.guidance for part in rounds_of(config, told=True)] == [(2.0,)] * 4
+    assert [part.data.guidance for part in rounds_of(config, takes_guidance=True)] == [(2.0,)] * 4
     direct = direct_of(config, count=7)
     assert (direct.data.count, direct.data.guidance) == (7, (2.0,))
     assert direct.fit[-8:] == ("--init", "scratch", "--out", "o/direct", "--steps", "10", "--ema", "0.9")
