@@ -18,7 +18,7 @@ from diffusion.recipes.grid import recipe_nfe
 from diffusion.recipes.teacher import TeacherSource
 from storage_schemas.command_line import Config
 from storage_schemas.dataset import Dataset, open_dataset
-from storage_schemas.errors import UserError, usage_errors
+from storage_schemas.errors import UsageError, UserError, usage_errors
 from storage_schemas.images import KINDS
 from storage_schemas.places import LocalPath, Source, StorePlace
 from storage_schemas.recipe import Recipe
@@ -170,7 +170,7 @@ def _teacher(config: EvaluateConfig, dataset: Dataset, device: torch.device, not
         return TeacherSource(dataset.store, dataset.recipe, config.teacher).load(device=device)
     except UserError as error:
         if config.teacher is not None:
-            raise
+            raise UsageError(str(error)) from error
         notes.append(f"no rows of the teacher at the same NFE: {error}")
         return None
 

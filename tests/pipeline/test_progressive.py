@@ -387,7 +387,9 @@ def test_a_grid_that_a_student_does_not_serve_is_refused(generate, tmp_path, wor
 def test_workers_take_the_weights_that_the_store_keeps(generate, tmp_path, monkeypatch, hashes):
     """As on another machine: the driver's folder is not there."""
     checkpoint.save(builtin_checkpoint("digits"), tmp_path / "teacher")
-    monkeypatch.setattr("pipeline.producer.load_teacher", lambda *given, **named: pytest.fail("the uri was asked"))
+    monkeypatch.setattr(
+        "diffusion.recipes.teacher.load_teacher", lambda *given, **named: pytest.fail("the uri was asked")
+    )
     given = {"teacher": str(tmp_path / "teacher"), "count": 64, "holdout": 0}
     assert generate(tmp_path / "kept", "--with-weights", **given)[0] == 0
     monkeypatch.undo()

@@ -1,6 +1,7 @@
 """The plan of a fit on stored trajectories: checks the data against the objective, cuts the run into stages."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,12 @@ from torch import Tensor
 from diffusion.flow_map import FlowMap
 from diffusion.models.checkpoint import Checkpoint
 from diffusion.models.description import check_model
+from diffusion.models.teachers import Teacher
 from diffusion.process import Process
 from diffusion.recipes.grid import recipe_process
-from diffusion.recipes.teacher import TeacherSource
+from diffusion.recipes.teacher import NoTeacher, TeacherSource
 from storage_schemas.dataset import Dataset, open_dataset
-from storage_schemas.errors import ManifestMismatch
+from storage_schemas.errors import ManifestMismatch, UsageError
 from storage_schemas.recipe import Recipe
 from storage_schemas.record import Split
 from storage_schemas.store import Store
@@ -62,14 +64,28 @@ def plan_trajectories(config: FitConfig, *, number: int | None) -> Plan:
         warnings=_rounding_warnings(recipe, process, planned, rms),
         store=store,
         labels=recipe.condition.kind != "none",
-        teacher=lambda device: _teacher_source(config, dataset).load(device=device),
+        teacher=lambda device: _load_teacher(config, dataset, device),
         made_by=recipe.teacher,
         guidance=recipe.guidance.scales,
     )
 
 
+def _load_teacher(config: FitConfig, dataset: Dataset, device: torch.device) -> Teacher:
+    with _to_be_named():
+        return _teacher_source(config, dataset).load(device=device)
+
+
 def _teacher_source(config: FitConfig, dataset: Dataset) -> TeacherSource:
     return TeacherSource(dataset.store, dataset.recipe, config.teacher.uri, flag="--teacher.uri")
+
+
+@contextmanager
+def _to_be_named() -> Iterator[None]:
+    """A teacher that can't be had is for the user to name: NoTeacher -> UsageError."""
+    try:
+        yield
+    except NoTeacher as error:
+        raise UsageError(str(error)) from error
 
 
 def _check_teacher(recipe: Recipe, config: FitConfig) -> None:
@@ -99,7 +115,8 @@ def start_student(config: FitConfig, dataset: Dataset, shape: Shape, first_time:
     if config.init == "scratch":
         start = fresh(config, shape)
     elif config.init == "teacher":
-        start = _teacher_source(config, dataset).checkpoint()
+        with _to_be_named():
+            start = _teacher_source(config, dataset).checkpoint()
     else:
         start = saved_model(config.init or "")
     name = dataset.recipe.teacher.uri if config.init == "teacher" else str(config.init)
