@@ -36,7 +36,7 @@ GENERATED = {
     "guided": "--teacher builtin:digits --count 64 --holdout 0 --guidance 2.0 --solver.steps 4",
     "several scales": "--teacher builtin:digits --count 64 --holdout 0 --guidance 1.0 2.0 --solver.steps 4",
     "bfloat16": "--teacher builtin:digits --count 64 --holdout 0 --dtype bfloat16 --solver.steps 4",
-    "pairs": "--teacher builtin:digits --count 256 --holdout 64 --states 1 2 4 --solver.steps 8 --with-weights",
+    "pairs": "--teacher builtin:digits --count 256 --holdout 64 --states 2 4 6 --solver.steps 8 --with-weights",
 }
 FITTED = {
     "knowledge": "",
