@@ -145,7 +145,8 @@ class RayFleet:
 
     def _notices(self) -> list[Event]:
         """Leaving, for each ready worker on a node that has had notice, again and again while it is there."""
-        if time.monotonic() >= self._look_at:
+        # The call has no timeout: asked of a head that has just died, it waits until Ray ends the process.
+        if time.monotonic() >= self._look_at and self._head.answers(now=True):
             self._look_at = time.monotonic() + NOTICE_SECONDS
             self._noticed = draining_nodes(self._ray)
         if not self._noticed:
