@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from diffusion.flow_map import jump_coefficients
@@ -23,7 +22,7 @@ from storage_schemas.record import state_column
 from trainer.networks.networks import Networks
 from trainer.objectives.conditioning import conditioning
 from trainer.objectives.kind import Given, Kind, Stage
-from trainer.objectives.stored import ScheduleOptions, drawn, stored_grids, times_at, times_on
+from trainer.objectives.stored import HalvingOptions, drawn, stored_grids, times_at, times_on
 from trainer.stream import Batch
 
 
@@ -118,13 +117,7 @@ def segments_serve(dataset: Dataset) -> str:
     )
 
 
-class ProgressiveOptions(ScheduleOptions):
-    """Options of progressive."""
-
-    schedule: tuple[int, ...] = Field((8, 4, 2, 1), description=ScheduleOptions.model_fields["schedule"].description)
-
-
-def _stages(options: ProgressiveOptions, given: Given) -> tuple[Stage, ...]:
+def _stages(options: HalvingOptions, given: Given) -> tuple[Stage, ...]:
     dataset = given.stored
     if dataset.recipe.chain == "trajectory":
         grids = stored_grids(dataset, options.schedule)
@@ -143,7 +136,7 @@ def _stage(recipe: Recipe, indices: Sequence[int]) -> Stage:
 
 
 KIND = Kind(
-    options=ProgressiveOptions,
+    options=HalvingOptions,
     stages=_stages,
     makes="students of each number of steps in its schedule",
     # Salimans & Ho 2022 take lr to 0 linearly in every stage and keep no average.

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 from torch import Tensor
 
 from diffusion.grids import uniform_time
@@ -11,7 +11,7 @@ from trainer.networks.networks import Networks
 from trainer.objectives.conditioning import conditioning
 from trainer.objectives.distances import Distance, DistanceOptions, refuse_lpips
 from trainer.objectives.kind import Given, Kind, Stage
-from trainer.objectives.stored import ScheduleOptions
+from trainer.objectives.stored import HalvingOptions
 from trainer.objectives.weights import Weighting, WeightingOptions
 from trainer.stream import Batch
 
@@ -42,10 +42,8 @@ class Reflow:
         return self.weighting(networks, self.distance(u, z - output), tau).mean()
 
 
-class ReflowOptions(DistanceOptions, WeightingOptions, ScheduleOptions):
+class ReflowOptions(DistanceOptions, WeightingOptions, HalvingOptions):
     """Options of reflow."""
-
-    schedule: tuple[int, ...] = Field((8, 4, 2, 1), description=ScheduleOptions.model_fields["schedule"].description)
 
     @field_validator("weighting")
     @classmethod

@@ -39,6 +39,12 @@ class ScheduleOptions(Options):
         return schedule
 
 
+class HalvingOptions(ScheduleOptions):
+    """An objective whose schedule doesn't follow from the stored states."""
+
+    schedule: tuple[int, ...] = Field((8, 4, 2, 1), description=ScheduleOptions.model_fields["schedule"].description)
+
+
 def drawn(batch: Batch, columns: Sequence[str], times: Times, choices: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """(states [n, B, ...], times float64 [n, B]) of one of `choices` for each row, all of them equally likely.
 
