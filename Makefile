@@ -17,6 +17,8 @@ venv: .venv/installed
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[dev]"
+	mkdir -p .venv/sources/limbeck
+	ln -sfn $(foreach part,diffusion pipeline storage_schemas trainer,../../../$(part)) .venv/sources/limbeck/
 	touch $@
 
 # The main job, as the README shows it: Ray with 2 workers solves 16,384 trajectories of the built-in teacher, the

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from diffusion.prediction import Prediction
-from diffusion.process import Process, expand, scales
+from limbeck.diffusion.prediction import Prediction
+from limbeck.diffusion.process import Process, expand, scales
 
 
 class Denoiser(nn.Module):

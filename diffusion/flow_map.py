@@ -6,8 +6,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from diffusion.denoiser import Denoiser
-from diffusion.process import Process, expand, scales
+from limbeck.diffusion.denoiser import Denoiser
+from limbeck.diffusion.process import Process, expand, scales
 
 
 class FlowMap(nn.Module):

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffusion.process import Process
+from limbeck.diffusion.process import Process
 
 FrameName = Literal["sigma", "flow"]
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from diffusion.process import Process, scales
+from limbeck.diffusion.process import Process, scales
 
 _BISECTIONS = 60  # a bracket then holds no more than a float64's last digits
 

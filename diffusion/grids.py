@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from diffusion.process import DiscreteVP, Process
+from limbeck.diffusion.process import DiscreteVP, Process
 
 _FAR_RATIO = 80.0
 _NEAR_RATIO = 0.002

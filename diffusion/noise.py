@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusion.philox import philox_words
+from limbeck.diffusion.philox import philox_words
 
 ALGORITHM = "philox4x64-as241"
 VERSION = 1

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from diffusion.process import Process
+from limbeck.diffusion.process import Process
 
 
 class Prediction(Protocol):

@@ -4,7 +4,7 @@ A solver turns the points of a grid into steps, and a step into denoiser calls w
 float64 and before the first call. Nothing in the loop depends on the process, waits for a device or looks at a value.
 
     name       order  calls a step  what it holds fixed or extrapolates over a step
-    ddim       1      1             the slope dz/dp (Euler in either frame of diffusion.frames; Song et al. 2021)
+    ddim       1      1             the slope dz/dp (Euler in either frame of frames.py; Song et al. 2021)
     heun       2      2             the slope, by the trapezoidal rule (Karras et al. 2022, Algorithm 1)
     rk4        4      4             the slope, by the classical Runge-Kutta rule; a reference
     ab2        2      1             the slope, linear in p (Adams-Bashforth: DEIS, iPNDM)
@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.denoiser import check_answer
-from diffusion.frames import FrameName, Point, frame_for, points_at, points_between
-from diffusion.process import Process
+from limbeck.diffusion.denoiser import check_answer
+from limbeck.diffusion.frames import FrameName, Point, frame_for, points_at, points_between
+from limbeck.diffusion.process import Process
 
 Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 

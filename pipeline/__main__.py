@@ -1,49 +1,33 @@
-"""`python -m pipeline COMMAND`."""
+"""`python -m limbeck.pipeline COMMAND`: the commands that make data."""
 
-from pipeline.after.reproduce import run_reproduce
-from pipeline.after.verify import run_verify
-from pipeline.before.calibrate import run_calibrate
-from pipeline.before.plan import run_plan
-from pipeline.config import (
-    CalibrateConfig,
-    ConvertConfig,
-    GenerateConfig,
-    InspectConfig,
-    PlanConfig,
-    PruneConfig,
-    RegenerateConfig,
-    ReproduceConfig,
-    StatusConfig,
-    SubmitConfig,
-    VerifyConfig,
-)
-from pipeline.generate import run_generate
-from pipeline.inspection import run_inspect
-from pipeline.regenerate import run_regenerate
-from pipeline.rounds.config import ProgressiveConfig
-from pipeline.rounds.progressive import run_progressive
-from pipeline.status import run_status
-from pipeline.upkeep.convert import run_convert
-from pipeline.upkeep.prune import run_prune
-from pipeline.workers.signals import exit_on_sigterm, leave
-from pipeline.workers.submission import run_submit
-from storage_schemas.command_line import Command, main
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from limbeck.pipeline.workers.signals import exit_on_sigterm, leave
+from limbeck.storage_schemas.command_line import Command, main
 
 COMMANDS = {
-    "generate": Command(GenerateConfig, run_generate),
-    "regenerate": Command(RegenerateConfig, run_regenerate),
-    "progressive": Command(ProgressiveConfig, run_progressive),
-    "plan": Command(PlanConfig, run_plan),
-    "calibrate": Command(CalibrateConfig, run_calibrate),
-    "submit": Command(SubmitConfig, run_submit),
-    "status": Command(StatusConfig, run_status),
-    "verify": Command(VerifyConfig, run_verify),
-    "reproduce": Command(ReproduceConfig, run_reproduce),
-    "inspect": Command(InspectConfig, run_inspect),
-    "convert": Command(ConvertConfig, run_convert),
-    "prune": Command(PruneConfig, run_prune),
+    "generate": Command("limbeck.pipeline.generate", "GenerateConfig", "run_generate"),
+    "regenerate": Command("limbeck.pipeline.regenerate", "RegenerateConfig", "run_regenerate"),
+    "progressive": Command("limbeck.pipeline.rounds.progressive", "ProgressiveConfig", "run_progressive"),
+    "plan": Command("limbeck.pipeline.before.plan", "PlanConfig", "run_plan"),
+    "calibrate": Command("limbeck.pipeline.before.calibrate", "CalibrateConfig", "run_calibrate"),
+    "submit": Command("limbeck.pipeline.workers.submission", "SubmitConfig", "run_submit"),
+    "status": Command("limbeck.pipeline.status", "StatusConfig", "run_status"),
+    "verify": Command("limbeck.pipeline.after.verify", "VerifyConfig", "run_verify"),
+    "reproduce": Command("limbeck.pipeline.after.reproduce", "ReproduceConfig", "run_reproduce"),
+    "inspect": Command("limbeck.pipeline.inspection", "InspectConfig", "run_inspect"),
+    "convert": Command("limbeck.pipeline.upkeep.convert", "ConvertConfig", "run_convert"),
+    "prune": Command("limbeck.pipeline.upkeep.prune", "PruneConfig", "run_prune"),
 }
 
-if __name__ == "__main__":
+
+def run(arguments: Sequence[str]) -> NoReturn:
+    """Run a command and end the process with its exit code."""
     exit_on_sigterm()
-    leave(main("pipeline", COMMANDS))
+    leave(main(COMMANDS, arguments))
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Options of each command of `python -m pipeline`."""
+"""Options of each command of `python -m limbeck.pipeline`."""
 
 import re
 from datetime import timedelta
@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from tyro.conf import Positional, arg
 
-from diffusion.models.schedulers import Ignorable
-from diffusion.solvers import SOLVERS
-from storage_schemas.command_line import Config
-from storage_schemas.commit import MOST_QUARANTINED
-from storage_schemas.places import LocalName, Source, StorePlace, source
+from limbeck.diffusion.models.schedulers import Ignorable
+from limbeck.diffusion.solvers import SOLVERS
+from limbeck.storage_schemas.command_line import Config
+from limbeck.storage_schemas.commit import MOST_QUARANTINED
+from limbeck.storage_schemas.places import LocalName, Source, StorePlace, source
 
 DatasetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="name of the dataset in the store")]
 
@@ -372,7 +372,8 @@ class SubmitConfig(Config):
     command: Annotated[Positional[tuple[str, ...]], Field(description="-- generate ..., or -- regenerate ...")]
     dashboard: str = Field("http://127.0.0.1:8265", description="address of the cluster's job server")
     working_dir: StorePlace | None = Field(
-        None, description="a folder that the job runs in; Ray copies it to the cluster"
+        None,
+        description="a folder that the job runs in, copied to the cluster by Ray; a clone of limbeck runs its own code",
     )
     wait: bool = Field(False, description="wait for the job's end, show its output and end with its exit code")
     dry_run: bool = Field(False, description="print the submission id and the command, submit nothing")

@@ -5,25 +5,25 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from pipeline.config import GenerateConfig
-from pipeline.job.amounts import say_amounts
-from pipeline.job.continuity import check_continues
-from pipeline.job.heartbeat import Pulse
-from pipeline.job.kept import Lapsed, check_held
-from pipeline.job.outcome import Outcome, What, names, tell
-from pipeline.job.prepare import Run, keep_recipe, prepare
-from pipeline.job.recheck import still_there, whole
-from pipeline.job.solving import adopt, aim_at, solve_missing
-from pipeline.job.targets import Place
-from pipeline.windows import Aim, Goal, Nothing, Plans, Policy, Wanted, grow, missing_tasks
-from pipeline.workers.signals import Stopped, stoppable
-from storage_schemas.commit import Task
-from storage_schemas.dataset import LostRace, Pruned, latest_manifest, read_shard_table, seal
-from storage_schemas.errors import UsageError, UserError, shown, without_credentials
-from storage_schemas.job import JobState
-from storage_schemas.manifest import Manifest, Window
-from storage_schemas.record import SPLITS
-from storage_schemas.shards import ShardTable
+from limbeck.pipeline.config import GenerateConfig
+from limbeck.pipeline.job.amounts import say_amounts
+from limbeck.pipeline.job.continuity import check_continues
+from limbeck.pipeline.job.heartbeat import Pulse
+from limbeck.pipeline.job.kept import Lapsed, check_held
+from limbeck.pipeline.job.outcome import Outcome, What, names, tell
+from limbeck.pipeline.job.prepare import Run, keep_recipe, prepare
+from limbeck.pipeline.job.recheck import still_there, whole
+from limbeck.pipeline.job.solving import adopt, aim_at, solve_missing
+from limbeck.pipeline.job.targets import Place
+from limbeck.pipeline.windows import Aim, Goal, Nothing, Plans, Policy, Wanted, grow, missing_tasks
+from limbeck.pipeline.workers.signals import Stopped, stoppable
+from limbeck.storage_schemas.commit import Task
+from limbeck.storage_schemas.dataset import LostRace, Pruned, latest_manifest, read_shard_table, seal
+from limbeck.storage_schemas.errors import UsageError, UserError, shown, without_credentials
+from limbeck.storage_schemas.job import JobState
+from limbeck.storage_schemas.manifest import Manifest, Window
+from limbeck.storage_schemas.record import SPLITS
+from limbeck.storage_schemas.shards import ShardTable
 
 LAST_WORDS: dict[str, JobState] = {"sealed": "sealed", "nothing": "ended", "failed": "failed"}
 

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import lineage
-from pipeline.config import InspectConfig
-from storage_schemas.commit import ColumnStatistics, Commit
-from storage_schemas.dataset import Dataset, latest_number, open_dataset
-from storage_schemas.errors import UserError, shown
-from storage_schemas.extras import need
-from storage_schemas.notes import Calibration, check_calibration, read_calibrations
-from storage_schemas.recipe import Recipe
-from storage_schemas.record import SEGMENT_STATES, SPLITS, from_storage
-from storage_schemas.store import Store
+from limbeck.pipeline import lineage
+from limbeck.pipeline.config import InspectConfig
+from limbeck.storage_schemas.commit import ColumnStatistics, Commit
+from limbeck.storage_schemas.dataset import Dataset, latest_number, open_dataset
+from limbeck.storage_schemas.errors import UserError, shown
+from limbeck.storage_schemas.extras import need
+from limbeck.storage_schemas.notes import Calibration, check_calibration, read_calibrations
+from limbeck.storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.record import SEGMENT_STATES, SPLITS, from_storage
+from limbeck.storage_schemas.store import Store
 
 MOST_COMMITS = 512
 """Shards, evenly spread, whose commits are read for statistics and labels; `commits_read` tells how many were."""

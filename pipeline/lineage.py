@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusion.models import checkpoint
-from diffusion.models.description import described
-from storage_schemas import paths
-from storage_schemas.errors import UsageError, shown, usage_errors
-from storage_schemas.reading import read_document
-from storage_schemas.recipe import DataStart, Recipe
-from storage_schemas.store import Store
+from limbeck.diffusion.models import checkpoint
+from limbeck.diffusion.models.description import described
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.errors import UsageError, shown, usage_errors
+from limbeck.storage_schemas.reading import read_document
+from limbeck.storage_schemas.recipe import DataStart, Recipe
+from limbeck.storage_schemas.store import Store
 
 Link = dict[str, Any]
 

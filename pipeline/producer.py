@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffusion.models.teachers import Teacher
-from diffusion.recipes.devices import pick_device
-from diffusion.recipes.teacher import NoTeacher, TeacherSource
-from pipeline.segments import starting_images
-from pipeline.solve import Solved, denoise_of, solve_task
-from storage_schemas import formats, paths
-from storage_schemas.clock import utc
-from storage_schemas.commit import (
+from limbeck.diffusion.models.teachers import Teacher
+from limbeck.diffusion.recipes.devices import pick_device
+from limbeck.diffusion.recipes.teacher import NoTeacher, TeacherSource
+from limbeck.pipeline.segments import starting_images
+from limbeck.pipeline.solve import Solved, denoise_of, solve_task
+from limbeck.storage_schemas import formats, paths
+from limbeck.storage_schemas.clock import utc
+from limbeck.storage_schemas.commit import (
     COMMIT_WITHIN,
     Commit,
     Task,
@@ -35,10 +35,10 @@ from storage_schemas.commit import (
     read_commit,
     replace_commit,
 )
-from storage_schemas.errors import UserError, without_credentials
-from storage_schemas.layout import Layout
-from storage_schemas.recipe import DataStart, Recipe
-from storage_schemas.store import Store
+from limbeck.storage_schemas.errors import UserError, without_credentials
+from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.recipe import DataStart, Recipe
+from limbeck.storage_schemas.store import Store
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of mallopt, as malloc.h of glibc numbers them."""

@@ -4,15 +4,15 @@ from typing import Any
 
 import torch
 
-from diffusion import NUMERICS_VERSION, noise
-from diffusion.frames import frame_for
-from diffusion.grids import make_grid, near_ratio
-from diffusion.models.teachers import Teacher
-from diffusion.process import Process
-from pipeline.config import GenerateConfig, GridConfig
-from pipeline.segments import data_start
-from storage_schemas.layout import Layout, check_layout
-from storage_schemas.recipe import (
+from limbeck.diffusion import NUMERICS_VERSION, noise
+from limbeck.diffusion.frames import frame_for
+from limbeck.diffusion.grids import make_grid, near_ratio
+from limbeck.diffusion.models.teachers import Teacher
+from limbeck.diffusion.process import Process
+from limbeck.pipeline.config import GenerateConfig, GridConfig
+from limbeck.pipeline.segments import data_start
+from limbeck.storage_schemas.layout import Layout, check_layout
+from limbeck.storage_schemas.recipe import (
     Condition,
     DataLabels,
     DataStart,

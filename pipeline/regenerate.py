@@ -17,11 +17,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from pipeline.config import RegenerateConfig, duration
-from pipeline.generate import bring_about, report
-from pipeline.job.outcome import Outcome
-from pipeline.windows import Nothing, Wanted, grow, lengthen, served_tick, slide, too_young
-from storage_schemas.manifest import Manifest, Window
+from limbeck.pipeline.config import RegenerateConfig, duration
+from limbeck.pipeline.generate import bring_about, report
+from limbeck.pipeline.job.outcome import Outcome
+from limbeck.pipeline.windows import Nothing, Wanted, grow, lengthen, served_tick, slide, too_young
+from limbeck.storage_schemas.manifest import Manifest, Window
 
 
 def run_regenerate(config: RegenerateConfig) -> int:

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import noise
-from diffusion.flow_map import jump_coefficients
-from diffusion.process import Process, expand
-from diffusion.solvers import Denoise
-from storage_schemas.errors import UserError
-from storage_schemas.images import images_digest, read_images
-from storage_schemas.recipe import DataStart, Recipe
-from storage_schemas.record import from_storage, to_storage
+from limbeck.diffusion import noise
+from limbeck.diffusion.flow_map import jump_coefficients
+from limbeck.diffusion.process import Process, expand
+from limbeck.diffusion.solvers import Denoise
+from limbeck.storage_schemas.errors import UserError
+from limbeck.storage_schemas.images import images_digest, read_images
+from limbeck.storage_schemas.recipe import DataStart, Recipe
+from limbeck.storage_schemas.record import from_storage, to_storage
 
 _IMAGES = "data:"
 

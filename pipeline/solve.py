@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion.denoiser import Guided
-from diffusion.process import Process
-from diffusion.recipes.samples import draw_labels, draw_noise, draw_scales
-from diffusion.solvers import Solution, solve
-from pipeline.segments import draw_starts, two_steps
-from storage_schemas.commit import Task, is_sick
-from storage_schemas.errors import UserError
-from storage_schemas.recipe import NoCondition, Recipe
-from storage_schemas.record import NO_CONDITION, SEGMENT_STATES, Columns
+from limbeck.diffusion.denoiser import Guided
+from limbeck.diffusion.process import Process
+from limbeck.diffusion.recipes.samples import draw_labels, draw_noise, draw_scales
+from limbeck.diffusion.solvers import Solution, solve
+from limbeck.pipeline.segments import draw_starts, two_steps
+from limbeck.storage_schemas.commit import Task, is_sick
+from limbeck.storage_schemas.errors import UserError
+from limbeck.storage_schemas.recipe import NoCondition, Recipe
+from limbeck.storage_schemas.record import NO_CONDITION, SEGMENT_STATES, Columns
 
 Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 

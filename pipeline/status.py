@@ -4,19 +4,19 @@ import json
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 
-from pipeline.config import StatusConfig
-from pipeline.job.targets import Target, read_target
-from pipeline.windows import Goal
-from storage_schemas import paths
-from storage_schemas.clock import age
-from storage_schemas.commit import Commit, Task, list_committed, read_commits
-from storage_schemas.dataset import Pruned, latest_number, read_manifest, read_shard_table
-from storage_schemas.errors import StoreError, shown, warn
-from storage_schemas.job import Failure, Job
-from storage_schemas.manifest import Manifest
-from storage_schemas.reading import read_all
-from storage_schemas.record import SPLITS
-from storage_schemas.store import Store
+from limbeck.pipeline.config import StatusConfig
+from limbeck.pipeline.job.targets import Target, read_target
+from limbeck.pipeline.windows import Goal
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.clock import age
+from limbeck.storage_schemas.commit import Commit, Task, list_committed, read_commits
+from limbeck.storage_schemas.dataset import Pruned, latest_number, read_manifest, read_shard_table
+from limbeck.storage_schemas.errors import StoreError, shown, warn
+from limbeck.storage_schemas.job import Failure, Job
+from limbeck.storage_schemas.manifest import Manifest
+from limbeck.storage_schemas.reading import read_all
+from limbeck.storage_schemas.record import SPLITS
+from limbeck.storage_schemas.store import Store
 
 RECENT = 64
 """Commits that are read to know how long ago the last one was."""
@@ -57,7 +57,7 @@ def find_job(store: Store, job: str | None) -> Target:
     """A job and its last heartbeat; the newest job by default, as ids sort by time."""
     jobs = store.list("jobs")
     if not jobs:
-        raise StoreError(f"{store.uri} has no job yet: `python -m pipeline generate` makes one")
+        raise StoreError(f"{store.uri} has no job yet: `limbeck generate` makes one")
     if job and job not in jobs:
         raise StoreError(f"{store.uri} has no job {job}: its last is {jobs[-1]}")
     for name in [job] if job else reversed(jobs):

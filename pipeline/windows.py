@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Literal
 
-from storage_schemas.clock import utc_now
-from storage_schemas.commit import Task
-from storage_schemas.errors import StoreError, UsageError
-from storage_schemas.job import Job
-from storage_schemas.layout import Layout
-from storage_schemas.manifest import Bounds, Manifest, ManifestDraft, Window
-from storage_schemas.store import Store
+from limbeck.storage_schemas.clock import utc_now
+from limbeck.storage_schemas.commit import Task
+from limbeck.storage_schemas.errors import StoreError, UsageError
+from limbeck.storage_schemas.job import Job
+from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.manifest import Bounds, Manifest, ManifestDraft, Window
+from limbeck.storage_schemas.store import Store
 
 Policy = Literal["grow", "refresh", "recipe"]
 

@@ -2,13 +2,13 @@
 
 import json
 
-from storage_schemas.commit import Commit
-from storage_schemas.documents import Document
-from storage_schemas.job import Failure, Heartbeat, Job, Mark, Pin, Prune
-from storage_schemas.manifest import Manifest
-from storage_schemas.notes import Calibration
-from storage_schemas.recipe import Recipe
-from storage_schemas.store import StoreDocument
+from limbeck.storage_schemas.commit import Commit
+from limbeck.storage_schemas.documents import Document
+from limbeck.storage_schemas.job import Failure, Heartbeat, Job, Mark, Pin, Prune
+from limbeck.storage_schemas.manifest import Manifest
+from limbeck.storage_schemas.notes import Calibration
+from limbeck.storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.store import StoreDocument
 
 DOCUMENTS: dict[str, type[Document]] = {
     "store.json": StoreDocument,

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 
-from storage_schemas.dataset import Dataset
-from storage_schemas.parquet import describe
-from storage_schemas.record import Field, Split
-from storage_schemas.shards import Shard
+from limbeck.storage_schemas.dataset import Dataset
+from limbeck.storage_schemas.parquet import describe
+from limbeck.storage_schemas.record import Field, Split
+from limbeck.storage_schemas.shards import Shard
 
 _LIST_VALUES = 1 << 30  # an Arrow list's offsets are int32
 

@@ -23,9 +23,9 @@ import fsspec
 from fsspec.config import conf
 from fsspec.core import url_to_fs
 
-from storage_schemas.errors import StoreError, UsageError, shown, usage_errors
-from storage_schemas.extras import need
-from storage_schemas.places import store_place
+from limbeck.storage_schemas.errors import StoreError, UsageError, shown, usage_errors
+from limbeck.storage_schemas.extras import need
+from limbeck.storage_schemas.places import store_place
 
 LOCAL = ("file", "local")
 CONDITIONAL = ("memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")

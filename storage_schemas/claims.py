@@ -10,13 +10,13 @@ from itertools import pairwise
 
 import numpy as np
 
-from storage_schemas import paths
-from storage_schemas.commit import ALL_COLUMNS, FOOTER, Chunk, Commit
-from storage_schemas.errors import CorruptShard
-from storage_schemas.layout import Layout
-from storage_schemas.recipe import NoCondition, Recipe
-from storage_schemas.record import NO_CONDITION, NO_DATA, Columns, Field
-from storage_schemas.shards import Shard
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.commit import ALL_COLUMNS, FOOTER, Chunk, Commit
+from limbeck.storage_schemas.errors import CorruptShard
+from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.recipe import NoCondition, Recipe
+from limbeck.storage_schemas.record import NO_CONDITION, NO_DATA, Columns, Field
+from limbeck.storage_schemas.shards import Shard
 
 _MAGIC = 4
 """Bytes before the first column of a Parquet file."""

@@ -2,8 +2,8 @@
 
 from datetime import UTC, datetime, timedelta
 
-from storage_schemas.errors import StoreError
-from storage_schemas.store import Store
+from limbeck.storage_schemas.errors import StoreError
+from limbeck.storage_schemas.store import Store
 
 SKEW = timedelta(minutes=10)
 """How far apart the clocks of two machines may be."""

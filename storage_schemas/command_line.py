@@ -1,6 +1,6 @@
 """One way to configure both programs: a frozen pydantic model whose every field is a flag and a YAML key.
 
-    main("pipeline", {"generate": Command(GenerateConfig, run_generate), ...})
+    main({"fit": Command("limbeck.trainer.fit", "FitConfig", "run_fit"), ...})
 
 `--config FILE.yaml` holds the same fields nested as YAML; a flag on the command line wins over the file. A refused
 value is one line on stderr and exit code 2; `--debug` shows the traceback instead.
@@ -14,6 +14,8 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, TypeVar
 from unittest import mock
 
@@ -21,8 +23,8 @@ import tyro
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from storage_schemas.errors import UsageError, UserError, shown, without_credentials
-from storage_schemas.places import local_path
+from limbeck.storage_schemas.errors import UsageError, UserError, shown, without_credentials
+from limbeck.storage_schemas.places import local_path
 
 
 class _PassedOn:
@@ -44,35 +46,50 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 @dataclass(frozen=True)
 class Command:
-    """One word of the command line: its options, and what runs with them and returns the exit code."""
+    """One word of the command line: a module, which is imported when the command is asked for, and two names in it."""
 
-    config: type[Config]
-    run: Callable[[Any], int]
+    module: str
+    options: str
+    function: str
+
+    @property
+    def config(self) -> type[Config]:
+        options: type[Config] = getattr(import_module(self.module), self.options)
+        return options
+
+    @property
+    def run(self) -> Callable[[Any], int]:
+        """Takes the options and returns the exit code."""
+        function: Callable[[Any], int] = getattr(import_module(self.module), self.function)
+        return function
 
     @property
     def summary(self) -> str:
         return (self.config.__doc__ or "").strip().splitlines()[0]
 
 
-def main(program: str, commands: Mapping[str, Command], arguments: Sequence[str] | None = None) -> int:
-    """Run the command that `arguments` (sys.argv by default) name; the exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+def main(commands: Mapping[str, Command], arguments: Sequence[str]) -> int:
+    """Run the command that `arguments` name, and return its exit code."""
+    words = list(arguments)
     own = _before_dashes(words)
     debug = "--debug" in own
     words = [word for word in own if word != "--debug"] + words[len(own) :]
     try:
         if not words or words[0] in ("-h", "--help"):
-            print(_overview(program, commands))
+            print(_overview(commands))
             return 0 if words else 2
+        if words[0] == "--version":
+            print(f"limbeck {_version()}")
+            return 0
         command = commands.get(words[0])
         if command is None:
-            raise UsageError(f"{words[0]!r} is no command of {program}: use one of {', '.join(commands)}")
-        return command.run(parse(command.config, words[1:], program=f"python -m {program} {words[0]}"))
+            raise UsageError(f"{words[0]!r} is no command of limbeck: use one of {', '.join(commands)}")
+        return command.run(parse(command.config, words[1:], program=f"limbeck {words[0]}"))
     except (UserError, ValueError, OSError) as error:
         if debug:
             raise
         message = str(error) if isinstance(error, UserError) else f"{error} (--debug shows where)"
-        print(f"{program}: {shown(without_credentials(' '.join(message.split())))}", file=sys.stderr)
+        print(f"limbeck: {shown(without_credentials(' '.join(message.split())))}", file=sys.stderr)
         return error.exit_code if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         return 130
@@ -119,10 +136,19 @@ def _before_dashes(arguments: Sequence[str]) -> list[str]:
     return list(itertools.takewhile(lambda word: word != "--", arguments))
 
 
-def _overview(program: str, commands: Mapping[str, Command]) -> str:
+def _version() -> str:
+    try:
+        return version("limbeck")
+    except PackageNotFoundError:
+        raise UsageError(
+            "limbeck is not installed here, it runs from its source: pip install it to see a version"
+        ) from None
+
+
+def _overview(commands: Mapping[str, Command]) -> str:
     width = max(map(len, commands))
     lines = [f"  {name:<{width}}  {command.summary}" for name, command in commands.items()]
-    return "\n".join([f"usage: python -m {program} COMMAND [OPTIONS]", "", *lines, "", "COMMAND --help lists options."])
+    return "\n".join(["usage: limbeck COMMAND [OPTIONS]", "", *lines, "", "COMMAND --help lists options."])
 
 
 def _help(config: type[Config]) -> str:

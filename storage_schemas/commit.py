@@ -16,11 +16,23 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from storage_schemas import paths, record
-from storage_schemas.documents import SCHEMA_VERSION, Document
-from storage_schemas.names import MOST, Attempt, Count, LayoutId, Samples, Seconds, Sha256, StoredPath, Text, Time, Xxh3
-from storage_schemas.record import Columns, Split, from_storage
-from storage_schemas.store import Store
+from limbeck.storage_schemas import paths, record
+from limbeck.storage_schemas.documents import SCHEMA_VERSION, Document
+from limbeck.storage_schemas.names import (
+    MOST,
+    Attempt,
+    Count,
+    LayoutId,
+    Samples,
+    Seconds,
+    Sha256,
+    StoredPath,
+    Text,
+    Time,
+    Xxh3,
+)
+from limbeck.storage_schemas.record import Columns, Split, from_storage
+from limbeck.storage_schemas.store import Store
 
 MOST_QUARANTINED = 0.01
 """Share of a window's ids that may have no row because they were not finite, by default."""

@@ -9,19 +9,19 @@ from functools import cached_property
 
 import numpy as np
 
-from storage_schemas import formats, paths
-from storage_schemas.claims import check_commit
-from storage_schemas.clock import utc_now
-from storage_schemas.commit import Commit
-from storage_schemas.errors import CorruptShard, StoreError
-from storage_schemas.ids import IdSet, id_set
-from storage_schemas.layout import Layout
-from storage_schemas.manifest import Floor, Manifest, ManifestDraft, ShardTableRecord, Window, content_digest
-from storage_schemas.recipe import Recipe
-from storage_schemas.record import SPLITS, Columns, Split
-from storage_schemas.shards import Shard, ShardTable
-from storage_schemas.store import Store
-from storage_schemas.tables import MOST_TABLE, read_table
+from limbeck.storage_schemas import formats, paths
+from limbeck.storage_schemas.claims import check_commit
+from limbeck.storage_schemas.clock import utc_now
+from limbeck.storage_schemas.commit import Commit
+from limbeck.storage_schemas.errors import CorruptShard, StoreError
+from limbeck.storage_schemas.ids import IdSet, id_set
+from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.manifest import Floor, Manifest, ManifestDraft, ShardTableRecord, Window, content_digest
+from limbeck.storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.record import SPLITS, Columns, Split
+from limbeck.storage_schemas.shards import Shard, ShardTable
+from limbeck.storage_schemas.store import Store
+from limbeck.storage_schemas.tables import MOST_TABLE, read_table
 
 LOOKS = 8
 """Times that the latest manifest is looked for again, where it was listed and then pruned before it was read."""
@@ -297,6 +297,6 @@ def find_dataset(store: Store, name: str = "main", number: int | None = None) ->
 def _no_manifest(store: Store, name: str, number: int | None) -> StoreError:
     latest = latest_number(store, name)
     if not latest:
-        return StoreError(f"{store.uri} has no sealed dataset {name!r}: run `python -m pipeline generate` to its end")
+        return StoreError(f"{store.uri} has no sealed dataset {name!r}: run `limbeck generate` to its end")
     gone = pruned(store, name, number) if number is not None else None
     return gone or StoreError(f"{store.uri} has no manifest {number} of {name!r}: the latest is {latest}")

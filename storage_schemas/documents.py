@@ -6,7 +6,7 @@ from typing import Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from storage_schemas.errors import StoreError, shown
+from limbeck.storage_schemas.errors import StoreError, shown
 
 SCHEMA_VERSION: Final = 2
 MOST_BYTES = 64 << 20

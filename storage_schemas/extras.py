@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-from storage_schemas.errors import UsageError
+from limbeck.storage_schemas.errors import UsageError
 
 EXTRAS = {"PIL": "trainer", "sklearn": "trainer", "torchmetrics": "trainer", "matplotlib": "trainer", "s3fs": "s3"}
 _NAMES = {"PIL": "Pillow", "sklearn": "scikit-learn"}

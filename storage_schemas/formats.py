@@ -8,15 +8,15 @@ from typing import BinaryIO, NamedTuple
 
 import xxhash
 
-from storage_schemas import parquet, webdataset
-from storage_schemas.claims import check_integers
-from storage_schemas.commit import Chunk, Commit, Task
-from storage_schemas.errors import CorruptShard
-from storage_schemas.layout import Layout
-from storage_schemas.ranges import check_chunk, fetch
-from storage_schemas.recipe import Recipe
-from storage_schemas.record import Columns, Field, check_columns
-from storage_schemas.store import MissingFile, Store
+from limbeck.storage_schemas import parquet, webdataset
+from limbeck.storage_schemas.claims import check_integers
+from limbeck.storage_schemas.commit import Chunk, Commit, Task
+from limbeck.storage_schemas.errors import CorruptShard
+from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.ranges import check_chunk, fetch
+from limbeck.storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.record import Columns, Field, check_columns
+from limbeck.storage_schemas.store import MissingFile, Store
 
 PIECE = 8 << 20
 
@@ -83,7 +83,7 @@ def read_shard(
     try:
         found = CODECS[suffix].decode(store, commit, fields, every, verify=verify)
     except MissingFile as error:
-        raise CorruptShard(f"{error}: run `python -m pipeline verify` to see what else is") from None
+        raise CorruptShard(f"{error}: run `limbeck verify` to see what else is") from None
     check_integers(recipe, commit, found)
     return {name: found[name] for name in wanted}
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage_schemas.extras import need
+from limbeck.storage_schemas.extras import need
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

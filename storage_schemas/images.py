@@ -27,8 +27,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from storage_schemas.extras import need
-from storage_schemas.image_folder import read_folder
+from limbeck.storage_schemas.extras import need
+from limbeck.storage_schemas.image_folder import read_folder
 
 ImageSplit = Literal["train", "reference", "all"]
 

@@ -4,11 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from storage_schemas import paths
-from storage_schemas.documents import Document
-from storage_schemas.layout import Layout
-from storage_schemas.manifest import Window
-from storage_schemas.names import Count, DatasetName, JobName, Positive, RunName, Sha256, TaskName, Text, Time
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.documents import Document
+from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.manifest import Window
+from limbeck.storage_schemas.names import Count, DatasetName, JobName, Positive, RunName, Sha256, TaskName, Text, Time
 
 JobState = Literal["planning", "running", "sealed", "ended", "failed", "stopped", "refused"]
 

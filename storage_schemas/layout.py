@@ -4,10 +4,10 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from storage_schemas.documents import Document
-from storage_schemas.errors import UsageError
-from storage_schemas.names import Samples
-from storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.documents import Document
+from limbeck.storage_schemas.errors import UsageError
+from limbeck.storage_schemas.names import Samples
+from limbeck.storage_schemas.recipe import Recipe
 
 SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
 

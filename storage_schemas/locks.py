@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from storage_schemas.errors import UsageError
+from limbeck.storage_schemas.errors import UsageError
 
 _LOOKS = 0.2  # seconds between two tries
 

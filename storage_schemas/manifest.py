@@ -6,13 +6,24 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from storage_schemas import paths
-from storage_schemas.canonical import digest
-from storage_schemas.commit import Task
-from storage_schemas.documents import SCHEMA_VERSION, Document
-from storage_schemas.layout import Layout
-from storage_schemas.names import MOST, Count, DatasetName, JobName, Positive, Sha256, StoredPath, TaskName, Text, Time
-from storage_schemas.record import SPLITS, Split
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.canonical import digest
+from limbeck.storage_schemas.commit import Task
+from limbeck.storage_schemas.documents import SCHEMA_VERSION, Document
+from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.names import (
+    MOST,
+    Count,
+    DatasetName,
+    JobName,
+    Positive,
+    Sha256,
+    StoredPath,
+    TaskName,
+    Text,
+    Time,
+)
+from limbeck.storage_schemas.record import SPLITS, Split
 
 Bounds = tuple[Count, Count]
 

@@ -9,8 +9,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from storage_schemas.errors import CONTROLS, shown
-from storage_schemas.paths import INDEX, is_outside
+from limbeck.storage_schemas.errors import CONTROLS, shown
+from limbeck.storage_schemas.paths import INDEX, is_outside
 
 MOST = 2**63 - 1
 """The largest int64, as columns of ids hold them."""

@@ -5,14 +5,14 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from storage_schemas import paths
-from storage_schemas.canonical import digest
-from storage_schemas.documents import SCHEMA_VERSION, Document
-from storage_schemas.errors import UsageError, warn
-from storage_schemas.names import Count, Positive, Text, Time
-from storage_schemas.reading import read_all
-from storage_schemas.recipe import Condition, Guidance, Recipe, TeacherRecord
-from storage_schemas.store import Store
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.canonical import digest
+from limbeck.storage_schemas.documents import SCHEMA_VERSION, Document
+from limbeck.storage_schemas.errors import UsageError, warn
+from limbeck.storage_schemas.names import Count, Positive, Text, Time
+from limbeck.storage_schemas.reading import read_all
+from limbeck.storage_schemas.recipe import Condition, Guidance, Recipe, TeacherRecord
+from limbeck.storage_schemas.store import Store
 
 
 class CalibrationPoint(Document):

@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage_schemas.commit import FOOTER, Chunk, Commit, Task
-from storage_schemas.errors import CorruptShard, shown
-from storage_schemas.layout import Layout
-from storage_schemas.pages import Page, find_pages
-from storage_schemas.ranges import check_chunk, checksum, fetch
-from storage_schemas.record import Columns, Field
-from storage_schemas.store import Store
+from limbeck.storage_schemas.commit import FOOTER, Chunk, Commit, Task
+from limbeck.storage_schemas.errors import CorruptShard, shown
+from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.pages import Page, find_pages
+from limbeck.storage_schemas.ranges import check_chunk, checksum, fetch
+from limbeck.storage_schemas.record import Columns, Field
+from limbeck.storage_schemas.store import Store
 
 ROWS_PER_GROUP = 512
 _PLAIN = {"PLAIN", "RLE"}

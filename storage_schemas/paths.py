@@ -4,7 +4,7 @@ import re
 import secrets
 from pathlib import PurePosixPath
 
-from storage_schemas.errors import CONTROLS, StoreError, shown
+from limbeck.storage_schemas.errors import CONTROLS, StoreError, shown
 
 STORE = "store.json"
 NOT_LAYOUTS = ("recipe.json", "teacher", "conditions", "notes")

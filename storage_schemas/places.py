@@ -11,7 +11,7 @@ from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator
 
-from storage_schemas.errors import without_credentials
+from limbeck.storage_schemas.errors import without_credentials
 
 STORAGES = "file|local|memory|s3a?|gc?s|az|abfss?|https?|hf"
 _URI = re.compile(rf"((?i:{STORAGES})(?=:)|[A-Za-z][\w+.-]+(?=:/)):(/*)(.*)", re.DOTALL)

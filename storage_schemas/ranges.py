@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import xxhash
 
-from storage_schemas.backends import open_regular
-from storage_schemas.commit import Chunk, Commit
-from storage_schemas.cuts import watch
-from storage_schemas.errors import CorruptShard, StoreError
-from storage_schemas.store import MissingFile, Range, Store
+from limbeck.storage_schemas.backends import open_regular
+from limbeck.storage_schemas.commit import Chunk, Commit
+from limbeck.storage_schemas.cuts import watch
+from limbeck.storage_schemas.errors import CorruptShard, StoreError
+from limbeck.storage_schemas.store import MissingFile, Range, Store
 
 
 def fetch(store: Store, commit: Commit, chunks: Sequence[Chunk]) -> list[memoryview]:

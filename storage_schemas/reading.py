@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from storage_schemas.documents import Document
-from storage_schemas.errors import StoreError
-from storage_schemas.store import READ_THREADS, Store
+from limbeck.storage_schemas.documents import Document
+from limbeck.storage_schemas.errors import StoreError
+from limbeck.storage_schemas.store import READ_THREADS, Store
 
 D = TypeVar("D", bound=Document)
 

@@ -5,11 +5,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from storage_schemas import paths, record
-from storage_schemas.canonical import digest
-from storage_schemas.documents import Document
-from storage_schemas.names import Count, Positive, Samples, Sha256, Text
-from storage_schemas.record import StorageDtype
+from limbeck.storage_schemas import paths, record
+from limbeck.storage_schemas.canonical import digest
+from limbeck.storage_schemas.documents import Document
+from limbeck.storage_schemas.names import Count, Positive, Samples, Sha256, Text
+from limbeck.storage_schemas.record import StorageDtype
 
 Dimension = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
@@ -39,7 +39,7 @@ class TeacherRecord(Document):
 class Guidance(Document):
     """Classifier-free guidance. `scale` 1 is the conditional model in this convention.
 
-    Of several scales each sample has one, a pure function of (seed, split, id): diffusion.noise.guidance_scales.
+    Of several scales each sample has one, a pure function of (seed, split, id): guidance_scales of diffusion/noise.py.
     """
 
     scale: float | tuple[float, ...] = 1.0

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from storage_schemas.commit import Commit
-from storage_schemas.ids import merge_ranges
-from storage_schemas.record import Split
+from limbeck.storage_schemas.commit import Commit
+from limbeck.storage_schemas.ids import merge_ranges
+from limbeck.storage_schemas.record import Split
 
 SCHEMA = pa.schema(
     [

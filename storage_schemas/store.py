@@ -13,10 +13,10 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
-from storage_schemas import backends, paths
-from storage_schemas.documents import MOST_BYTES, SCHEMA_VERSION, Document
-from storage_schemas.errors import StoreError, without_credentials
-from storage_schemas.names import Attempt
+from limbeck.storage_schemas import backends, paths
+from limbeck.storage_schemas.documents import MOST_BYTES, SCHEMA_VERSION, Document
+from limbeck.storage_schemas.errors import StoreError, without_credentials
+from limbeck.storage_schemas.names import Attempt
 
 TRIES = 12
 LONGEST_PAUSE = 20.0
@@ -84,7 +84,7 @@ class Store:
         """An existing store."""
         store = cls(uri)
         if not store._is_there():
-            way = "`python -m pipeline generate` makes one"
+            way = "`limbeck generate` makes one"
             raise StoreError(f"{store.uri} is not a store (no {paths.STORE}): {store._foreign()}{way}")
         return store
 

@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from storage_schemas import paths
-from storage_schemas.errors import CorruptShard
-from storage_schemas.manifest import Manifest
-from storage_schemas.pages import stored_pages
-from storage_schemas.record import SPLITS, Split
-from storage_schemas.shards import SCHEMA, ShardTable, integers
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.errors import CorruptShard
+from limbeck.storage_schemas.manifest import Manifest
+from limbeck.storage_schemas.pages import stored_pages
+from limbeck.storage_schemas.record import SPLITS, Split
+from limbeck.storage_schemas.shards import SCHEMA, ShardTable, integers
 
 MOST_TABLE = 1 << 30
 """Bytes of a table's file: some millions of shards."""

@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from storage_schemas.claims import ids_of
-from storage_schemas.commit import ALL_COLUMNS, FOOTER, Chunk, Commit, Task
-from storage_schemas.errors import CorruptShard, shown
-from storage_schemas.layout import Layout
-from storage_schemas.ranges import check_chunk, checksum, fetch
-from storage_schemas.record import Columns, Field
-from storage_schemas.store import Store
+from limbeck.storage_schemas.claims import ids_of
+from limbeck.storage_schemas.commit import ALL_COLUMNS, FOOTER, Chunk, Commit, Task
+from limbeck.storage_schemas.errors import CorruptShard, shown
+from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.ranges import check_chunk, checksum, fetch
+from limbeck.storage_schemas.record import Columns, Field
+from limbeck.storage_schemas.store import Store
 
 ROWS_PER_BLOCK = 256
 BLOCK_BYTES = 64 << 20

@@ -6,14 +6,14 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from pipeline.__main__ import COMMANDS
-from pipeline.after.verify import check_dataset, check_manifest
-from pipeline.upkeep.prune import prune
-from storage_schemas.command_line import main
-from storage_schemas.commit import list_committed, list_records, read_commits
-from storage_schemas.dataset import Dataset, latest_number, open_dataset
-from storage_schemas.record import SPLITS
-from storage_schemas.store import Store
+from limbeck.pipeline.after.verify import check_dataset, check_manifest
+from limbeck.pipeline.upkeep.prune import prune
+from limbeck.storage_schemas.command_line import main
+from limbeck.storage_schemas.commit import list_committed, list_records, read_commits
+from limbeck.storage_schemas.dataset import Dataset, latest_number, open_dataset
+from limbeck.storage_schemas.program import COMMANDS
+from limbeck.storage_schemas.record import SPLITS
+from limbeck.storage_schemas.store import Store
 
 
 def assert_exactly_once(uri, *, count, holdout=0, name="main"):
@@ -34,7 +34,7 @@ def _check(store, uri, count, holdout, name):
     dataset = open_dataset(store, name)
     assert ids_of(dataset) == {"train": list(range(count)), "holdout": list(range(holdout))}
     assert check_dataset(dataset) == []
-    assert main("pipeline", COMMANDS, ["verify", str(uri), "--dataset", name]) == 0
+    assert main(COMMANDS, ["verify", str(uri), "--dataset", name]) == 0
     manifests = [open_dataset(store, name, number) for number in range(1, latest_number(store, name) + 1)]
     for sealed in manifests:
         assert check_manifest(sealed) == []

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from storage_schemas import paths
-from storage_schemas.dataset import latest_manifest, read_shard_table
-from storage_schemas.shards import Shard, ShardTable
-from storage_schemas.store import Store
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.dataset import latest_manifest, read_shard_table
+from limbeck.storage_schemas.shards import Shard, ShardTable
+from limbeck.storage_schemas.store import Store
 
 
 def rewrite(store: Store, path: str, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

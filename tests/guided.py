@@ -5,10 +5,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from diffusion.gaussian import GaussianTeacher
-from diffusion.models.checkpoint import Checkpoint, pack, widened
-from diffusion.models.teachers import builtin_checkpoint
-from diffusion.process import VE
+from limbeck.diffusion.gaussian import GaussianTeacher
+from limbeck.diffusion.models.checkpoint import Checkpoint, pack, widened
+from limbeck.diffusion.models.teachers import builtin_checkpoint
+from limbeck.diffusion.process import VE
 
 MEANS = (-1.0, 0.5, 2.0)
 """Of the classes; of the null label 0."""

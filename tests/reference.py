@@ -6,9 +6,8 @@ from typing import get_args
 
 from pydantic.fields import FieldInfo
 
-from pipeline.__main__ import COMMANDS
-from storage_schemas.command_line import Command, Config
-from trainer.__main__ import commands
+from limbeck.storage_schemas.command_line import Command, Config
+from limbeck.storage_schemas.program import COMMANDS
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- options: made by tests/reference.py -->\n", "<!-- end of options -->\n"
@@ -17,10 +16,9 @@ BEGIN, END = "<!-- options: made by tests/reference.py -->\n", "<!-- end of opti
 def reference() -> str:
     """One table for each command of both programs. A command that has all of another's options lists only its own."""
     tables = []
-    for program, words in (("pipeline", COMMANDS), ("trainer", commands(None))):
-        for name, command in words.items():
-            base = next((one for one in words if _extends(command.config, words[one].config)), None)
-            tables.append(_table(f"python -m {program} {name}", command, base, words[base].config if base else None))
+    for name, command in COMMANDS.items():
+        base = next((one for one in COMMANDS if _extends(command.config, COMMANDS[one].config)), None)
+        tables.append(_table(f"limbeck {name}", command, base, COMMANDS[base].config if base else None))
     return "\n".join(tables)
 
 

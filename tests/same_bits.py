@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).parents[1]
+PARTS = ("diffusion", "pipeline", "storage_schemas", "trainer")
 SOLVERS = ("ddim", "heun", "rk4", "ab2", "dpmpp_2m", "dpmpp_3m")
 FORMATS = {
     "parquet": "",
@@ -69,10 +70,14 @@ def lines(clone: Path, scratch: Path) -> Iterator[str]:
 
 
 def _run(clone: Path, words: str) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(clone)}
-    done = subprocess.run(
-        [sys.executable, "-m", *words.split()], cwd=clone, env=environment, capture_output=True, text=True, check=False
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        for part in PARTS:  # the clone's, whatever is installed
+            (Path(folder) / "limbeck").mkdir(exist_ok=True)
+            (Path(folder) / "limbeck" / part).symlink_to(clone / part)
+        paths = os.pathsep.join([folder, str(clone)])
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
+        command = [sys.executable, "-m", *words.split()]
+        done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"python -m {words}\n{done.stdout}{done.stderr}")
 

@@ -15,23 +15,20 @@ class Blocked:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Blocked())
 sys.path.insert(0, {str(ROOT)!r})
-from pipeline.__main__ import COMMANDS
-from storage_schemas.command_line import main
-from trainer.__main__ import commands
+from limbeck.storage_schemas.command_line import main
+from limbeck.storage_schemas.program import COMMANDS
 """
 EVERY_HELP = """
 import contextlib, io
-for program, words in (("pipeline", COMMANDS), ("trainer", commands(None))):
-    assert main(program, words, ["--help"]) == 0
-    assert main(program, words, ["fitt"]) == 2
-    for name in words:
-        with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.suppress(SystemExit):
-            main(program, words, [name, "--help"])
-        assert "--help" in told.getvalue(), name
+assert main(COMMANDS, ["--help"]) == 0
+assert main(COMMANDS, ["fitt"]) == 2
+for name in COMMANDS:
+    with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.suppress(SystemExit):
+        main(COMMANDS, [name, "--help"])
+    assert "--help" in told.getvalue(), name
 """
 ONE = """
-program, *words = sys.argv[1:]
-sys.exit(main(program, COMMANDS if program == "pipeline" else commands(words[0]), words))
+sys.exit(main(COMMANDS, sys.argv[1:]))
 """
 
 
@@ -48,15 +45,15 @@ def test_every_help_and_a_typing_error_need_no_extra(tmp_path):
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("trainer report e --out r", "a plot needs matplotlib, which is not installed: pip install 'limbeck[trainer]'"),
-        ("trainer evaluate r --data p", "pip install 'limbeck[trainer]'"),
-        ("trainer classifier --out c", "sklearn:digits needs scikit-learn, which is not installed: pip"),
-        ("trainer fit --out r --data s3://bucket/x", "s3:// needs s3fs, which is not installed: pip"),
+        ("report e --out r", "a plot needs matplotlib, which is not installed: pip install 'limbeck[trainer]'"),
+        ("evaluate r --data p", "pip install 'limbeck[trainer]'"),
+        ("classifier --out c", "sklearn:digits needs scikit-learn, which is not installed: pip"),
+        ("fit --out r --data s3://bucket/x", "s3:// needs s3fs, which is not installed: pip"),
         (
-            "pipeline calibrate --teacher builtin:gaussian --picture a.png",
+            "calibrate --teacher builtin:gaussian --picture a.png",
             "--picture needs matplotlib, which is not installed: pip install 'limbeck[pipeline]'",
         ),
-        ("pipeline generate --teacher builtin:gaussian --count 8 --store s", "pip install 'limbeck[pipeline]', or use"),
+        ("generate --teacher builtin:gaussian --count 8 --store s", "pip install 'limbeck[pipeline]', or use"),
     ],
 )
 def test_a_command_whose_extra_is_missing_says_so_in_one_line(line, told, tmp_path):

@@ -5,77 +5,70 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.__main__ import COMMANDS
-from storage_schemas.command_line import parse
-from storage_schemas.errors import UsageError
-from trainer.__main__ import commands
+from limbeck.storage_schemas.command_line import parse
+from limbeck.storage_schemas.errors import UsageError
+from limbeck.storage_schemas.program import COMMANDS
 
-CONFIGS = {
-    f"{program} {name}": command.config
-    for program, words in (("pipeline", COMMANDS), ("trainer", commands(None)))
-    for name, command in words.items()
-}
 JOB = "--teacher builtin:digits --count 8"
-GENERATE = f"pipeline generate {JOB} --store s"
-DENOISE = "trainer fit --out r --objective.name denoising"
-DMD = "trainer fit --out r --data p --objective.name dmd"
-LPIPS = "trainer fit --out r --data p --objective.distance lpips"
-EVALUATE = "trainer evaluate run --data p"
+GENERATE = f"generate {JOB} --store s"
+DENOISE = "fit --out r --objective.name denoising"
+DMD = "fit --out r --data p --objective.name dmd"
+LPIPS = "fit --out r --data p --objective.distance lpips"
+EVALUATE = "evaluate run --data p"
 
 STORES = [
-    (f"pipeline generate {JOB}", "--store"),
-    (f"pipeline regenerate {JOB}", "--store"),
-    (f"pipeline plan {JOB}", "--store"),
-    (f"pipeline progressive {JOB} --out r", "--store"),
-    *((f"pipeline {name}", "store") for name in ("verify", "inspect", "status", "prune")),
-    ("pipeline convert --to parquet", "store"),
-    ("pipeline reproduce --sample 1", "store"),
-    ("pipeline submit", "--working-dir"),
-    ("trainer fit --out r", "--data"),
-    ("trainer fit --out r --data p", "--checkpoints"),
-    ("trainer evaluate run", "--data"),
-    ("trainer shuffle", "--data"),
+    (f"generate {JOB}", "--store"),
+    (f"regenerate {JOB}", "--store"),
+    (f"plan {JOB}", "--store"),
+    (f"progressive {JOB} --out r", "--store"),
+    *((f"{name}", "store") for name in ("verify", "inspect", "status", "prune")),
+    ("convert --to parquet", "store"),
+    ("reproduce --sample 1", "store"),
+    ("submit", "--working-dir"),
+    ("fit --out r", "--data"),
+    ("fit --out r --data p", "--checkpoints"),
+    ("evaluate run", "--data"),
+    ("shuffle", "--data"),
 ]
 SOURCES = [
-    ("pipeline generate --count 8 --store s", "--teacher"),
-    ("pipeline calibrate", "--teacher"),
-    ("pipeline progressive --count 8 --store s --out r", "--teacher"),
-    ("pipeline verify s --audit 4", "--teacher"),
-    ("pipeline reproduce s --sample 1", "--teacher"),
+    ("generate --count 8 --store s", "--teacher"),
+    ("calibrate", "--teacher"),
+    ("progressive --count 8 --store s --out r", "--teacher"),
+    ("verify s --audit 4", "--teacher"),
+    ("reproduce s --sample 1", "--teacher"),
     (DENOISE, "--images"),
-    ("trainer fit --out r --data p", "--init"),
+    ("fit --out r --data p", "--init"),
     (DMD, "--teacher.uri"),
     (EVALUATE, "--images"),
     (EVALUATE, "--teacher"),
-    ("trainer classifier --out c", "--images"),
+    ("classifier --out c", "--images"),
 ]
 LOCAL = [
-    (f"pipeline progressive {JOB} --store s", "--out"),
+    (f"progressive {JOB} --store s", "--out"),
     (GENERATE, "--calibration"),
-    ("pipeline calibrate --teacher builtin:digits", "--out"),
-    ("pipeline calibrate --teacher builtin:digits", "--picture"),
-    ("pipeline inspect s", "--picture"),
-    ("pipeline inspect s --lineage", "--student"),
-    ("trainer fit --data p", "--out"),
-    ("trainer fit --data p --out r", "--cache-folder"),
+    ("calibrate --teacher builtin:digits", "--out"),
+    ("calibrate --teacher builtin:digits", "--picture"),
+    ("inspect s", "--picture"),
+    ("inspect s --lineage", "--student"),
+    ("fit --data p", "--out"),
+    ("fit --data p --out r", "--cache-folder"),
     (LPIPS, "--objective.lpips"),
-    ("trainer sample --nfe 1 --out a.png", "run"),
-    ("trainer sample run --nfe 1", "--out"),
-    ("trainer sample run --nfe 1", "--tensors"),
-    ("trainer evaluate --data p", "runs"),
+    ("sample --nfe 1 --out a.png", "run"),
+    ("sample run --nfe 1", "--out"),
+    ("sample run --nfe 1", "--tensors"),
+    ("evaluate --data p", "runs"),
     (EVALUATE, "--out"),
     (EVALUATE, "--classifier"),
-    ("trainer report e", "--out"),
-    ("trainer report --out r", "evaluations"),
-    ("trainer classifier", "--out"),
+    ("report e", "--out"),
+    ("report --out r", "evaluations"),
+    ("classifier", "--out"),
 ]
 
 
 def read(line, option, value):
-    program, name, *words = line.split()
-    config = CONFIGS[f"{program} {name}"]
+    name, *words = line.split()
     given = [f"{option}={value}", *words] if option.startswith("--") else [value, *words]
-    found = parse(config, given, program=name)
+    found = parse(COMMANDS[name].config, given, program=name)
     for part in option.removeprefix("--").replace("-", "_").split("."):
         found = getattr(found, part)
     return found
@@ -99,12 +92,12 @@ def test_a_tilde_is_the_home_folder(line, option):
     assert found in ("/home/ada/x/y", Path("/home/ada/x/y"), (Path("/home/ada/x/y"),))
 
 
-@pytest.mark.parametrize(("line", "option"), [STORES[0], (f"pipeline progressive {JOB} --store s", "--out")])
+@pytest.mark.parametrize(("line", "option"), [STORES[0], (f"progressive {JOB} --store s", "--out")])
 def test_a_tilde_in_yaml_is_the_home_folder(line, option, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "job.yaml").write_text(f"{option.removeprefix('--')}: ~/x/y\n")
-    program, name, *words = line.split()
-    found = parse(CONFIGS[f"{program} {name}"], [*words, "--config=~/job.yaml"], program=name)
+    name, *words = line.split()
+    found = parse(COMMANDS[name].config, [*words, "--config=~/job.yaml"], program=name)
     assert str(getattr(found, option.removeprefix("--"))) == str(tmp_path / "x/y")
 
 

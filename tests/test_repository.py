@@ -15,17 +15,15 @@ import pytest
 import torch
 from packaging.version import Version
 
-from pipeline.__main__ import COMMANDS
-from storage_schemas.command_line import Command, main, parse
-from storage_schemas.dataset import open_dataset
-from storage_schemas.record import from_storage
-from storage_schemas.store import Store
+from limbeck.storage_schemas.command_line import main, parse
+from limbeck.storage_schemas.dataset import open_dataset
+from limbeck.storage_schemas.program import COMMANDS
+from limbeck.storage_schemas.record import from_storage
+from limbeck.storage_schemas.store import Store
 from tests.reference import with_reference
-from trainer.__main__ import commands
 
 ROOT = Path(__file__).parents[1]
 README, SECURITY = ((ROOT / name).read_text() for name in ("README.md", "SECURITY.md"))
-PROGRAMS: dict[str, dict[str, Command]] = {"pipeline": COMMANDS, "trainer": commands(None)}
 
 
 def code_blocks(language, text=README):
@@ -33,21 +31,21 @@ def code_blocks(language, text=README):
 
 
 def readme_commands(text=README):
-    """(program, words) of every `python -m pipeline|trainer ...` line of a README."""
+    """The words of every `limbeck ...` line of a README."""
     lines = re.sub(r"\\\n\s*", " ", "\n".join(code_blocks("bash", text))).splitlines()
-    found = [re.match(r"python -m (pipeline|trainer) (.*)", line.split("  #")[0]) for line in lines]
-    return [(match[1], match[2].split()) for match in found if match]
+    found = [re.match(r"limbeck (.*)", line.split("  #")[0]) for line in lines]
+    return [match[1].split() for match in found if match]
 
 
 DEPLOY = (ROOT / "deploy" / "README.md").read_text()
 
 
-@pytest.mark.parametrize(("program", "words"), readme_commands() + readme_commands(DEPLOY), ids=lambda value: value[0])
-def test_a_command_of_the_readme_parses(program, words, tmp_path):
+@pytest.mark.parametrize("words", readme_commands() + readme_commands(DEPLOY), ids=lambda words: words[0])
+def test_a_command_of_the_readme_parses(words, tmp_path):
     (rounds,) = code_blocks("yaml")
     (tmp_path / "rounds.yaml").write_text(rounds)
     command, *options = [str(tmp_path / word) if word == "rounds.yaml" else word for word in words]
-    parse(PROGRAMS[program][command].config, options, program=program)
+    parse(COMMANDS[command].config, options, program=command)
 
 
 @pytest.mark.parametrize("turn", [1, 2])
@@ -59,7 +57,7 @@ def test_a_test_draws_the_same_whichever_ran_before_it(turn):
 
 
 def test_the_readme_shows_every_part_of_the_main_job():
-    assert {words[0] for _, words in readme_commands()} >= {
+    assert {words[0] for words in readme_commands()} >= {
         "generate",
         "verify",
         "inspect",
@@ -97,7 +95,7 @@ def run_blocks(*languages: str, teacher: str, dtype: str = "float16") -> dict[st
     small = f"--teacher {teacher} --count 60 --holdout 20 --solver.steps 2 --samples-per-shard 32 --micro-batch 32"
     small = f"{small} --dtype {dtype}"
     for store in ("pairs", "pairs-tar --format webdataset"):
-        assert main("pipeline", COMMANDS, f"generate --runner local {small} --store {store}".split()) == 0
+        assert main(COMMANDS, f"generate --runner local {small} --store {store}".split()) == 0
     names: dict[str, object] = {}
     for language in languages:
         for block in code_blocks(language):
@@ -138,14 +136,16 @@ def test_ray_data_and_datasets_read_our_shards_as_the_readme_says(tmp_path, monk
         names["ray"].shutdown()
 
 
-@pytest.mark.parametrize("package", ["diffusion", "storage_schemas", "trainer.stream", "trainer.fit"])
+@pytest.mark.parametrize(
+    "package", ["limbeck.diffusion", "limbeck.storage_schemas", "limbeck.trainer.stream", "limbeck.trainer.fit"]
+)
 def test_the_trainer_needs_no_ray(package):
-    program = f"import sys; sys.modules.update(ray=None, pipeline=None); import {package}"
+    program = f"import sys; sys.modules.update({{'ray': None, 'limbeck.pipeline': None}}); import {package}"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 def test_importing_the_pipeline_does_not_import_ray():
-    program = "import sys, pipeline.__main__; sys.exit('ray' in sys.modules)"
+    program = "import sys, limbeck.pipeline.__main__; sys.exit('ray' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 

@@ -1,6 +1,6 @@
 """A small classifier of real images: its penultimate layer is the space in which Frechet distances are taken.
 
-    python -m trainer classifier --out trainer/builtin/digits_classifier
+    limbeck classifier --out trainer/builtin/digits_classifier
 
 fits it on the train half of an image source, and says its accuracy on the reference half. The one for sklearn:digits
 is in the package. The folder is a native checkpoint (diffusion/models/checkpoint.py) of kind "classifier".
@@ -15,15 +15,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffusion.models import checkpoint
-from diffusion.models.checkpoint import Checkpoint
-from diffusion.models.spec import usable
-from diffusion.recipes.devices import pick_device
-from storage_schemas.command_line import Config
-from storage_schemas.errors import UsageError, usage_errors
-from storage_schemas.images import KINDS, num_classes
-from storage_schemas.places import LocalPath, Source
-from trainer.reading.images import load_images
+from limbeck.diffusion.models import checkpoint
+from limbeck.diffusion.models.checkpoint import Checkpoint
+from limbeck.diffusion.models.spec import usable
+from limbeck.diffusion.recipes.devices import pick_device
+from limbeck.storage_schemas.command_line import Config
+from limbeck.storage_schemas.errors import UsageError, usage_errors
+from limbeck.storage_schemas.images import KINDS, num_classes
+from limbeck.storage_schemas.places import LocalPath, Source
+from limbeck.trainer.reading.images import load_images
 
 _AT_ONCE = 1024
 _BUILTIN = Path(__file__).parent / "builtin"
@@ -139,7 +139,7 @@ def load_classifier(folder: str | Path) -> tuple[Classifier, Checkpoint]:
     """A saved classifier, in evaluation mode and without gradients, and its checkpoint."""
     saved = checkpoint.load(folder)
     if saved.model.get("kind") != "classifier":
-        raise UsageError(f"{folder} is a {saved.model.get('kind')!r} model; name one of python -m trainer classifier")
+        raise UsageError(f"{folder} is a {saved.model.get('kind')!r} model; name one of limbeck classifier")
     classifier = checkpoint.filled(lambda: _build(saved.model), saved)
     assert isinstance(classifier, Classifier)
     return classifier.eval().requires_grad_(False), saved
@@ -178,6 +178,6 @@ def _lineage(config: ClassifierConfig) -> dict[str, Any]:
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
     return {
         "seed": config.seed,
-        "command": f"python -m trainer classifier --out FOLDER {flags}",
+        "command": f"limbeck classifier --out FOLDER {flags}",
         "licence": _LICENCES.get(config.images, f"Fitted on {config.images}; its licence is that of its source."),
     }

@@ -1,18 +1,18 @@
-"""Options of `python -m trainer fit`."""
+"""Options of `limbeck fit`."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from storage_schemas.command_line import Config
-from storage_schemas.images import KINDS
-from storage_schemas.places import LocalPath, Source, StorePlace
-from trainer.networks.options import CriticConfig, DtypeName, NetworkConfig, PredictionName, TeacherConfig
-from trainer.objectives.kind import Kind, Options
-from trainer.objectives.options import ObjectiveConfig
-from trainer.objectives.table import WITH_CRITIC
-from trainer.reading.order import default_batch
+from limbeck.storage_schemas.command_line import Config
+from limbeck.storage_schemas.images import KINDS
+from limbeck.storage_schemas.places import LocalPath, Source, StorePlace
+from limbeck.trainer.networks.options import CriticConfig, DtypeName, NetworkConfig, PredictionName, TeacherConfig
+from limbeck.trainer.objectives.kind import Kind, Options
+from limbeck.trainer.objectives.options import ObjectiveConfig
+from limbeck.trainer.objectives.table import WITH_CRITIC
+from limbeck.trainer.reading.order import default_batch
 
 ProcessName = Literal["ve", "linear_vp", "cosine_vp", "rectified_flow"]
 

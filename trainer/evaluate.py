@@ -1,4 +1,4 @@
-"""`python -m trainer evaluate`: students beside their teacher's own solvers, at the same number of network calls."""
+"""`limbeck evaluate`: students beside their teacher's own solvers, at the same number of network calls."""
 
 import json
 import platform
@@ -12,26 +12,26 @@ import tyro
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from diffusion.models.teachers import Teacher
-from diffusion.recipes.devices import pick_device
-from diffusion.recipes.grid import recipe_nfe
-from diffusion.recipes.teacher import TeacherSource
-from storage_schemas.command_line import Config
-from storage_schemas.dataset import Dataset, open_dataset
-from storage_schemas.errors import UsageError, UserError, usage_errors
-from storage_schemas.images import KINDS
-from storage_schemas.places import LocalPath, Source, StorePlace
-from storage_schemas.recipe import Recipe
-from storage_schemas.store import Store
-from trainer.classifier import load_classifier, shipped_classifier, shipped_image_source
-from trainer.evaluation.contenders import Contender, students, teacher_solvers
-from trainer.evaluation.costs import Costs, student_costs
-from trainer.evaluation.holdout import Pairs, read_pairs
-from trainer.evaluation.metrics import Frechet, Neighbours, holdout_error, sliced_wasserstein, variance
-from trainer.evaluation.plots import check_plots, plot_quality
-from trainer.evaluation.sampling import Way
-from trainer.evaluation.tables import show, terminal
-from trainer.reading.images import load_images
+from limbeck.diffusion.models.teachers import Teacher
+from limbeck.diffusion.recipes.devices import pick_device
+from limbeck.diffusion.recipes.grid import recipe_nfe
+from limbeck.diffusion.recipes.teacher import TeacherSource
+from limbeck.storage_schemas.command_line import Config
+from limbeck.storage_schemas.dataset import Dataset, open_dataset
+from limbeck.storage_schemas.errors import UsageError, UserError, usage_errors
+from limbeck.storage_schemas.images import KINDS
+from limbeck.storage_schemas.places import LocalPath, Source, StorePlace
+from limbeck.storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.store import Store
+from limbeck.trainer.classifier import load_classifier, shipped_classifier, shipped_image_source
+from limbeck.trainer.evaluation.contenders import Contender, students, teacher_solvers
+from limbeck.trainer.evaluation.costs import Costs, student_costs
+from limbeck.trainer.evaluation.holdout import Pairs, read_pairs
+from limbeck.trainer.evaluation.metrics import Frechet, Neighbours, holdout_error, sliced_wasserstein, variance
+from limbeck.trainer.evaluation.plots import check_plots, plot_quality
+from limbeck.trainer.evaluation.sampling import Way
+from limbeck.trainer.evaluation.tables import show, terminal
+from limbeck.trainer.reading.images import load_images
 
 _MOST = 2048
 
@@ -54,7 +54,7 @@ class EvaluateConfig(Config):
         None, description=f"Real images to compare with: {KINDS}; default: by the sample shape."
     )
     classifier: LocalPath | None = Field(
-        None, description="Folder of a classifier (python -m trainer classifier); default: the shipped one."
+        None, description="Folder of a classifier (limbeck classifier); default: the shipped one."
     )
     teacher: Source | None = Field(None, description="Teacher's URI; default: the store's own, or one that is shipped.")
     out: LocalPath | None = Field(None, description="Folder for evaluation.json and .png; default: the first run's.")

@@ -1,4 +1,4 @@
-"""`python -m trainer fit`: stages of optimizer steps, from a plan to a saved model, on one process or many."""
+"""`limbeck fit`: stages of optimizer steps, from a plan to a saved model, on one process or many."""
 
 import math
 import signal
@@ -7,26 +7,26 @@ from typing import Any
 
 import torch
 
-from diffusion.flow_map import FlowMap
-from storage_schemas.errors import UserError, usage_errors
-from trainer.config import FitConfig
-from trainer.loop import Stepper, StopRequest, check_device, step_seed, stop_on_signals
-from trainer.objectives.kind import Stage
-from trainer.planning.follow import Following
-from trainer.planning.models import Models
-from trainer.planning.plan import Plan
-from trainer.planning.start import Claim, check_launch, gather, make_plan, start_or_go_on
-from trainer.ranks import Ranks, join_ranks
-from trainer.reading.content import check_division
-from trainer.reading.order import default_lanes
-from trainer.runs.advice import advice_of
-from trainer.runs.checkpoints import Checkpoints, Found
-from trainer.runs.logs import NoLog, RunLog
-from trainer.runs.meter import Figures, Meter
-from trainer.runs.pins import Pins
-from trainer.runs.place import BEST, METRICS, Place
-from trainer.runs.record import RunRecord, as_begun, where
-from trainer.stream import Stream
+from limbeck.diffusion.flow_map import FlowMap
+from limbeck.storage_schemas.errors import UserError, usage_errors
+from limbeck.trainer.config import FitConfig
+from limbeck.trainer.loop import Stepper, StopRequest, check_device, step_seed, stop_on_signals
+from limbeck.trainer.objectives.kind import Stage
+from limbeck.trainer.planning.follow import Following
+from limbeck.trainer.planning.models import Models
+from limbeck.trainer.planning.plan import Plan
+from limbeck.trainer.planning.start import Claim, check_launch, gather, make_plan, start_or_go_on
+from limbeck.trainer.ranks import Ranks, join_ranks
+from limbeck.trainer.reading.content import check_division
+from limbeck.trainer.reading.order import default_lanes
+from limbeck.trainer.runs.advice import advice_of
+from limbeck.trainer.runs.checkpoints import Checkpoints, Found
+from limbeck.trainer.runs.logs import NoLog, RunLog
+from limbeck.trainer.runs.meter import Figures, Meter
+from limbeck.trainer.runs.pins import Pins
+from limbeck.trainer.runs.place import BEST, METRICS, Place
+from limbeck.trainer.runs.record import RunRecord, as_begun, where
+from limbeck.trainer.stream import Stream
 
 __all__ = ["FitConfig", "run_fit"]
 

@@ -12,10 +12,10 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from trainer.config import FitConfig
-from trainer.networks.networks import Networks
-from trainer.ranks import Loss, Ranks, held_back, replicated
-from trainer.stream import Batch
+from limbeck.trainer.config import FitConfig
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.ranks import Loss, Ranks, held_back, replicated
+from limbeck.trainer.stream import Batch
 
 LossOf = Callable[[Networks, Batch], Tensor]
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}

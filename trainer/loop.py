@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from diffusion.denoiser import Denoiser
-from diffusion.flow_map import FlowMap
-from trainer.config import FitConfig
-from trainer.learner import Average, Learner, frozen
-from trainer.networks.networks import Networks
-from trainer.objectives.kind import AlternatingObjective, Objective
-from trainer.ranks import Ranks, send_first, share_out
-from trainer.stream import Batch
+from limbeck.diffusion.denoiser import Denoiser
+from limbeck.diffusion.flow_map import FlowMap
+from limbeck.trainer.config import FitConfig
+from limbeck.trainer.learner import Average, Learner, frozen
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.objectives.kind import AlternatingObjective, Objective
+from limbeck.trainer.ranks import Ranks, send_first, share_out
+from limbeck.trainer.stream import Batch
 
 
 def step_seed(seed: int, step: int) -> int:

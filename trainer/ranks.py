@@ -1,8 +1,8 @@
 """Several processes as one trainer: their ranks, their messages, and how the student is spread over them.
 
-`torchrun --nproc-per-node N -m trainer fit ...` starts N processes, one a GPU, and says in their environment which
-rank each is; without it there is one. "ddp": each holds the whole student. "fsdp": each holds a share of its weights,
-of their average and of the optimizer's state (PyTorch's FSDP2), and a layer is gathered when it is needed.
+`torchrun --nproc-per-node N -m limbeck.trainer fit ...` starts N processes, one a GPU, and says in their environment
+which rank each is; without it there is one. "ddp": each holds the whole student. "fsdp": each holds a share of its
+weights, of their average and of the optimizer's state (PyTorch's FSDP2); a layer is gathered when it is needed.
 
 Collective, i.e. called by every rank, in the same order, or not at all: all methods of Ranks but `found_by_first`.
 """
@@ -25,8 +25,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from diffusion.recipes.devices import pick_device
-from storage_schemas.errors import UserError, usage_errors
+from limbeck.diffusion.recipes.devices import pick_device
+from limbeck.storage_schemas.errors import UserError, usage_errors
 
 # How long a rank waits for the others, which may be reading, validating or saving.
 TIMEOUT = timedelta(minutes=15)

@@ -1,4 +1,4 @@
-"""`python -m trainer report`: evaluations of the same contenders, such as fits of several seeds, as one table."""
+"""`limbeck report`: evaluations of the same contenders, such as fits of several seeds, as one table."""
 
 import json
 import math
@@ -11,11 +11,11 @@ from typing import Annotated, Any
 import tyro
 from pydantic import Field, model_validator
 
-from storage_schemas.command_line import Config
-from storage_schemas.errors import ManifestMismatch, UsageError
-from storage_schemas.places import LocalPath
-from trainer.evaluation.plots import check_plots, plot_quality
-from trainer.evaluation.tables import markdown, show, terminal
+from limbeck.storage_schemas.command_line import Config
+from limbeck.storage_schemas.errors import ManifestMismatch, UsageError
+from limbeck.storage_schemas.places import LocalPath
+from limbeck.trainer.evaluation.plots import check_plots, plot_quality
+from limbeck.trainer.evaluation.tables import markdown, show, terminal
 
 _FIGURES = ("holdout_error", "sliced_wasserstein", "frechet", "density", "coverage")
 _SAME = ("count", "recipe", "reference", "output_variance", "floor")
@@ -66,7 +66,7 @@ def _read(path: Path) -> dict[str, Any]:
             return {**evaluation, "file": str(file)}
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise UsageError(f"{file} is no evaluation of this release's; make one by python -m trainer evaluate")
+    raise UsageError(f"{file} is no evaluation of this release's; make one by limbeck evaluate")
 
 
 def put_together(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`python -m trainer sample`: new samples of a student, as a picture and as tensors."""
+"""`limbeck sample`: new samples of a student, as a picture and as tensors."""
 
 import math
 from pathlib import Path
@@ -11,15 +11,15 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import pad
 
-from diffusion import noise
-from diffusion.models.checkpoint import Checkpoint
-from diffusion.recipes.devices import pick_device
-from storage_schemas.command_line import Config
-from storage_schemas.errors import UsageError, usage_errors
-from storage_schemas.extras import need
-from storage_schemas.places import LocalPath
-from trainer.evaluation.sampling import FewSteps, Way, few_steps, noises_of
-from trainer.networks.student import check_finite, find_student, takes_labels
+from limbeck.diffusion import noise
+from limbeck.diffusion.models.checkpoint import Checkpoint
+from limbeck.diffusion.recipes.devices import pick_device
+from limbeck.storage_schemas.command_line import Config
+from limbeck.storage_schemas.errors import UsageError, usage_errors
+from limbeck.storage_schemas.extras import need
+from limbeck.storage_schemas.places import LocalPath
+from limbeck.trainer.evaluation.sampling import FewSteps, Way, few_steps, noises_of
+from limbeck.trainer.networks.student import check_finite, find_student, takes_labels
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -1,4 +1,4 @@
-"""`python -m trainer shuffle`: how near an order is to a full random shuffle, and how few shards it needs at a time."""
+"""`limbeck shuffle`: how near an order is to a full random shuffle, and how few shards it needs at a time."""
 
 import json
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ from pydantic import Field, model_validator
 from rich.console import Console
 from rich.table import Table
 
-from storage_schemas.command_line import Config
-from storage_schemas.dataset import open_dataset
-from storage_schemas.errors import UsageError, usage_errors
-from storage_schemas.ids import IdSet, id_set
-from storage_schemas.places import StorePlace
-from storage_schemas.store import Store
-from trainer.reading.blocks import Blocks
-from trainer.reading.order import Ints, Lanes, default_batch, default_block, default_lanes, default_window
+from limbeck.storage_schemas.command_line import Config
+from limbeck.storage_schemas.dataset import open_dataset
+from limbeck.storage_schemas.errors import UsageError, usage_errors
+from limbeck.storage_schemas.ids import IdSet, id_set
+from limbeck.storage_schemas.places import StorePlace
+from limbeck.storage_schemas.store import Store
+from limbeck.trainer.reading.blocks import Blocks
+from limbeck.trainer.reading.order import Ints, Lanes, default_batch, default_block, default_lanes, default_window
 
 
 class ShuffleConfig(Config):

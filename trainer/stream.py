@@ -18,16 +18,16 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.utils.data import IterableDataset, get_worker_info
 
-from storage_schemas.dataset import Dataset, open_dataset
-from storage_schemas.ids import merge_ranges
-from storage_schemas.record import Split
-from storage_schemas.store import Store
-from trainer.reading.ahead import Ahead
-from trainer.reading.batch import Batch, BatchShape, DeviceRing, Packed, Ring
-from trainer.reading.chunks import Reading
-from trainer.reading.content import ArraySource, Cursor, Source, check_division, resumed, start
-from trainer.reading.filler import Filler, Follow, LoadedWindow, Made, load_windows, objective_uniforms
-from trainer.reading.shards import ShardSource
+from limbeck.storage_schemas.dataset import Dataset, open_dataset
+from limbeck.storage_schemas.ids import merge_ranges
+from limbeck.storage_schemas.record import Split
+from limbeck.storage_schemas.store import Store
+from limbeck.trainer.reading.ahead import Ahead
+from limbeck.trainer.reading.batch import Batch, BatchShape, DeviceRing, Packed, Ring
+from limbeck.trainer.reading.chunks import Reading
+from limbeck.trainer.reading.content import ArraySource, Cursor, Source, check_division, resumed, start
+from limbeck.trainer.reading.filler import Filler, Follow, LoadedWindow, Made, load_windows, objective_uniforms
+from limbeck.trainer.reading.shards import ShardSource
 
 __all__ = ["ArraySource", "Batch", "Source", "Stream", "TrajectoryStream", "objective_uniforms"]
 

@@ -52,4 +52,4 @@ USER 1000:1000
 WORKDIR /home/limbeck
 # tini hands signals on and collects Ray's orphans. KubeRay puts its own command in the place of both.
 ENTRYPOINT ["tini", "--"]
-CMD ["python", "-m", "pipeline", "--help"]
+CMD ["limbeck", "--help"]

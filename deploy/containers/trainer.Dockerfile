@@ -52,4 +52,4 @@ USER 1000:1000
 WORKDIR /home/limbeck
 # tini hands SIGTERM on to torchrun, which hands it on to its processes: the trainer saves first.
 ENTRYPOINT ["tini", "--"]
-CMD ["python", "-m", "trainer", "--help"]
+CMD ["limbeck", "--help"]

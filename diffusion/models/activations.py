@@ -5,8 +5,8 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from diffusion.models.networks import ResidualMLP
-from diffusion.models.unet import DiffusersUNet2D
+from limbeck.diffusion.models.networks import ResidualMLP
+from limbeck.diffusion.models.unet import DiffusersUNet2D
 
 
 def checkpoint_activations(module: nn.Module) -> None:

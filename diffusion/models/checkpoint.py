@@ -23,10 +23,10 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from diffusion.models.description import LONGEST, check_model, described
-from diffusion.models.header import LONGEST as LONGEST_HEADER
-from diffusion.models.header import check_holds, names_of, shapes_in
-from diffusion.models.spec import CLOSED_FORMS, model_from_spec
+from limbeck.diffusion.models.description import LONGEST, check_model, described
+from limbeck.diffusion.models.header import LONGEST as LONGEST_HEADER
+from limbeck.diffusion.models.header import check_holds, names_of, shapes_in
+from limbeck.diffusion.models.spec import CLOSED_FORMS, model_from_spec
 
 MODEL_FILE, WEIGHTS_FILE = "model.json", "model.safetensors"
 

@@ -5,11 +5,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from diffusion.models.checkpoint import Checkpoint, pack
-from diffusion.models.schedulers import check_class, check_fields
-from diffusion.models.spec import model_from_spec, process_spec
-from diffusion.models.unet import import_diffusers
-from diffusion.process import DiscreteVP
+from limbeck.diffusion.models.checkpoint import Checkpoint, pack
+from limbeck.diffusion.models.schedulers import check_class, check_fields
+from limbeck.diffusion.models.spec import model_from_spec, process_spec
+from limbeck.diffusion.models.unet import import_diffusers
+from limbeck.diffusion.process import DiscreteVP
 
 _PATIENCE = 5.0
 """Seconds for the hub's first answer."""

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion.models.embeddings import FourierTime, JointCoefficients, scalar_embedding, zeroed
-from diffusion.models.unet import DiffusersUNet2D
+from limbeck.diffusion.models.embeddings import FourierTime, JointCoefficients, scalar_embedding, zeroed
+from limbeck.diffusion.models.unet import DiffusersUNet2D
 
 
 class ResidualBlock(nn.Module):

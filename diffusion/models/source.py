@@ -9,10 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-_HERE = Path(__file__).resolve().parents[1]
-_OURS = tuple(_HERE / name for name in ("diffusion", "pipeline", "storage_schemas", "trainer"))
-"""What a recipe's numerics_version stands for."""
-
 _INSTALLED = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")}
 
 
@@ -42,7 +38,7 @@ def _imported(module: ModuleType) -> dict[str, str]:
     waiting = [file, *_files_of(root, module.__name__)]
     while waiting:
         path = waiting.pop()
-        if path in found or not path.is_relative_to(inside) or any(path.is_relative_to(ours) for ours in _OURS):
+        if path in found or not path.is_relative_to(inside):
             continue
         found[path] = path.read_text(encoding="utf-8")
         for name in _names_in(found[path], _package_of(root, path)):

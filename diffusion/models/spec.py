@@ -16,11 +16,11 @@ from typing import Any
 
 from torch import nn
 
-from diffusion.denoiser import Denoiser
-from diffusion.gaussian import GaussianTeacher, MixtureTeacher
-from diffusion.models.networks import NETWORKS
-from diffusion.prediction import PREDICTIONS, Prediction
-from diffusion.process import VE, CosineVP, DiscreteVP, LinearVP, Process, RectifiedFlow
+from limbeck.diffusion.denoiser import Denoiser
+from limbeck.diffusion.gaussian import GaussianTeacher, MixtureTeacher
+from limbeck.diffusion.models.networks import NETWORKS
+from limbeck.diffusion.prediction import PREDICTIONS, Prediction
+from limbeck.diffusion.process import VE, CosineVP, DiscreteVP, LinearVP, Process, RectifiedFlow
 
 Spec = Mapping[str, Any]
 CLOSED_FORMS = ("gaussian", "mixture")

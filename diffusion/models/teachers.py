@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffusion.models import checkpoint
-from diffusion.models.checkpoint import Checkpoint
-from diffusion.models.diffusers_models import pipeline_checkpoint
-from diffusion.models.source import source_digest
-from diffusion.models.spec import process_from_spec, process_spec
-from diffusion.process import VE, Process
-from diffusion.solvers import no_exit
+from limbeck.diffusion.models import checkpoint
+from limbeck.diffusion.models.checkpoint import Checkpoint
+from limbeck.diffusion.models.diffusers_models import pipeline_checkpoint
+from limbeck.diffusion.models.source import source_digest
+from limbeck.diffusion.models.spec import process_from_spec, process_spec
+from limbeck.diffusion.process import VE, Process
+from limbeck.diffusion.solvers import no_exit
 
 _BUILTIN = Path(__file__).parent / "builtin"
 
@@ -147,5 +147,7 @@ def _from_factory(uri: str, path: str, *, device: str | torch.device) -> Teacher
 
 def _attribute(uri: str, denoiser: nn.Module, name: str) -> Any:
     if not hasattr(denoiser, name):
-        raise ValueError(f"{uri}: its denoiser has no attribute {name!r}; set it to what diffusion.process describes")
+        raise ValueError(
+            f"{uri}: its denoiser has no attribute {name!r}; set it to what limbeck.diffusion.process describes"
+        )
     return getattr(denoiser, name)

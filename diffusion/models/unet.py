@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffusion.models.embeddings import scalar_embedding, zeroed
+from limbeck.diffusion.models.embeddings import scalar_embedding, zeroed
 
 _COARSEST = 8
 """Levels halve an image down to this size, or as far as it is even."""

@@ -2,7 +2,7 @@
 
 import torch
 
-from storage_schemas.errors import UsageError
+from limbeck.storage_schemas.errors import UsageError
 
 
 def pick_device(name: str) -> torch.device:

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion.denoiser import Guided
-from diffusion.grids import make_grid
-from diffusion.models.spec import process_from_spec
-from diffusion.process import Process
-from diffusion.solvers import plan
-from storage_schemas.errors import ManifestMismatch
-from storage_schemas.recipe import Recipe
-from storage_schemas.record import SEGMENT_STATES
+from limbeck.diffusion.denoiser import Guided
+from limbeck.diffusion.grids import make_grid
+from limbeck.diffusion.models.spec import process_from_spec
+from limbeck.diffusion.process import Process
+from limbeck.diffusion.solvers import plan
+from limbeck.storage_schemas.errors import ManifestMismatch
+from limbeck.storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.record import SEGMENT_STATES
 
 
 def recipe_process(recipe: Recipe) -> Process:

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import noise
-from storage_schemas.recipe import Recipe, UniformLabels
-from storage_schemas.record import to_storage
+from limbeck.diffusion import noise
+from limbeck.storage_schemas.recipe import Recipe, UniformLabels
+from limbeck.storage_schemas.record import to_storage
 
 
 def draw_noise(recipe: Recipe, split: str, ids: np.ndarray) -> Tensor:

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 import torch
 
-from diffusion.models import checkpoint
-from diffusion.models.checkpoint import Checkpoint
-from diffusion.models.schedulers import IGNORABLE
-from diffusion.models.teachers import Teacher, check_unasked, from_checkpoint, load_checkpoint, load_teacher
-from storage_schemas import paths
-from storage_schemas.errors import UserError
-from storage_schemas.recipe import Recipe
-from storage_schemas.store import Store
+from limbeck.diffusion.models import checkpoint
+from limbeck.diffusion.models.checkpoint import Checkpoint
+from limbeck.diffusion.models.schedulers import IGNORABLE
+from limbeck.diffusion.models.teachers import Teacher, check_unasked, from_checkpoint, load_checkpoint, load_teacher
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.errors import UserError
+from limbeck.storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.store import Store
 
 
 class NoTeacher(UserError):

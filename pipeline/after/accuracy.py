@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from diffusion.recipes.samples import draw_scales
-from diffusion.solvers import SOLVERS
-from pipeline.after.checks import Check, named
-from pipeline.after.resolve import Resolved, halves_last, is_own
-from pipeline.after.scan import Findings
-from pipeline.config import VerifyConfig
-from storage_schemas.recipe import Recipe
-from storage_schemas.record import state_column
+from limbeck.diffusion.recipes.samples import draw_scales
+from limbeck.diffusion.solvers import SOLVERS
+from limbeck.pipeline.after.checks import Check, named
+from limbeck.pipeline.after.resolve import Resolved, halves_last, is_own
+from limbeck.pipeline.after.scan import Findings
+from limbeck.pipeline.config import VerifyConfig
+from limbeck.storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.record import state_column
 
 DRIFT = {False: 2e-3, True: 3e-2}
 """RMS that another batch or machine may bring about, relative to the state's spread; with TF32 or autocast."""

@@ -10,24 +10,24 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from diffusion.recipes.devices import pick_device
-from diffusion.recipes.teacher import NoTeacher, TeacherSource
-from pipeline.after import checks
-from pipeline.after.accuracy import error_check, replay_check
-from pipeline.after.checks import Check
-from pipeline.after.duplicates import Fingerprints, Repeats, Sample
-from pipeline.after.normality import NoiseSums
-from pipeline.after.resolve import Resolved, Stored, resolve
-from pipeline.after.scan import Findings, scan_shard
-from pipeline.config import VerifyConfig
-from pipeline.job.in_order import in_order
-from pipeline.producer import WorkOrder
-from pipeline.workers.one_call import run_once
-from storage_schemas.dataset import Dataset
-from storage_schemas.errors import UserError
-from storage_schemas.recipe import Recipe
-from storage_schemas.record import SPLITS
-from storage_schemas.shards import Shard
+from limbeck.diffusion.recipes.devices import pick_device
+from limbeck.diffusion.recipes.teacher import NoTeacher, TeacherSource
+from limbeck.pipeline.after import checks
+from limbeck.pipeline.after.accuracy import error_check, replay_check
+from limbeck.pipeline.after.checks import Check
+from limbeck.pipeline.after.duplicates import Fingerprints, Repeats, Sample
+from limbeck.pipeline.after.normality import NoiseSums
+from limbeck.pipeline.after.resolve import Resolved, Stored, resolve
+from limbeck.pipeline.after.scan import Findings, scan_shard
+from limbeck.pipeline.config import VerifyConfig
+from limbeck.pipeline.job.in_order import in_order
+from limbeck.pipeline.producer import WorkOrder
+from limbeck.pipeline.workers.one_call import run_once
+from limbeck.storage_schemas.dataset import Dataset
+from limbeck.storage_schemas.errors import UserError
+from limbeck.storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.record import SPLITS
+from limbeck.storage_schemas.shards import Shard
 
 REPLAYS = 4
 """Number of the samples solved again that are solved with their whole micro-batch, for the same bits."""

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusion import noise
-from diffusion.recipes.samples import draw_labels
-from pipeline.after.duplicates import EXACT_BYTES, Repeats, Sample, collision_tail, expected_pairs
-from pipeline.after.normality import FEWEST, chi_square_tail, judge_noise
-from pipeline.after.resolve import Stored
-from pipeline.after.scan import Findings, labels_asked
-from storage_schemas.commit import MOST_QUARANTINED
-from storage_schemas.dataset import Dataset
-from storage_schemas.recipe import Recipe, UniformLabels
-from storage_schemas.record import NO_CONDITION, SPLITS, to_storage
+from limbeck.diffusion import noise
+from limbeck.diffusion.recipes.samples import draw_labels
+from limbeck.pipeline.after.duplicates import EXACT_BYTES, Repeats, Sample, collision_tail, expected_pairs
+from limbeck.pipeline.after.normality import FEWEST, chi_square_tail, judge_noise
+from limbeck.pipeline.after.resolve import Stored
+from limbeck.pipeline.after.scan import Findings, labels_asked
+from limbeck.storage_schemas.commit import MOST_QUARANTINED
+from limbeck.storage_schemas.dataset import Dataset
+from limbeck.storage_schemas.recipe import Recipe, UniformLabels
+from limbeck.storage_schemas.record import NO_CONDITION, SPLITS, to_storage
 
 FALSE_ALARM = 1e-4
 RANDOM_CHECKS = 7

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import xxhash
 
-from storage_schemas.record import SPLITS, Split, StorageDtype
+from limbeck.storage_schemas.record import SPLITS, Split, StorageDtype
 
 RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("key", "<u8")])
 FILE_BYTES = 64 << 20

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storage_schemas.record import StorageDtype, bfloat16_values
+from limbeck.storage_schemas.record import StorageDtype, bfloat16_values
 
 ORDERS = 4
 BLOCK_VALUES = 1 << 18

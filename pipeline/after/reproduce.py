@@ -4,16 +4,16 @@ import json
 
 import numpy as np
 
-from diffusion.recipes.teacher import TeacherSource
-from pipeline.after.audit import refuse_segments
-from pipeline.after.duplicates import Sample
-from pipeline.after.resolve import Replay, Stored, reproduce_one
-from pipeline.config import ReproduceConfig
-from pipeline.producer import WorkOrder
-from pipeline.workers.one_call import run_once
-from storage_schemas.dataset import Dataset, open_dataset
-from storage_schemas.errors import UserError, shown
-from storage_schemas.store import Store
+from limbeck.diffusion.recipes.teacher import TeacherSource
+from limbeck.pipeline.after.audit import refuse_segments
+from limbeck.pipeline.after.duplicates import Sample
+from limbeck.pipeline.after.resolve import Replay, Stored, reproduce_one
+from limbeck.pipeline.config import ReproduceConfig
+from limbeck.pipeline.producer import WorkOrder
+from limbeck.pipeline.workers.one_call import run_once
+from limbeck.storage_schemas.dataset import Dataset, open_dataset
+from limbeck.storage_schemas.errors import UserError, shown
+from limbeck.storage_schemas.store import Store
 
 
 def run_reproduce(config: ReproduceConfig) -> int:

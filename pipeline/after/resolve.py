@@ -7,16 +7,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.grids import make_grid
-from diffusion.process import Process
-from diffusion.recipes.devices import pick_device
-from diffusion.recipes.teacher import TeacherSource
-from pipeline.after.duplicates import DIGITS, Sample
-from pipeline.producer import Producer, WorkOrder
-from pipeline.solve import as_out_of_memory, micro_batches, solve_batch, solve_ids
-from storage_schemas.commit import Task
-from storage_schemas.recipe import Recipe
-from storage_schemas.record import Columns, from_storage, state_column, to_storage
+from limbeck.diffusion.grids import make_grid
+from limbeck.diffusion.process import Process
+from limbeck.diffusion.recipes.devices import pick_device
+from limbeck.diffusion.recipes.teacher import TeacherSource
+from limbeck.pipeline.after.duplicates import DIGITS, Sample
+from limbeck.pipeline.producer import Producer, WorkOrder
+from limbeck.pipeline.solve import as_out_of_memory, micro_batches, solve_batch, solve_ids
+from limbeck.storage_schemas.commit import Task
+from limbeck.storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.record import Columns, from_storage, state_column, to_storage
 
 
 @dataclass(frozen=True)

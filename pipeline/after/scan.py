@@ -13,17 +13,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from diffusion.recipes.samples import draw_scales
-from pipeline.after.duplicates import RECORD, Sample, fingerprints
-from pipeline.after.normality import NoiseSums, noise_sums
-from pipeline.after.resolve import Stored
-from storage_schemas.commit import Commit
-from storage_schemas.dataset import Dataset
-from storage_schemas.errors import CorruptShard
-from storage_schemas.formats import PIECE, check_shard, read_shard
-from storage_schemas.record import NO_CONDITION, Columns, Field, from_storage
-from storage_schemas.shards import Shard
-from storage_schemas.store import Store
+from limbeck.diffusion.recipes.samples import draw_scales
+from limbeck.pipeline.after.duplicates import RECORD, Sample, fingerprints
+from limbeck.pipeline.after.normality import NoiseSums, noise_sums
+from limbeck.pipeline.after.resolve import Stored
+from limbeck.storage_schemas.commit import Commit
+from limbeck.storage_schemas.dataset import Dataset
+from limbeck.storage_schemas.errors import CorruptShard
+from limbeck.storage_schemas.formats import PIECE, check_shard, read_shard
+from limbeck.storage_schemas.record import NO_CONDITION, Columns, Field, from_storage
+from limbeck.storage_schemas.shards import Shard
+from limbeck.storage_schemas.store import Store
 
 T = TypeVar("T")
 

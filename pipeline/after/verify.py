@@ -3,19 +3,19 @@
 import hashlib
 import json
 
-from diffusion.models.checkpoint import WEIGHTS_FILE
-from pipeline.after.audit import audit
-from pipeline.after.checks import Check, plain, tally
-from pipeline.after.scan import check_bytes, near
-from pipeline.config import VerifyConfig
-from pipeline.job.in_order import in_order
-from storage_schemas import paths
-from storage_schemas.commit import Task
-from storage_schemas.dataset import Dataset, find_dataset, read_manifest, wrong_figures
-from storage_schemas.errors import UserError, shown
-from storage_schemas.record import SPLITS
-from storage_schemas.shards import Shard
-from storage_schemas.store import Store
+from limbeck.diffusion.models.checkpoint import WEIGHTS_FILE
+from limbeck.pipeline.after.audit import audit
+from limbeck.pipeline.after.checks import Check, plain, tally
+from limbeck.pipeline.after.scan import check_bytes, near
+from limbeck.pipeline.config import VerifyConfig
+from limbeck.pipeline.job.in_order import in_order
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.commit import Task
+from limbeck.storage_schemas.dataset import Dataset, find_dataset, read_manifest, wrong_figures
+from limbeck.storage_schemas.errors import UserError, shown
+from limbeck.storage_schemas.record import SPLITS
+from limbeck.storage_schemas.shards import Shard
+from limbeck.storage_schemas.store import Store
 
 
 def run_verify(config: VerifyConfig) -> int:

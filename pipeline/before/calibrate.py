@@ -8,17 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.before.calibration_plot import draw
-from pipeline.before.solver_error import Measured, Trial, build_config, measure
-from pipeline.config import CalibrateConfig, GridConfig
-from pipeline.job.prepare import load
-from pipeline.recipe import build_recipe
-from pipeline.workers.one_call import try_out
-from storage_schemas.clock import utc_now
-from storage_schemas.errors import UserError, usage_errors
-from storage_schemas.extras import need
-from storage_schemas.notes import Calibration, CalibrationPoint, Reference, cheapest
-from storage_schemas.recipe import Recipe
+from limbeck.pipeline.before.calibration_plot import draw
+from limbeck.pipeline.before.solver_error import Measured, Trial, build_config, measure
+from limbeck.pipeline.config import CalibrateConfig, GridConfig
+from limbeck.pipeline.job.prepare import load
+from limbeck.pipeline.recipe import build_recipe
+from limbeck.pipeline.workers.one_call import try_out
+from limbeck.storage_schemas.clock import utc_now
+from limbeck.storage_schemas.errors import UserError, usage_errors
+from limbeck.storage_schemas.extras import need
+from limbeck.storage_schemas.notes import Calibration, CalibrationPoint, Reference, cheapest
+from limbeck.storage_schemas.recipe import Recipe
 
 DONE, FAILED = 0, 1
 

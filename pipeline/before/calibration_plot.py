@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from storage_schemas.notes import Calibration, CalibrationPoint
+from limbeck.storage_schemas.notes import Calibration, CalibrationPoint
 
 
 def draw(calibration: Calibration, path: str) -> None:

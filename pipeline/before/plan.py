@@ -7,18 +7,18 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from diffusion.models import checkpoint
-from pipeline.before.timing import Timing, time_a_worker
-from pipeline.config import PlanConfig
-from pipeline.job.amounts import PER_TASK, format_size
-from pipeline.job.continuity import check_continues
-from pipeline.job.prepare import Run, prepare
-from pipeline.job.solving import adopt
-from pipeline.producer import WorkOrder
-from pipeline.windows import Goal, grow, missing_tasks
-from storage_schemas import paths
-from storage_schemas.canonical import digest
-from storage_schemas.dataset import latest_manifest, read_shard_table
+from limbeck.diffusion.models import checkpoint
+from limbeck.pipeline.before.timing import Timing, time_a_worker
+from limbeck.pipeline.config import PlanConfig
+from limbeck.pipeline.job.amounts import PER_TASK, format_size
+from limbeck.pipeline.job.continuity import check_continues
+from limbeck.pipeline.job.prepare import Run, prepare
+from limbeck.pipeline.job.solving import adopt
+from limbeck.pipeline.producer import WorkOrder
+from limbeck.pipeline.windows import Goal, grow, missing_tasks
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.canonical import digest
+from limbeck.storage_schemas.dataset import latest_manifest, read_shard_table
 
 GB = 1e9
 HOUR = 3600

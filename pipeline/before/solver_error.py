@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion.grids import make_grid
-from diffusion.models.teachers import Teacher, load_teacher
-from diffusion.recipes.devices import pick_device
-from pipeline.config import CalibrateConfig, GenerateConfig, TeacherConfig
-from pipeline.producer import machine_of, set_up_torch
-from pipeline.recipe import build_recipe, grid_options
-from pipeline.solve import as_out_of_memory, denoise_of, solve_ids
-from storage_schemas.recipe import Recipe
+from limbeck.diffusion.grids import make_grid
+from limbeck.diffusion.models.teachers import Teacher, load_teacher
+from limbeck.diffusion.recipes.devices import pick_device
+from limbeck.pipeline.config import CalibrateConfig, GenerateConfig, TeacherConfig
+from limbeck.pipeline.producer import machine_of, set_up_torch
+from limbeck.pipeline.recipe import build_recipe, grid_options
+from limbeck.pipeline.solve import as_out_of_memory, denoise_of, solve_ids
+from limbeck.storage_schemas.recipe import Recipe
 
 REFERENCE = "rk4"
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import PlanConfig
-from pipeline.producer import Producer, WorkOrder, publish
-from pipeline.solve import Solved, solve_batch
-from pipeline.workers.one_call import try_out
-from storage_schemas import paths
-from storage_schemas.commit import Commit, Task
-from storage_schemas.errors import UserError
-from storage_schemas.store import Store
+from limbeck.pipeline.config import PlanConfig
+from limbeck.pipeline.producer import Producer, WorkOrder, publish
+from limbeck.pipeline.solve import Solved, solve_batch
+from limbeck.pipeline.workers.one_call import try_out
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.commit import Commit, Task
+from limbeck.storage_schemas.errors import UserError
+from limbeck.storage_schemas.store import Store
 
 
 @dataclass(frozen=True)

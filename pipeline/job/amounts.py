@@ -7,13 +7,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusion.recipes.grid import recipe_nfe
-from storage_schemas import paths
-from storage_schemas.commit import Task
-from storage_schemas.errors import UsageError
-from storage_schemas.layout import Layout
-from storage_schemas.recipe import Recipe
-from storage_schemas.store import Store
+from limbeck.diffusion.recipes.grid import recipe_nfe
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.commit import Task
+from limbeck.storage_schemas.errors import UsageError
+from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.store import Store
 
 PER_TASK = 3
 """Objects of a task: its shard and its commit, which lies in two places."""

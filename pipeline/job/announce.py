@@ -2,16 +2,16 @@
 
 from datetime import datetime
 
-from pipeline.job.heartbeat import Pulse
-from pipeline.job.targets import is_lost
-from storage_schemas import paths
-from storage_schemas.clock import SKEW, check_clock, utc
-from storage_schemas.commit import Commit
-from storage_schemas.dataset import put_recipe
-from storage_schemas.errors import StoreError
-from storage_schemas.job import Job
-from storage_schemas.recipe import Recipe
-from storage_schemas.store import Store
+from limbeck.pipeline.job.heartbeat import Pulse
+from limbeck.pipeline.job.targets import is_lost
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.clock import SKEW, check_clock, utc
+from limbeck.storage_schemas.commit import Commit
+from limbeck.storage_schemas.dataset import put_recipe
+from limbeck.storage_schemas.errors import StoreError
+from limbeck.storage_schemas.job import Job
+from limbeck.storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.store import Store
 
 
 def new_job() -> str:

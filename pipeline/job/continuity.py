@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.windows import Policy
-from storage_schemas.dataset import read_recipe
-from storage_schemas.errors import UsageError
-from storage_schemas.layout import Layout
-from storage_schemas.manifest import Manifest
-from storage_schemas.recipe import Recipe
-from storage_schemas.store import Store
+from limbeck.pipeline.windows import Policy
+from limbeck.storage_schemas.dataset import read_recipe
+from limbeck.storage_schemas.errors import UsageError
+from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.manifest import Manifest
+from limbeck.storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.store import Store
 
 SHOWN = 4
 """Differences that a message names."""
@@ -34,7 +34,7 @@ def check_continues(store: Store, parent: Manifest, recipe: Recipe, layout: Layo
     if parent.layout != layout:
         raise UsageError(
             f"{place} holds its samples as {parent.layout.id}, you ask for {layout.id}, which would solve them all "
-            "again: use the layout that is there, `python -m pipeline convert`, or --dataset OTHER"
+            "again: use the layout that is there, `limbeck convert`, or --dataset OTHER"
         )
 
 

@@ -3,10 +3,10 @@
 import threading
 from datetime import timedelta
 
-from storage_schemas import paths
-from storage_schemas.clock import utc_now
-from storage_schemas.job import Heartbeat, JobState
-from storage_schemas.store import Store
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.clock import utc_now
+from limbeck.storage_schemas.job import Heartbeat, JobState
+from limbeck.storage_schemas.store import Store
 
 EVERY = 60.0
 """Seconds between two heartbeats."""

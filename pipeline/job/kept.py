@@ -9,14 +9,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from pipeline.job.targets import Place, Target, is_lost, vouchers
-from storage_schemas import paths
-from storage_schemas.clock import SKEW, age, utc
-from storage_schemas.commit import COMMIT_WITHIN, Commit, list_records, read_commits
-from storage_schemas.dataset import latest_manifest, list_numbers, read_manifest, read_shard_table
-from storage_schemas.manifest import Floor, Manifest
-from storage_schemas.shards import Shard
-from storage_schemas.store import Store
+from limbeck.pipeline.job.targets import Place, Target, is_lost, vouchers
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.clock import SKEW, age, utc
+from limbeck.storage_schemas.commit import COMMIT_WITHIN, Commit, list_records, read_commits
+from limbeck.storage_schemas.dataset import latest_manifest, list_numbers, read_manifest, read_shard_table
+from limbeck.storage_schemas.manifest import Floor, Manifest
+from limbeck.storage_schemas.shards import Shard
+from limbeck.storage_schemas.store import Store
 
 BATCH = 4096
 """Commits that are in memory at a time."""

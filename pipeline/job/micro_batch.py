@@ -11,20 +11,20 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from pipeline.config import GenerateConfig, RegenerateConfig
-from pipeline.producer import Producer, WorkOrder
-from pipeline.recipe import build_layout, with_micro_batch
-from pipeline.solve import OutOfMemory, solve_batch
-from pipeline.workers.crossing import WorkerDied
-from pipeline.workers.one_call import try_out
-from storage_schemas import paths
-from storage_schemas.dataset import latest_manifest
-from storage_schemas.errors import UserError, warn
-from storage_schemas.job import Job
-from storage_schemas.layout import Layout
-from storage_schemas.reading import read_all, read_document
-from storage_schemas.recipe import Recipe
-from storage_schemas.store import Store
+from limbeck.pipeline.config import GenerateConfig, RegenerateConfig
+from limbeck.pipeline.producer import Producer, WorkOrder
+from limbeck.pipeline.recipe import build_layout, with_micro_batch
+from limbeck.pipeline.solve import OutOfMemory, solve_batch
+from limbeck.pipeline.workers.crossing import WorkerDied
+from limbeck.pipeline.workers.one_call import try_out
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.dataset import latest_manifest
+from limbeck.storage_schemas.errors import UserError, warn
+from limbeck.storage_schemas.job import Job
+from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.reading import read_all, read_document
+from limbeck.storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.store import Store
 
 LARGEST = 4096
 """More samples together make no network faster."""

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from storage_schemas.errors import shown
-from storage_schemas.manifest import Manifest, Window
-from storage_schemas.record import SPLITS
+from limbeck.storage_schemas.errors import shown
+from limbeck.storage_schemas.manifest import Manifest, Window
+from limbeck.storage_schemas.record import SPLITS
 
 DONE, FAILED, QUARANTINED = 0, 1, 3
 """Exit codes: all there; tasks missing and nothing sealed; all there but for samples that were not finite."""
@@ -74,7 +74,7 @@ def tell(outcome: Outcome, store: str, *, as_json: bool) -> None:
 def _lines(outcome: Outcome, store: str) -> list[str]:
     seconds = f"{outcome.seconds:.1f} s"
     if outcome.what == "failed":
-        return [f"nothing sealed: {outcome.why}; see `python -m pipeline status {store}`"]
+        return [f"nothing sealed: {outcome.why}; see `limbeck status {store}`"]
     if outcome.what == "nothing":
         lead = "nothing new" if outcome.needed else "nothing to do"
         why = f", {outcome.why}" if outcome.why else ""

@@ -6,26 +6,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffusion.models.checkpoint import Checkpoint
-from diffusion.models.teachers import Teacher, load_checkpoint, load_teacher
-from diffusion.recipes.devices import pick_device
-from diffusion.recipes.samples import draw_labels, draw_noise, draw_scales
-from diffusion.recipes.teacher import keep_weights
-from diffusion.solvers import answer
-from pipeline.config import GenerateConfig, TeacherConfig
-from pipeline.job.micro_batch import settle
-from pipeline.producer import describe
-from pipeline.recipe import build_recipe
-from pipeline.solve import guided
-from storage_schemas import paths
-from storage_schemas.dataset import put_recipe
-from storage_schemas.errors import UsageError, UserError, usage_errors
-from storage_schemas.job import Failure
-from storage_schemas.layout import Layout
-from storage_schemas.notes import Calibration, check_calibration, put_calibration
-from storage_schemas.recipe import Recipe
-from storage_schemas.shards import Shard
-from storage_schemas.store import Store
+from limbeck.diffusion.models.checkpoint import Checkpoint
+from limbeck.diffusion.models.teachers import Teacher, load_checkpoint, load_teacher
+from limbeck.diffusion.recipes.devices import pick_device
+from limbeck.diffusion.recipes.samples import draw_labels, draw_noise, draw_scales
+from limbeck.diffusion.recipes.teacher import keep_weights
+from limbeck.diffusion.solvers import answer
+from limbeck.pipeline.config import GenerateConfig, TeacherConfig
+from limbeck.pipeline.job.micro_batch import settle
+from limbeck.pipeline.producer import describe
+from limbeck.pipeline.recipe import build_recipe
+from limbeck.pipeline.solve import guided
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.dataset import put_recipe
+from limbeck.storage_schemas.errors import UsageError, UserError, usage_errors
+from limbeck.storage_schemas.job import Failure
+from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.notes import Calibration, check_calibration, put_calibration
+from limbeck.storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.shards import Shard
+from limbeck.storage_schemas.store import Store
 
 TRIED = 2
 """Samples that a teacher is asked about before a job begins."""

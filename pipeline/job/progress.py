@@ -9,9 +9,9 @@ from typing import Self
 import rich.progress as bars
 from rich.console import Console
 
-from storage_schemas.commit import Commit
-from storage_schemas.errors import shown
-from storage_schemas.job import Failure
+from limbeck.storage_schemas.commit import Commit
+from limbeck.storage_schemas.errors import shown
+from limbeck.storage_schemas.job import Failure
 
 INTERVAL_SECONDS = 10.0
 

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from pipeline.job.outcome import names
-from storage_schemas.commit import Commit
-from storage_schemas.errors import StoreError
-from storage_schemas.shards import Shard, ShardTable
-from storage_schemas.store import Store
+from limbeck.pipeline.job.outcome import names
+from limbeck.storage_schemas.commit import Commit
+from limbeck.storage_schemas.errors import StoreError
+from limbeck.storage_schemas.shards import Shard, ShardTable
+from limbeck.storage_schemas.store import Store
 
 THREADS = 16
 

@@ -3,25 +3,25 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipeline.config import GenerateConfig
-from pipeline.job.announce import announce, is_early, new_job
-from pipeline.job.heartbeat import Pulse
-from pipeline.job.kept import adoptable
-from pipeline.job.prepare import Run
-from pipeline.job.progress import Progress
-from pipeline.job.targets import Place
-from pipeline.producer import WorkOrder
-from pipeline.windows import Goal
-from pipeline.workers.deadlines import Patience
-from pipeline.workers.dispatch import dispatch
-from pipeline.workers.fleet import Fleet
-from pipeline.workers.local import local_fleet
-from pipeline.workers.signals import Drain
-from storage_schemas import paths
-from storage_schemas.commit import Commit, Task, is_sick
-from storage_schemas.job import Failure
-from storage_schemas.record import SPLITS
-from storage_schemas.shards import Shard
+from limbeck.pipeline.config import GenerateConfig
+from limbeck.pipeline.job.announce import announce, is_early, new_job
+from limbeck.pipeline.job.heartbeat import Pulse
+from limbeck.pipeline.job.kept import adoptable
+from limbeck.pipeline.job.prepare import Run
+from limbeck.pipeline.job.progress import Progress
+from limbeck.pipeline.job.targets import Place
+from limbeck.pipeline.producer import WorkOrder
+from limbeck.pipeline.windows import Goal
+from limbeck.pipeline.workers.deadlines import Patience
+from limbeck.pipeline.workers.dispatch import dispatch
+from limbeck.pipeline.workers.fleet import Fleet
+from limbeck.pipeline.workers.local import local_fleet
+from limbeck.pipeline.workers.signals import Drain
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.commit import Commit, Task, is_sick
+from limbeck.storage_schemas.job import Failure
+from limbeck.storage_schemas.record import SPLITS
+from limbeck.storage_schemas.shards import Shard
 
 
 def aim_at(run: Run, goal: Goal, needed: list[Task], pulse: Pulse) -> None:
@@ -100,6 +100,6 @@ def _fleet(run: Run, workers: int) -> Iterator[Fleet]:
 
 
 def _ray_fleet(order: WorkOrder, config: GenerateConfig, workers: int) -> Fleet:
-    from pipeline.workers.ray_runner import RayFleet  # only a job with something to do pays for Ray
+    from limbeck.pipeline.workers.ray_runner import RayFleet  # only a job with something to do pays for Ray
 
     return RayFleet(order, config.ray, workers=workers)

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import NamedTuple, TypeVar
 
-from pipeline.job.heartbeat import SPARED
-from storage_schemas import paths
-from storage_schemas.clock import age
-from storage_schemas.commit import Task
-from storage_schemas.dataset import LostRace, latest_manifest, seal_nothing
-from storage_schemas.documents import Document
-from storage_schemas.errors import warn
-from storage_schemas.job import Heartbeat, Job, Mark
-from storage_schemas.manifest import Manifest, ManifestDraft
-from storage_schemas.reading import read_all, read_document
-from storage_schemas.store import Store
+from limbeck.pipeline.job.heartbeat import SPARED
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.clock import age
+from limbeck.storage_schemas.commit import Task
+from limbeck.storage_schemas.dataset import LostRace, latest_manifest, seal_nothing
+from limbeck.storage_schemas.documents import Document
+from limbeck.storage_schemas.errors import warn
+from limbeck.storage_schemas.job import Heartbeat, Job, Mark
+from limbeck.storage_schemas.manifest import Manifest, ManifestDraft
+from limbeck.storage_schemas.reading import read_all, read_document
+from limbeck.storage_schemas.store import Store
 
 OVER = ("sealed", "ended", "refused")
 """A job in one of these states has nothing that its manifest doesn't name."""

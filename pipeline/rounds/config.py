@@ -1,4 +1,4 @@
-"""Options of `python -m pipeline progressive`."""
+"""Options of `limbeck progressive`."""
 
 import re
 import shlex
@@ -7,9 +7,9 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from pipeline.config import ChainStart, DatasetName, GridConfig, JobConfig, TeacherConfig
-from storage_schemas.command_line import PassedOn
-from storage_schemas.places import LocalPath
+from limbeck.pipeline.config import ChainStart, DatasetName, GridConfig, JobConfig, TeacherConfig
+from limbeck.storage_schemas.command_line import PassedOn
+from limbeck.storage_schemas.places import LocalPath
 
 FIRST_STEPS = 16
 RAY_JOB = "ray-job"
@@ -40,12 +40,12 @@ class ProgressiveConfig(JobConfig, TeacherConfig):
         description="fit direct progressive too, on as many network calls of the first teacher as all rounds paid",
     )
     launch: str = Field(
-        "python -m trainer",
-        description="how a fit is started: this python, or such as 'torchrun --nproc-per-node 2 -m trainer'; "
-        "'ray-job python -m trainer' runs it on a cluster, which must see OUT",
+        "python -m limbeck.trainer",
+        description="how a fit is started: this python, or such as 'torchrun --nproc-per-node 2 -m limbeck.trainer'; "
+        "'ray-job python -m limbeck.trainer' runs it on a cluster, which must see OUT",
     )
     dashboard: str = Field("http://127.0.0.1:8265", description="launch ray-job: address of the cluster's job server")
-    fit: PassedOn = Field((), description="--fit.steps 1000 --fit.lr 1e-3 ...: options of `python -m trainer fit`")
+    fit: PassedOn = Field((), description="--fit.steps 1000 --fit.lr 1e-3 ...: options of `limbeck fit`")
 
     @model_validator(mode="before")
     @classmethod
@@ -101,7 +101,7 @@ class ProgressiveConfig(JobConfig, TeacherConfig):
         if taken := sorted(set(self.fit_options) & set(OURS)):
             raise ValueError(f"fit.{taken[0]} is what progressive itself says to the trainer: leave it out")
         if not shlex.split(self.launch):
-            raise ValueError("launch is empty: give a command such as 'python -m trainer'")
+            raise ValueError("launch is empty: give a command such as 'python -m limbeck.trainer'")
         return self
 
     @property

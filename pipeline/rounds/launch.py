@@ -9,12 +9,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from diffusion.models.checkpoint import MODEL_FILE
-from pipeline.rounds.config import RAY_JOB, ProgressiveConfig
-from pipeline.rounds.plan import Round
-from pipeline.workers.submission import ENDED_BADLY, Submission, hand_in, wait_for
-from storage_schemas.canonical import digest
-from storage_schemas.errors import UsageError, UserError
+from limbeck.diffusion.models.checkpoint import MODEL_FILE
+from limbeck.pipeline.rounds.config import RAY_JOB, ProgressiveConfig
+from limbeck.pipeline.rounds.plan import Round
+from limbeck.pipeline.workers.submission import ENDED_BADLY, Submission, hand_in, wait_for
+from limbeck.storage_schemas.canonical import digest
+from limbeck.storage_schemas.errors import UsageError, UserError
 
 _STDERR = 2
 _PDEATHSIG = 1
@@ -33,14 +33,14 @@ def fit(config: ProgressiveConfig, part: Round, *, lock: int) -> None:
     """
     launch = shlex.split(config.launch)
     if launch[0] == RAY_JOB:
-        _as_job(config, [*(launch[1:] or ["python", "-m", "trainer"]), *part.fit], part)
+        _as_job(config, [*(launch[1:] or ["python", "-m", "limbeck.trainer"]), *part.fit], part)
     else:
         _as_process([*_this_python(launch), *part.fit], part, lock)
 
 
 def evaluate(words: Sequence[str]) -> Any:
-    """What `python -m trainer evaluate WORDS --json` prints, in a process here."""
-    command = [sys.executable, "-m", "trainer", "evaluate", *words, "--json"]
+    """What `limbeck evaluate WORDS --json` prints, in a process here."""
+    command = [sys.executable, "-m", "limbeck.trainer", "evaluate", *words, "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=_STDERR, preexec_fn=_end_with_parent) as process:
         text, _ = _heeding_signals(process, process.communicate)
     if process.returncode:
@@ -81,11 +81,11 @@ def _heeding_signals(process: "subprocess.Popen[bytes]", wait: Callable[[], Any]
 
 def _as_job(config: ProgressiveConfig, command: Sequence[str], part: Round) -> None:
     """A job whose id says what it fits: a driver that comes again finds the one that is under way."""
-    from pipeline.workers.ray_runner import job_client  # only this needs Ray
+    from limbeck.pipeline.workers.ray_runner import job_client  # only this needs Ray
 
     client = job_client(config.dashboard)
     name = f"limbeck-progressive-{part.steps}-{digest(list(command))[:12]}"
-    receipt = hand_in(client, Submission(name, shlex.join(command)), working_dir=None)
+    receipt = hand_in(client, Submission(name, shlex.join(command)), {})
     print(f"{part.name}: job {receipt.submission_id} is {receipt.status}", file=sys.stderr)
     receipt = wait_for(client, receipt)
     print(client.get_job_logs(receipt.submission_id), end="", file=sys.stderr)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import GenerateConfig, JobConfig, TeacherConfig
-from pipeline.rounds.config import ProgressiveConfig
+from limbeck.pipeline.config import GenerateConfig, JobConfig, TeacherConfig
+from limbeck.pipeline.rounds.config import ProgressiveConfig
 
 FIRST_ONLY = ("init", "network.name", "network.width", "network.depth", "prediction", "sigma-data", "told-guidance")
 """Options of the trainer that say how a student begins: later ones begin as the student before them."""

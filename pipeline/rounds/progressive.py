@@ -12,25 +12,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusion.denoiser import Guided
-from diffusion.models import checkpoint
-from diffusion.models.description import described
-from pipeline.config import GenerateConfig
-from pipeline.generate import bring_about
-from pipeline.job.outcome import FAILED, QUARANTINED
-from pipeline.job.prepare import load
-from pipeline.recipe import build_layout, build_recipe
-from pipeline.rounds import launch
-from pipeline.rounds.config import ProgressiveConfig
-from pipeline.rounds.plan import Round, direct_of, reference_of, rounds_of
-from pipeline.rounds.record import Record, only_run
-from pipeline.rounds.report import show
-from pipeline.windows import Wanted, grow
-from pipeline.workers.signals import stoppable
-from storage_schemas.dataset import Dataset, latest_manifest, open_dataset
-from storage_schemas.errors import UsageError, UserError, shown, usage_errors
-from storage_schemas.recipe import Recipe
-from storage_schemas.store import Store
+from limbeck.diffusion.denoiser import Guided
+from limbeck.diffusion.models import checkpoint
+from limbeck.diffusion.models.description import described
+from limbeck.pipeline.config import GenerateConfig
+from limbeck.pipeline.generate import bring_about
+from limbeck.pipeline.job.outcome import FAILED, QUARANTINED
+from limbeck.pipeline.job.prepare import load
+from limbeck.pipeline.recipe import build_layout, build_recipe
+from limbeck.pipeline.rounds import launch
+from limbeck.pipeline.rounds.config import ProgressiveConfig
+from limbeck.pipeline.rounds.plan import Round, direct_of, reference_of, rounds_of
+from limbeck.pipeline.rounds.record import Record, only_run
+from limbeck.pipeline.rounds.report import show
+from limbeck.pipeline.windows import Wanted, grow
+from limbeck.pipeline.workers.signals import stoppable
+from limbeck.storage_schemas.dataset import Dataset, latest_manifest, open_dataset
+from limbeck.storage_schemas.errors import UsageError, UserError, shown, usage_errors
+from limbeck.storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.store import Store
 
 
 def run_progressive(config: ProgressiveConfig) -> int:

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
-from pipeline.rounds.config import ProgressiveConfig
-from storage_schemas.backends import read, write_local
-from storage_schemas.documents import MOST_BYTES, Document
-from storage_schemas.errors import UsageError, without_credentials
-from storage_schemas.locks import only_one
-from storage_schemas.names import Count, DatasetName, Positive, Seconds, Sha256, Text
+from limbeck.pipeline.rounds.config import ProgressiveConfig
+from limbeck.storage_schemas.backends import read, write_local
+from limbeck.storage_schemas.documents import MOST_BYTES, Document
+from limbeck.storage_schemas.errors import UsageError, without_credentials
+from limbeck.storage_schemas.locks import only_one
+from limbeck.storage_schemas.names import Count, DatasetName, Positive, Seconds, Sha256, Text
 
 RECORD, LOCK = "progressive.json", ".progressive.lock"
 

@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.rounds.config import ProgressiveConfig
-from storage_schemas.errors import shown
+from limbeck.pipeline.rounds.config import ProgressiveConfig
+from limbeck.storage_schemas.errors import shown
 
 
 def show(config: ProgressiveConfig, record: Mapping[str, Any]) -> None:

@@ -9,27 +9,27 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-from pipeline.config import ConvertConfig
-from pipeline.job.amounts import say_amounts
-from pipeline.job.announce import announce, is_early, new_job
-from pipeline.job.heartbeat import Pulse
-from pipeline.job.in_order import in_order
-from pipeline.job.kept import Lapsed, adoptable, check_held
-from pipeline.job.outcome import DONE, QUARANTINED, described, lacks_samples
-from pipeline.job.progress import Progress
-from pipeline.job.targets import Place
-from pipeline.upkeep.relayout import convert_tasks, grouped, new_tasks
-from pipeline.windows import Goal, Plans
-from pipeline.workers.signals import stoppable
-from storage_schemas.dataset import Dataset, LostRace, Pruned, latest_manifest, open_dataset, seal
-from storage_schemas.errors import UserError, usage_errors
-from storage_schemas.ids import id_set
-from storage_schemas.job import JobState
-from storage_schemas.layout import Layout, check_layout
-from storage_schemas.manifest import Manifest, content_digest
-from storage_schemas.record import SPLITS
-from storage_schemas.shards import Shard, ShardTable
-from storage_schemas.store import Store
+from limbeck.pipeline.config import ConvertConfig
+from limbeck.pipeline.job.amounts import say_amounts
+from limbeck.pipeline.job.announce import announce, is_early, new_job
+from limbeck.pipeline.job.heartbeat import Pulse
+from limbeck.pipeline.job.in_order import in_order
+from limbeck.pipeline.job.kept import Lapsed, adoptable, check_held
+from limbeck.pipeline.job.outcome import DONE, QUARANTINED, described, lacks_samples
+from limbeck.pipeline.job.progress import Progress
+from limbeck.pipeline.job.targets import Place
+from limbeck.pipeline.upkeep.relayout import convert_tasks, grouped, new_tasks
+from limbeck.pipeline.windows import Goal, Plans
+from limbeck.pipeline.workers.signals import stoppable
+from limbeck.storage_schemas.dataset import Dataset, LostRace, Pruned, latest_manifest, open_dataset, seal
+from limbeck.storage_schemas.errors import UserError, usage_errors
+from limbeck.storage_schemas.ids import id_set
+from limbeck.storage_schemas.job import JobState
+from limbeck.storage_schemas.layout import Layout, check_layout
+from limbeck.storage_schemas.manifest import Manifest, content_digest
+from limbeck.storage_schemas.record import SPLITS
+from limbeck.storage_schemas.shards import Shard, ShardTable
+from limbeck.storage_schemas.store import Store
 
 
 @dataclass

@@ -5,16 +5,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from pipeline.job.kept import Kept, floor_in_force, grace_of, name_commits, next_floor, served
-from pipeline.job.targets import Place, Target
-from pipeline.upkeep.sweep import places
-from pipeline.windows import Plans
-from storage_schemas import paths
-from storage_schemas.commit import list_committed, list_records
-from storage_schemas.dataset import LostRace, Pruned, latest_manifest, list_numbers, read_manifest, seal_floor
-from storage_schemas.job import Pin
-from storage_schemas.manifest import Manifest
-from storage_schemas.store import Store
+from limbeck.pipeline.job.kept import Kept, floor_in_force, grace_of, name_commits, next_floor, served
+from limbeck.pipeline.job.targets import Place, Target
+from limbeck.pipeline.upkeep.sweep import places
+from limbeck.pipeline.windows import Plans
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.commit import list_committed, list_records
+from limbeck.storage_schemas.dataset import LostRace, Pruned, latest_manifest, list_numbers, read_manifest, seal_floor
+from limbeck.storage_schemas.job import Pin
+from limbeck.storage_schemas.manifest import Manifest
+from limbeck.storage_schemas.store import Store
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Self
 
-from pipeline.job.heartbeat import SPARED
-from pipeline.job.targets import readable
-from storage_schemas import paths
-from storage_schemas.clock import SKEW, age
-from storage_schemas.errors import StoreError
-from storage_schemas.job import Prune
-from storage_schemas.store import Store
+from limbeck.pipeline.job.heartbeat import SPARED
+from limbeck.pipeline.job.targets import readable
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.clock import SKEW, age
+from limbeck.storage_schemas.errors import StoreError
+from limbeck.storage_schemas.job import Prune
+from limbeck.storage_schemas.store import Store
 
 RENEWED = timedelta(minutes=1)
 

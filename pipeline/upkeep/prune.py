@@ -50,17 +50,17 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from pipeline.config import PruneConfig, duration
-from pipeline.job.kept import Kept, grace_of, is_due, latest_manifests, stale_since
-from pipeline.job.targets import Target, bury, holding, read_targets
-from pipeline.upkeep.floors import as_observed, find_spare, floors_in_force, name_kept, set_floor
-from pipeline.upkeep.lease import Lease
-from pipeline.upkeep.sweep import YOUNG, Sweep, Swept, places, read_pins
-from pipeline.workers.signals import stoppable
-from storage_schemas import paths
-from storage_schemas.clock import check_clock, utc
-from storage_schemas.commit import list_committed, list_records
-from storage_schemas.store import Store
+from limbeck.pipeline.config import PruneConfig, duration
+from limbeck.pipeline.job.kept import Kept, grace_of, is_due, latest_manifests, stale_since
+from limbeck.pipeline.job.targets import Target, bury, holding, read_targets
+from limbeck.pipeline.upkeep.floors import as_observed, find_spare, floors_in_force, name_kept, set_floor
+from limbeck.pipeline.upkeep.lease import Lease
+from limbeck.pipeline.upkeep.sweep import YOUNG, Sweep, Swept, places, read_pins
+from limbeck.pipeline.workers.signals import stoppable
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.clock import check_clock, utc
+from limbeck.storage_schemas.commit import list_committed, list_records
+from limbeck.storage_schemas.store import Store
 
 Clock = Callable[[], datetime]
 

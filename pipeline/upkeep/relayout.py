@@ -6,14 +6,14 @@ from itertools import groupby
 
 import numpy as np
 
-from pipeline.producer import WorkOrder, publish
-from pipeline.solve import Solved
-from storage_schemas.commit import Commit, Task
-from storage_schemas.dataset import Dataset
-from storage_schemas.errors import UsageError
-from storage_schemas.layout import Layout
-from storage_schemas.record import Columns
-from storage_schemas.shards import Shard
+from limbeck.pipeline.producer import WorkOrder, publish
+from limbeck.pipeline.solve import Solved
+from limbeck.storage_schemas.commit import Commit, Task
+from limbeck.storage_schemas.dataset import Dataset
+from limbeck.storage_schemas.errors import UsageError
+from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.record import Columns
+from limbeck.storage_schemas.shards import Shard
 
 SUGGESTED = 8
 

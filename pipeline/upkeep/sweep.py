@@ -12,17 +12,17 @@ from itertools import islice
 from threading import Lock
 from typing import TypeVar
 
-from pipeline.job.heartbeat import SPARED
-from pipeline.job.kept import Kept
-from pipeline.job.targets import Place, Target, read_target, read_targets, readable
-from storage_schemas import paths
-from storage_schemas.clock import SKEW, age
-from storage_schemas.commit import Commit, list_committed, list_records
-from storage_schemas.dataset import list_numbers, read_manifest
-from storage_schemas.documents import Document
-from storage_schemas.job import Pin
-from storage_schemas.manifest import Manifest
-from storage_schemas.store import Listed, Store
+from limbeck.pipeline.job.heartbeat import SPARED
+from limbeck.pipeline.job.kept import Kept
+from limbeck.pipeline.job.targets import Place, Target, read_target, read_targets, readable
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.clock import SKEW, age
+from limbeck.storage_schemas.commit import Commit, list_committed, list_records
+from limbeck.storage_schemas.dataset import list_numbers, read_manifest
+from limbeck.storage_schemas.documents import Document
+from limbeck.storage_schemas.job import Pin
+from limbeck.storage_schemas.manifest import Manifest
+from limbeck.storage_schemas.store import Listed, Store
 
 YOUNG = timedelta(hours=24)
 """A file that nothing names is left alone for so long at least: an attempt gives up half a day after its upload."""

@@ -3,11 +3,11 @@
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
-from pipeline.producer import Problem
-from storage_schemas.clock import utc_now
-from storage_schemas.commit import Task
-from storage_schemas.job import Failure
-from storage_schemas.names import MOST_TEXT
+from limbeck.pipeline.producer import Problem
+from limbeck.storage_schemas.clock import utc_now
+from limbeck.storage_schemas.commit import Task
+from limbeck.storage_schemas.job import Failure
+from limbeck.storage_schemas.names import MOST_TEXT
 
 LOOK_AHEAD = 16
 """Retries that are looked at for a worker that didn't fail them itself."""

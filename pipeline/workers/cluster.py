@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pipeline.config import RayConfig
-from pipeline.workers.fleet import WorkerError
-from pipeline.workers.signals import signals_kept
-from pipeline.workers.worker_death import OUT_OF_MEMORY_HINT, Cause
-from storage_schemas.errors import UsageError
+from limbeck.pipeline.config import RayConfig
+from limbeck.pipeline.workers.fleet import WorkerError
+from limbeck.pipeline.workers.signals import signals_kept
+from limbeck.pipeline.workers.worker_death import OUT_OF_MEMORY_HINT, Cause
+from limbeck.storage_schemas.errors import UsageError
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """Size of the object store of a cluster that is started here. Tensors never enter it."""

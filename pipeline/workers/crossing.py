@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from pipeline.producer import describe
-from storage_schemas.errors import UserError
+from limbeck.pipeline.producer import describe
+from limbeck.storage_schemas.errors import UserError
 
 T = TypeVar("T")
 

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipeline.workers.fleet import WorkerError
-from pipeline.workers.pool import Pool
+from limbeck.pipeline.workers.fleet import WorkerError
+from limbeck.pipeline.workers.pool import Pool
 
 ROOM_SECONDS = 60.0
 """How often a log says that workers wait for room."""

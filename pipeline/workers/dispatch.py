@@ -8,15 +8,15 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from pipeline.producer import Problem
-from pipeline.workers.backlog import Backlog, MayTry
-from pipeline.workers.deadlines import Deadline, Patience, RoomWatch
-from pipeline.workers.fleet import IN_FLIGHT, Died, Event, Finished, Fleet, Leaving, Ready, WorkerError
-from pipeline.workers.pool import Pool
-from pipeline.workers.signals import Drain, describe_drain
-from pipeline.workers.worker_death import Cause
-from storage_schemas.commit import Commit, Task
-from storage_schemas.job import Failure
+from limbeck.pipeline.producer import Problem
+from limbeck.pipeline.workers.backlog import Backlog, MayTry
+from limbeck.pipeline.workers.deadlines import Deadline, Patience, RoomWatch
+from limbeck.pipeline.workers.fleet import IN_FLIGHT, Died, Event, Finished, Fleet, Leaving, Ready, WorkerError
+from limbeck.pipeline.workers.pool import Pool
+from limbeck.pipeline.workers.signals import Drain, describe_drain
+from limbeck.pipeline.workers.worker_death import Cause
+from limbeck.storage_schemas.commit import Commit, Task
+from limbeck.storage_schemas.job import Failure
 
 __all__ = ["IN_FLIGHT", "Died", "Event", "Finished", "Fleet", "Leaving", "Patience", "Ready", "WorkerError", "dispatch"]
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pipeline.producer import Problem
-from pipeline.workers.worker_death import Cause
-from storage_schemas.commit import Commit, Task
-from storage_schemas.errors import UserError
+from limbeck.pipeline.producer import Problem
+from limbeck.pipeline.workers.worker_death import Cause
+from limbeck.storage_schemas.commit import Commit, Task
+from limbeck.storage_schemas.errors import UserError
 
 IN_FLIGHT = 2
 """Tasks of a worker at a time: one solves while the other's shard is uploaded."""

@@ -14,11 +14,11 @@ from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_any
 from multiprocessing.context import SpawnProcess
 
-from pipeline.producer import Problem, Producer, WorkOrder, attempt_task, describe
-from pipeline.workers.fleet import IN_FLIGHT, Died, Event, Finished, Fleet, Ready, WorkerError
-from pipeline.workers.signals import SOLVING, ignore_signals
-from pipeline.workers.worker_death import exit_reason
-from storage_schemas.commit import Commit, Task
+from limbeck.pipeline.producer import Problem, Producer, WorkOrder, attempt_task, describe
+from limbeck.pipeline.workers.fleet import IN_FLIGHT, Died, Event, Finished, Fleet, Ready, WorkerError
+from limbeck.pipeline.workers.signals import SOLVING, ignore_signals
+from limbeck.pipeline.workers.worker_death import exit_reason
+from limbeck.storage_schemas.commit import Commit, Task
 
 WAIT_SECONDS = 1.0
 """So that the driver sees a signal and a straggler while nothing else happens."""

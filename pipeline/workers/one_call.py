@@ -8,11 +8,11 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, Protocol, TypeVar
 
-from pipeline.config import RayConfig
-from pipeline.producer import describe
-from pipeline.workers.crossing import Raised, WorkerDied, caught
-from pipeline.workers.worker_death import exit_reason
-from storage_schemas.errors import UserError
+from limbeck.pipeline.config import RayConfig
+from limbeck.pipeline.producer import describe
+from limbeck.pipeline.workers.crossing import Raised, WorkerDied, caught
+from limbeck.pipeline.workers.worker_death import exit_reason
+from limbeck.storage_schemas.errors import UserError
 
 T = TypeVar("T")
 
@@ -78,6 +78,6 @@ def _end_with_parent(pipe: Connection) -> None:
 
 
 def _on_ray(function: Callable[..., T], arguments: tuple[object, ...], config: RayConfig) -> T | Raised:
-    from pipeline.workers.ray_runner import call_once  # only those who ask for Ray pay for it
+    from limbeck.pipeline.workers.ray_runner import call_once  # only those who ask for Ray pay for it
 
     return call_once(function, arguments, config)

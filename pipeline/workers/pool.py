@@ -3,8 +3,8 @@
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 
-from pipeline.workers.fleet import Fleet
-from storage_schemas.commit import Task
+from limbeck.pipeline.workers.fleet import Fleet
+from limbeck.storage_schemas.commit import Task
 
 
 class Pool:

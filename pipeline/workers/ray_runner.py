@@ -9,14 +9,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.config import RayConfig
-from pipeline.producer import Problem, WorkOrder, attempt_task
-from pipeline.workers.cluster import Head, actor_options, draining_nodes, first_line, joined, room, why_gone
-from pipeline.workers.crossing import WorkerDied, caught
-from pipeline.workers.fleet import IN_FLIGHT, Died, Event, Finished, Leaving, Ready, WorkerError
-from pipeline.workers.local import load_producer
-from storage_schemas.commit import Commit, Task
-from storage_schemas.errors import UsageError, without_credentials
+from limbeck.pipeline.config import RayConfig
+from limbeck.pipeline.producer import Problem, WorkOrder, attempt_task
+from limbeck.pipeline.workers.cluster import Head, actor_options, draining_nodes, first_line, joined, room, why_gone
+from limbeck.pipeline.workers.crossing import WorkerDied, caught
+from limbeck.pipeline.workers.fleet import IN_FLIGHT, Died, Event, Finished, Leaving, Ready, WorkerError
+from limbeck.pipeline.workers.local import load_producer
+from limbeck.storage_schemas.commit import Commit, Task
+from limbeck.storage_schemas.errors import UsageError, without_credentials
 
 WAIT_SECONDS = 1.0
 NOTICE_SECONDS = 5.0

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
 
-from storage_schemas.errors import UserError
+from limbeck.storage_schemas.errors import UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SOLVING = "limbeck-solve"

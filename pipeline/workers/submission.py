@@ -4,16 +4,23 @@ import itertools
 import json
 import re
 import shlex
+import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.config import GenerateConfig, RegenerateConfig, SubmitConfig
-from storage_schemas.canonical import digest
-from storage_schemas.command_line import parse, spelled_out
-from storage_schemas.errors import UsageError, UserError, without_credentials
+from limbeck.pipeline.config import GenerateConfig, RegenerateConfig, SubmitConfig
+from limbeck.storage_schemas.canonical import digest
+from limbeck.storage_schemas.command_line import parse, spelled_out
+from limbeck.storage_schemas.errors import UsageError, UserError, without_credentials
+
+PARTS = ("diffusion", "pipeline", "storage_schemas", "trainer")
+"""Folders of a clone that are installed as limbeck.diffusion, and so on."""
 
 SUBMITTABLE: dict[str, type[GenerateConfig]] = {"generate": GenerateConfig, "regenerate": RegenerateConfig}
 
@@ -64,10 +71,11 @@ def run_submit(config: SubmitConfig) -> int:
     if config.dry_run:
         print(json.dumps(asdict(submission)) if config.as_json else _shown(submission))
         return 0
-    from pipeline.workers.ray_runner import job_client  # the id alone needs no Ray
+    from limbeck.pipeline.workers.ray_runner import job_client  # the id alone needs no Ray
 
     client = job_client(config.dashboard)
-    receipt = hand_in(client, submission, working_dir=config.working_dir)
+    with runtime_env(config.working_dir) as environment:
+        receipt = hand_in(client, submission, environment)
     if not config.as_json:
         print(_describe(receipt), flush=True)
     if config.wait:
@@ -87,13 +95,13 @@ def submission_of(words: Sequence[str]) -> Submission:
     if name == "progressive":
         raise UsageError(
             "progressive starts a trainer and keeps students in a folder: run it where both are, with --runner ray "
-            "and --launch 'ray-job python -m trainer' for work on the cluster"
+            "and --launch 'ray-job python -m limbeck.trainer' for work on the cluster"
         )
     if name not in SUBMITTABLE:
         raise UsageError(f"{name!r} can't be submitted: write -- generate ... or -- regenerate ... at the end")
     flags = spelled_out(SUBMITTABLE[name], options)
-    config = parse(SUBMITTABLE[name], flags, program=f"python -m pipeline {name}")
-    entrypoint = shlex.join(["python", "-m", "pipeline", name, *flags])
+    config = parse(SUBMITTABLE[name], flags, program=f"limbeck {name}")
+    entrypoint = shlex.join(["python", "-m", "limbeck.pipeline", name, *flags])
     if without_credentials(entrypoint) != entrypoint:
         raise UsageError(
             "a submitted command is shown in Ray's dashboard: give credentials by environment, not in a uri"
@@ -113,12 +121,33 @@ def submission_id(name: str, config: GenerateConfig) -> str:
     return "-".join(["limbeck", name, makes[:12], *([re.sub(r"[^\w-]", "", tick)] if tick else [])])
 
 
-def hand_in(client: JobClient, submission: Submission, *, working_dir: str | None) -> Receipt:
+@contextmanager
+def runtime_env(working_dir: str | None) -> Iterator[dict[str, Any]]:
+    """Ray's runtime environment of a job that runs in a folder, which Ray copies to the cluster.
+
+    Where the folder is a clone of this project, the job runs the clone's code: its folders travel as the package
+    `limbeck`, before one that is installed there.
+    """
+    if working_dir is None:
+        yield {}
+    elif not all(Path(working_dir, part, "__init__.py").is_file() for part in PARTS):
+        yield {"working_dir": working_dir}
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            for part in PARTS:
+                shutil.copytree(
+                    Path(working_dir, part),
+                    Path(folder, "limbeck", part),
+                    ignore=shutil.ignore_patterns("__pycache__"),
+                )
+            yield {"working_dir": working_dir, "py_modules": [str(Path(folder, "limbeck"))]}
+
+
+def hand_in(client: JobClient, submission: Submission, runtime_env: dict[str, Any]) -> Receipt:
     """Submit under the first id that is free: -r1, -r2, ... where earlier ones failed or were stopped.
 
     Two that do this at once ask for the same id, and the job server refuses one of them.
     """
-    runtime_env = {"working_dir": working_dir} if working_dir else {}
     for rerun in itertools.count():
         name = submission.submission_id + (f"-r{rerun}" if rerun else "")
         try:

@@ -3,19 +3,21 @@
 import json
 import shlex
 import subprocess
-import sys
+import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Lock
 
+LIMBECK = str(Path(sysconfig.get_path("scripts")) / "limbeck")
+
 Launch = Callable[[Sequence[str]], int]
-"""(program and its words) -> exit code."""
+"""A command's words -> exit code."""
 
 
 def as_process(words: Sequence[str]) -> int:
-    """`python -m WORDS`, in a process of its own."""
-    return subprocess.run([sys.executable, "-m", *words], check=False).returncode
+    """`limbeck WORDS`, in a process of its own."""
+    return subprocess.run([LIMBECK, *words], check=False).returncode
 
 
 class Commands:
@@ -33,7 +35,7 @@ class Commands:
         self._noting = Lock()
 
     def run(self, *words: str, again: bool = False) -> bool:
-        """Run `python -m WORDS`, unless it is done; whether it has run. again: whatever was done before."""
+        """Run `limbeck WORDS`, unless it is done; whether it has run. again: whatever was done before."""
         line = told(words)
         if line in self._done and not again:
             return False
@@ -57,4 +59,4 @@ class Commands:
 
 def told(words: Sequence[str]) -> str:
     """As it is typed."""
-    return f"python -m {shlex.join(words)}"
+    return f"limbeck {shlex.join(words)}"

@@ -28,15 +28,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from diffusion.models.teachers import load_teacher
-from diffusion.recipes.devices import pick_device
-from pipeline.config import GenerateConfig
-from pipeline.recipe import build_recipe
-from pipeline.solve import denoise_of, solve_task
-from storage_schemas.command_line import parse
-from storage_schemas.commit import Task
-from storage_schemas.dataset import open_dataset
-from storage_schemas.store import Store
+from limbeck.diffusion.models.teachers import load_teacher
+from limbeck.diffusion.recipes.devices import pick_device
+from limbeck.pipeline.config import GenerateConfig
+from limbeck.pipeline.recipe import build_recipe
+from limbeck.pipeline.solve import denoise_of, solve_task
+from limbeck.storage_schemas.command_line import parse
+from limbeck.storage_schemas.commit import Task
+from limbeck.storage_schemas.dataset import open_dataset
+from limbeck.storage_schemas.store import Store
 from tests.servers import BUCKET, seaweed
 
 SHARD = 2048
@@ -68,9 +68,9 @@ def solve_only(first: int, tasks: int, step: int) -> list[float]:
 
 
 def generated(store: str, tasks: int, workers: int, environment: dict[str, str], watch: "Watch | None" = None) -> float:
-    """Samples/s of `python -m pipeline generate --runner ray`, from the times of its commits."""
+    """Samples/s of `limbeck generate --runner ray`, from the times of its commits."""
     words = f"generate {SOLVE} --store {store} --count {tasks * SHARD} --holdout 0 --runner ray --workers {workers}"
-    command = [sys.executable, "-m", "pipeline", *words.split()]
+    command = [sys.executable, "-m", "limbeck.pipeline", *words.split()]
     with subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
             time.sleep(0.5)

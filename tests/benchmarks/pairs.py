@@ -48,7 +48,7 @@ class Study:
     def windowed(self, command: str, size: int, dataset: str) -> list[str]:
         """generate or regenerate, of a dataset of its own over the same shards."""
         words = f"{command} --store {self.store} --dataset {dataset} --count {size} --holdout {self.holdout}"
-        return ["pipeline", *words.split(), *self.solve.split()]
+        return [*words.split(), *self.solve.split()]
 
     def fitted(self, kind: str, size: int) -> list[str]:
         """A student."""
@@ -56,13 +56,13 @@ class Study:
         words = f"--data {self.store} --dataset {kind}-{size} --out {out} --steps {self.steps} --warmup {warmup}"
         # Pairs are small: the default's 64 MiB read ahead would be a good part of the fit, in windows of before.
         followed = ["--follow-latest", "--ahead-mib", "1"] if kind == "nightly" else []
-        return ["trainer", "fit", *words.split(), *followed, *self.fit.split()]
+        return ["fit", *words.split(), *followed, *self.fit.split()]
 
     def evaluated(self) -> list[str]:
         """All of them."""
         runs = [str(self.out / f"{kind}-{size}") for kind in KINDS for size in self.sizes]
         words = f"--data {self.store} --dataset fixed-{max(self.sizes)} --nfe 1 --out {self.out}"
-        return ["trainer", "evaluate", *runs, *words.split(), *self.evaluate.split()]
+        return ["evaluate", *runs, *words.split(), *self.evaluate.split()]
 
 
 @dataclass(frozen=True)

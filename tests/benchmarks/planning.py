@@ -15,13 +15,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from pipeline.config import GenerateConfig
-from pipeline.generate import run_generate
-from pipeline.job.prepare import prepare
-from pipeline.windows import Goal, missing_tasks
-from storage_schemas.dataset import latest_manifest, read_shard_table
-from storage_schemas.manifest import Window
-from storage_schemas.store import Store
+from limbeck.pipeline.config import GenerateConfig
+from limbeck.pipeline.generate import run_generate
+from limbeck.pipeline.job.prepare import prepare
+from limbeck.pipeline.windows import Goal, missing_tasks
+from limbeck.storage_schemas.dataset import latest_manifest, read_shard_table
+from limbeck.storage_schemas.manifest import Window
+from limbeck.storage_schemas.store import Store
 from tests.pipeline.handmade import seal_listed
 
 SAMPLES = 64

@@ -164,10 +164,10 @@ class Study:
         words = f"--steps {self.profile.teacher_steps} {self.profile.teacher}"
         words = "--batch-size 8 --steps 2 --warmup 0" if self.tiny else words
         fit = f"--objective.name denoising --images {self.images} --out {self.out / 'teacher'} --device {self.device}"
-        yield ["trainer", "fit", *fit.split(), *self.network.split(), *words.split()]
+        yield ["fit", *fit.split(), *self.network.split(), *words.split()]
         own = "--steps 4 --width 4 --num-features 8" if self.tiny else "--steps 3000"
         words = f"--images {self.images} --out {self.out / 'classifier'} --device {self.device} {own}"
-        yield ["trainer", "classifier", *words.split()]
+        yield ["classifier", *words.split()]
 
     def solve(self) -> str:
         """How the pairs are made."""
@@ -182,7 +182,7 @@ class Study:
     def generate(self) -> list[str]:
         """The pairs."""
         words = f"--store {self.store} --count {self.count} --holdout {self.holdout} {self.solve()}"
-        return ["pipeline", "generate", *words.split()]
+        return ["generate", *words.split()]
 
     def fit(self, method: Method, seed: int) -> list[str]:
         """One student."""
@@ -194,13 +194,13 @@ class Study:
         words += ["--init", str(folder / method.init)] if method.init else []
         words += ["--images", self.images] if method.images else []
         words += self.network.split() if method.scratch else []
-        return ["trainer", "fit", *words]
+        return ["fit", *words]
 
     def evaluate(self, methods: Sequence[Method], seed: int) -> list[str]:
         """All students of a seed, as far as they are there."""
         folder = self.out / f"seed-{seed}"
         runs = [str(folder / method.name) for method in methods if (folder / method.name / "model").is_dir()]
-        words = ["trainer", "evaluate", *runs, "--data", self.store, "--manifest", "1", "--nfe", *NFE]
+        words = ["evaluate", *runs, "--data", self.store, "--manifest", "1", "--nfe", *NFE]
         return [*words, "--out", str(folder), *self.judge().split()]
 
     def judge(self) -> str:
@@ -259,7 +259,7 @@ def results(
         fitted = fit_all(study, methods, seed, commands, jobs)
         commands.run(*study.evaluate(methods, seed), again=fitted)
     folders = [str(study.out / f"seed-{seed}") for seed in seeds]
-    commands.run("trainer", "report", *folders, "--out", str(study.out), again=True)
+    commands.run("report", *folders, "--out", str(study.out), again=True)
     if with_pairs:
         commands.failed += pairs.run(study.pairs(), launch).failed
     return commands

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusion.gaussian import GaussianTeacher
-from diffusion.process import VE
-from pipeline.__main__ import COMMANDS
-from storage_schemas.command_line import main
-from storage_schemas.dataset import Dataset, open_dataset
-from storage_schemas.record import Columns
-from storage_schemas.store import Store
+from limbeck.diffusion.gaussian import GaussianTeacher
+from limbeck.diffusion.process import VE
+from limbeck.storage_schemas.command_line import main
+from limbeck.storage_schemas.dataset import Dataset, open_dataset
+from limbeck.storage_schemas.program import COMMANDS
+from limbeck.storage_schemas.record import Columns
+from limbeck.storage_schemas.store import Store
 
 SHAPE = (3, 32, 32)
 STATE_BYTES = 2 * 3 * 32 * 32
@@ -32,9 +32,9 @@ def make_store(folder: Path, samples: int) -> None:
     """The samples by `generate` as Parquet, and by `convert` as the tars that webdataset reads, too."""
     words = f"generate --teacher python:tests.benchmarks.samples:teacher --store {folder}/store --count {samples}"
     words += " --holdout 0 --solver.name ddim --solver.steps 4 --states 1 2 3 --samples-per-shard 1024 --runner local"
-    assert main("pipeline", COMMANDS, words.split()) == 0
+    assert main(COMMANDS, words.split()) == 0
     convert = f"convert {folder}/store --to webdataset --as {FORMS['webdataset']}"
-    assert main("pipeline", COMMANDS, convert.split()) == 0
+    assert main(COMMANDS, convert.split()) == 0
 
 
 def opened(folder: Path, form: str) -> Dataset:

@@ -11,21 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.__main__ import COMMANDS
-from storage_schemas.command_line import main, parse
+from limbeck.storage_schemas.command_line import main, parse
+from limbeck.storage_schemas.program import COMMANDS
 from tests.benchmarks import pairs, results
 from tests.benchmarks.commands import Commands, told
 from tests.benchmarks.pairs import Point
 from tests.benchmarks.results import METHODS, PROFILES, Study
-from trainer.__main__ import commands
-
-PROGRAMS = {"pipeline": COMMANDS, "trainer": commands(None)}
 
 
 def here(words):
     """A command in this process."""
-    program, *rest = words
-    return main(program, PROGRAMS[program], rest)
+    return main(COMMANDS, words)
 
 
 @pytest.mark.parametrize("tiny", [False, True])
@@ -38,8 +34,8 @@ def test_every_command_of_a_profile_means_something(tmp_path, name, tiny):
     typed = [*study.teacher(), study.generate(), *(study.fit(method, 1) for method in METHODS)]
     typed += [study.evaluate(METHODS, 1), study.pairs().evaluated()]
     typed += [study.pairs().windowed("generate", 32, "x"), study.pairs().fitted("nightly", 32)]
-    for program, command, *options in typed:
-        parse(PROGRAMS[program][command].config, options, program=program)
+    for command, *options in typed:
+        parse(COMMANDS[command].config, options, program=command)
 
 
 def test_a_command_runs_once_and_again_where_it_changed(tmp_path):
@@ -47,11 +43,11 @@ def test_a_command_runs_once_and_again_where_it_changed(tmp_path):
     launch = lambda words: ran.append(words[-1]) or int(words[-1] == "bad")  # noqa: E731
     for _ in range(2):
         made = Commands(tmp_path, launch)
-        assert [made.run("trainer", word) for word in ("a", "b c", "bad")] == [not ran[3:], not ran[3:], True]
-        assert made.failed == ["python -m trainer bad"]
+        assert [made.run(word) for word in ("a", "b c", "bad")] == [not ran[3:], not ran[3:], True]
+        assert made.failed == ["limbeck bad"]
     assert ran == ["a", "b c", "bad", "bad"]
-    assert Commands(tmp_path, launch).run("trainer", "a", again=True)
-    assert [*json.loads((tmp_path / "commands.json").read_text())] == ["python -m trainer a", "python -m trainer 'b c'"]
+    assert Commands(tmp_path, launch).run("a", again=True)
+    assert [*json.loads((tmp_path / "commands.json").read_text())] == ["limbeck a", "limbeck 'b c'"]
 
 
 @pytest.mark.parametrize(

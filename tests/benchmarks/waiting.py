@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.benchmarks.commands import LIMBECK
 from tests.benchmarks.samples import make_store
 from tests.benchmarks.watch import MIB, memory_of
 from tests.proxy import Proxy
@@ -47,21 +48,20 @@ class Waited:
 
 
 def program(*words: str, environment: dict[str, str] | None = None) -> None:
-    """One of the two programs, to its end."""
-    command = [sys.executable, "-m", *words]
-    subprocess.run(command, check=True, env=os.environ | (environment or {}), stdout=subprocess.DEVNULL)
+    """A command to its end."""
+    subprocess.run([LIMBECK, *words], check=True, env=os.environ | (environment or {}), stdout=subprocess.DEVNULL)
 
 
 def fit_words(store: str, out: Path, steps: int, *options: str) -> list[str]:
     """The fit's command line; it logs and does nothing else beside its steps."""
     fixed = f"--data {store} --out {out} --objective.name knowledge --steps {steps} --batch-size 256 --warmup 10"
-    return ["trainer", "fit", *fixed.split(), "--validate-every", "0", "--log-every", "50", *options]
+    return ["fit", *fixed.split(), "--validate-every", "0", "--log-every", "50", *options]
 
 
 def on_a_folder(folder: Path, count: int, steps: int, *options: str) -> Waited:
     """The digits run on a folder."""
     store, out = str(folder / "digits"), folder / "fit"
-    program("pipeline", "generate", *DIGITS.split(), "--store", store, "--count", str(count), "--runner", "local")
+    program("generate", *DIGITS.split(), "--store", store, "--count", str(count), "--runner", "local")
     program(*fit_words(store, out, steps, *options))
     return Waited.of(out)
 
@@ -72,7 +72,7 @@ def on_s3(folder: Path, count: int, steps: int) -> Waited:
     (folder / "server").mkdir()
     with seaweed(folder / "server") as server, Proxy(server.endpoint, latency=LATENCY) as proxy:
         words = (*DIGITS.split(), "--store", store, "--count", str(count), "--runner", "local")
-        program("pipeline", "generate", *words, environment=server.environment)
+        program("generate", *words, environment=server.environment)
         through = {**server.environment, "AWS_ENDPOINT_URL": proxy.endpoint}
         program(*fit_words(store, out, steps, "--cache-folder", str(cache)), environment=through)
     return Waited.of(out)

@@ -8,11 +8,12 @@ import pytest
 import ray
 import yaml
 
-from storage_schemas.command_line import parse
-from storage_schemas.errors import UsageError
+from limbeck.storage_schemas.command_line import parse
+from limbeck.storage_schemas.errors import UsageError
+from limbeck.storage_schemas.program import COMMANDS
 from tests.deploy.kubectl import find
 from tests.deploy.manifests import DEPLOY, OVERLAYS, ROOT, command_lines, objects, rendered
-from tests.deploy.our_commands import PROGRAMS, our_commands, parse_ours
+from tests.deploy.our_commands import our_commands, parse_ours
 
 MANIFESTS = {name: document for name, document in objects().items() if "spec" in document}
 SCRIPTS = sorted(DEPLOY.glob("slurm/*.sbatch"))
@@ -28,12 +29,12 @@ def commands_of(document):
 
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_a_manifests_commands_parse(name):
-    for program, words in commands_of(MANIFESTS[name]):
-        parse_ours(program, words)
+    for words in commands_of(MANIFESTS[name]):
+        parse_ours(words)
 
 
 def test_the_manifests_run_each_command_that_they_are_for():
-    run = [words for document in MANIFESTS.values() for _, words in commands_of(document)]
+    run = [words for document in MANIFESTS.values() for words in commands_of(document)]
     assert {words[0] for words in run} == {"generate", "submit", "regenerate", "prune", "fit"}
 
 
@@ -46,8 +47,8 @@ def test_an_overlays_commands_parse_with_its_own_config(overlay, tmp_path):
         (tmp_path / name).write_text(text)
     found = [command for document in documents if "spec" in document for command in commands_of(document)]
     assert found
-    for program, words in found:
-        parse_ours(program, words, mounted=tmp_path)
+    for words in found:
+        parse_ours(words, mounted=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -62,21 +63,20 @@ def test_an_overlays_commands_parse_with_its_own_config(overlay, tmp_path):
     ids=lambda value: value if isinstance(value, str) else str(value.relative_to(DEPLOY)),
 )
 def test_a_config_file_is_one_of_its_commands(path, command):
-    program = "trainer" if command == "fit" else "pipeline"
-    parse(PROGRAMS[program][command].config, ["--config", str(path)], program=program)
+    parse(COMMANDS[command].config, ["--config", str(path)], program=command)
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_a_slurm_scripts_commands_parse(path):
     found = our_commands(path.read_text())
     assert len(found) == 1
-    for program, words in found:
-        parse_ours(program, words)
+    for words in found:
+        parse_ours(words)
 
 
-@pytest.mark.parametrize(("program", "words"), README_COMMANDS, ids=lambda value: " ".join(value)[:40])
-def test_the_readmes_commands_parse(program, words):
-    parse_ours(program, words)
+@pytest.mark.parametrize("words", README_COMMANDS, ids=lambda words: " ".join(words)[:40])
+def test_the_readmes_commands_parse(words):
+    parse_ours(words)
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\((?!https?:)([^)#]+)\)", README))
@@ -90,9 +90,9 @@ def test_an_overlay_that_the_readme_applies_is_there(folder):
 
 
 def test_a_renamed_flag_is_noticed():
-    ((program, words),) = our_commands(MANIFESTS["generate/rayjob.yaml#0"]["spec"]["entrypoint"] + " --no-such-flag 1")
+    (words,) = our_commands(MANIFESTS["generate/rayjob.yaml#0"]["spec"]["entrypoint"] + " --no-such-flag 1")
     with pytest.raises(UsageError, match="no-such-flag"):
-        parse_ours(program, words)
+        parse_ours(words)
 
 
 def test_ray_knows_the_launchers_every_field():

@@ -8,7 +8,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from pipeline.workers.ray_runner import _Worker
+from limbeck.pipeline.workers.ray_runner import _Worker
+from limbeck.trainer.config import FitConfig
+from limbeck.trainer.reading.order import default_lanes
 from tests.deploy.kubectl import find
 from tests.deploy.manifests import (
     CONFIG,
@@ -22,8 +24,6 @@ from tests.deploy.manifests import (
     pods,
     rendered,
 )
-from trainer.config import FitConfig
-from trainer.reading.order import default_lanes
 
 OBJECTS = objects()
 CORE = {name: document for name, document in OBJECTS.items() if document["kind"] not in KUBERAY}

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from diffusion.denoiser import Denoiser, Guided
-from diffusion.flow_map import FlowMap
-from diffusion.models.networks import ResidualMLP
-from diffusion.prediction import EDM, PREDICTIONS, VPrediction
-from diffusion.process import VE, CosineVP, LinearVP, RectifiedFlow
+from limbeck.diffusion.denoiser import Denoiser, Guided
+from limbeck.diffusion.flow_map import FlowMap
+from limbeck.diffusion.models.networks import ResidualMLP
+from limbeck.diffusion.prediction import EDM, PREDICTIONS, VPrediction
+from limbeck.diffusion.process import VE, CosineVP, LinearVP, RectifiedFlow
 
 
 def make_denoiser(process, prediction, num_classes=3):

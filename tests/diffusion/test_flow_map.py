@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from diffusion.denoiser import Denoiser
-from diffusion.flow_map import FlowMap, jump_coefficients
-from diffusion.gaussian import GaussianTeacher
-from diffusion.models.checkpoint import Checkpoint, pack, widened
-from diffusion.models.spec import model_from_spec, process_spec
-from diffusion.models.teachers import builtin_checkpoint
-from diffusion.prediction import PREDICTIONS
-from diffusion.process import VE, CosineVP, LinearVP, RectifiedFlow, expand, scales
+from limbeck.diffusion.denoiser import Denoiser
+from limbeck.diffusion.flow_map import FlowMap, jump_coefficients
+from limbeck.diffusion.gaussian import GaussianTeacher
+from limbeck.diffusion.models.checkpoint import Checkpoint, pack, widened
+from limbeck.diffusion.models.spec import model_from_spec, process_spec
+from limbeck.diffusion.models.teachers import builtin_checkpoint
+from limbeck.diffusion.prediction import PREDICTIONS
+from limbeck.diffusion.process import VE, CosineVP, LinearVP, RectifiedFlow, expand, scales
 
 PROCESSES = [VE(), LinearVP(), CosineVP(), RectifiedFlow()]
 MEAN, VARIANCE = 0.5, 0.25

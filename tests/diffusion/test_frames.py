@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from diffusion.frames import frame_for, points_at, points_between
-from diffusion.gaussian import GaussianTeacher
-from diffusion.grids import uniform_time
-from diffusion.process import VE, CosineVP, DiscreteVP, LinearVP, RectifiedFlow
-from diffusion.solvers import SOLVERS
+from limbeck.diffusion.frames import frame_for, points_at, points_between
+from limbeck.diffusion.gaussian import GaussianTeacher
+from limbeck.diffusion.grids import uniform_time
+from limbeck.diffusion.process import VE, CosineVP, DiscreteVP, LinearVP, RectifiedFlow
+from limbeck.diffusion.solvers import SOLVERS
 
 PROCESSES = [LinearVP(), CosineVP(), VE(), RectifiedFlow(), DiscreteVP((0.01, 0.1, 0.5, 0.9))]
 every_process = pytest.mark.parametrize("process", PROCESSES, ids=lambda process: type(process).__name__)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy import integrate, special, stats
 
-from diffusion.gaussian import GaussianTeacher, MixtureTeacher
-from diffusion.process import VE, CosineVP, DiscreteVP, LinearVP, RectifiedFlow, scales
+from limbeck.diffusion.gaussian import GaussianTeacher, MixtureTeacher
+from limbeck.diffusion.process import VE, CosineVP, DiscreteVP, LinearVP, RectifiedFlow, scales
 
 PROCESSES = [LinearVP(), CosineVP(), VE(), RectifiedFlow(), DiscreteVP(tuple(torch.linspace(1e-3, 0.2, 50).tolist()))]
 MIXTURE = {"weights": (0.2, 0.5, 0.3), "means": (-1.5, 0.1, 2.0), "variances": (0.05, 0.4, 0.02)}

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from diffusion.grids import karras, make_grid, subset_indices, uniform_logsnr, uniform_time
-from diffusion.process import VE, CosineVP, DiscreteVP, LinearVP, RectifiedFlow
+from limbeck.diffusion.grids import karras, make_grid, subset_indices, uniform_logsnr, uniform_time
+from limbeck.diffusion.process import VE, CosineVP, DiscreteVP, LinearVP, RectifiedFlow
 
 PROCESSES = [
     LinearVP(),

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusion.denoiser import Denoiser, Guided
-from diffusion.gaussian import GaussianTeacher, MixtureTeacher
-from diffusion.grids import karras
-from diffusion.models.networks import ResidualMLP
-from diffusion.prediction import PREDICTIONS
-from diffusion.process import VE, CosineVP, DiscreteVP, LinearVP, RectifiedFlow
-from diffusion.solvers import SOLVERS, solve
+from limbeck.diffusion.denoiser import Denoiser, Guided
+from limbeck.diffusion.gaussian import GaussianTeacher, MixtureTeacher
+from limbeck.diffusion.grids import karras
+from limbeck.diffusion.models.networks import ResidualMLP
+from limbeck.diffusion.prediction import PREDICTIONS
+from limbeck.diffusion.process import VE, CosineVP, DiscreteVP, LinearVP, RectifiedFlow
+from limbeck.diffusion.solvers import SOLVERS, solve
 
 TABLE = tuple(torch.linspace(1e-3, 0.2, 50, dtype=torch.float64).tolist())
 PROCESSES = [LinearVP(), CosineVP(), VE(), RectifiedFlow(), DiscreteVP(TABLE)]

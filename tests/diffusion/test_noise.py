@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 from scipy.special import ndtri
 
-from diffusion.noise import guidance_index, guidance_scales, labels, normal_quantile, standard_normal, uniform
-from diffusion.philox import philox_words
+from limbeck.diffusion.noise import guidance_index, guidance_scales, labels, normal_quantile, standard_normal, uniform
+from limbeck.diffusion.philox import philox_words
 
 GOLDEN_FIRST = "-0x1.22cd198aad6f0p+1"
 GOLDEN_ANEW = "-0x1.ba5d7666f14ffp+0"

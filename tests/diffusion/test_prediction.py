@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from diffusion.prediction import EDM, PREDICTIONS, Epsilon, Sample, Velocity, VPrediction
-from diffusion.process import VE, DiscreteVP, LinearVP
+from limbeck.diffusion.prediction import EDM, PREDICTIONS, Epsilon, Sample, Velocity, VPrediction
+from limbeck.diffusion.process import VE, DiscreteVP, LinearVP
 
 
 @pytest.fixture

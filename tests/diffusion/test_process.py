@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffusion.process import VE, CosineVP, DiscreteVP, LinearVP, RectifiedFlow, expand, scales
+from limbeck.diffusion.process import VE, CosineVP, DiscreteVP, LinearVP, RectifiedFlow, expand, scales
 
 TABLE = tuple(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).tolist())
 ZERO_TERMINAL = (*TABLE[:-1], 1.0)

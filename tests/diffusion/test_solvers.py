@@ -7,11 +7,11 @@ import pytest
 import torch
 from scipy import integrate
 
-from diffusion.frames import points_at
-from diffusion.gaussian import GaussianTeacher, MixtureTeacher
-from diffusion.grids import karras, uniform_time
-from diffusion.process import VE, CosineVP, DiscreteVP, LinearVP, RectifiedFlow, scales
-from diffusion.solvers import SOLVERS, plan, solve
+from limbeck.diffusion.frames import points_at
+from limbeck.diffusion.gaussian import GaussianTeacher, MixtureTeacher
+from limbeck.diffusion.grids import karras, uniform_time
+from limbeck.diffusion.process import VE, CosineVP, DiscreteVP, LinearVP, RectifiedFlow, scales
+from limbeck.diffusion.solvers import SOLVERS, plan, solve
 
 TABLE = tuple(torch.linspace(1e-3, 0.2, 50, dtype=torch.float64).tolist())
 PROCESSES = [LinearVP(), CosineVP(), VE(), RectifiedFlow(), DiscreteVP(TABLE)]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion.process import VE, DiscreteVP, RectifiedFlow, expand, scales
-from diffusion.solvers import solve
+from limbeck.diffusion.process import VE, DiscreteVP, RectifiedFlow, expand, scales
+from limbeck.diffusion.solvers import solve
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -24,7 +24,7 @@ class Jobs:
         self.log, self.started = log, []
 
     def start(self, store, *words, teacher="builtin:gaussian", before=(), **environment):
-        command = f"{sys.executable} -m pipeline generate --teacher {teacher} --store {store} {SMALL}".split()
+        command = f"{sys.executable} -m limbeck.pipeline generate --teacher {teacher} --store {store} {SMALL}".split()
         path = os.pathsep.join(filter(None, [str(STRANGE), os.environ.get("PYTHONPATH")]))
         with open(self.log, "ab") as out:
             process = subprocess.Popen(

@@ -7,15 +7,15 @@ import traceback
 
 import pytest
 
-from pipeline.__main__ import COMMANDS
-from storage_schemas.command_line import main
-from storage_schemas.store import Store
+from limbeck.storage_schemas.command_line import main
+from limbeck.storage_schemas.program import COMMANDS
+from limbeck.storage_schemas.store import Store
+from limbeck.trainer.config import FitConfig
+from limbeck.trainer.runs.place import RECORD, Place
+from limbeck.trainer.runs.record import RunRecord, plain, where
 from tests import servers
 from tests.end_to_end.jobs import SMALL
 from tests.exactly_once import every_file
-from trainer.config import FitConfig
-from trainer.runs.place import RECORD, Place
-from trainer.runs.record import RunRecord, plain, where
 
 s3fs = pytest.importorskip("s3fs")
 
@@ -29,10 +29,10 @@ def told(capsys, monkeypatch):
     def never(*args, **options):
         raise AssertionError("it began to solve")
 
-    monkeypatch.setattr("pipeline.producer.solve_task", never)
+    monkeypatch.setattr("limbeck.pipeline.producer.solve_task", never)
 
     def run(words, code=1):
-        assert main("pipeline", COMMANDS, words.split()) == code
+        assert main(COMMANDS, words.split()) == code
         captured = capsys.readouterr()
         assert captured.out == ""
         assert len(captured.err.splitlines()) == 1, captured.err
@@ -44,13 +44,13 @@ def told(capsys, monkeypatch):
 def test_a_store_of_another_schema_version(told, tmp_path):
     (tmp_path / "store.json").write_text(json.dumps({"schema_version": 1, "writer": "a", "single_writer": False}))
     line = told(f"{GENERATE} {tmp_path}")
-    assert line.startswith(f"pipeline: {tmp_path}/store.json has schema version 1, this program reads 2: use the")
+    assert line.startswith(f"limbeck: {tmp_path}/store.json has schema version 1, this program reads 2: use the")
     assert os.listdir(tmp_path) == ["store.json"]
 
 
 def test_a_bucket_that_does_not_exist(told, s3_environment):
     line = told(f"{GENERATE} s3://no-such-bucket/x")
-    assert line.startswith("pipeline: s3://no-such-bucket/x: there is no such bucket: create it first")
+    assert line.startswith("limbeck: s3://no-such-bucket/x: there is no such bucket: create it first")
 
 
 @pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
@@ -89,10 +89,10 @@ SLASHED = "s3cr3t/with+slash"
 )
 def test_a_refusal_never_shows_the_secret_of_a_uri(s3_environment, words, capsys):
     words = words.replace("{}", SLASHED).split()
-    assert main("pipeline", COMMANDS, words) in (1, 2)
+    assert main(COMMANDS, words) in (1, 2)
     captured = capsys.readouterr()
     with pytest.raises(Exception, match=r".") as raised:  # --debug
-        main("pipeline", COMMANDS, [*words, "--debug"])
+        main(COMMANDS, [*words, "--debug"])
     shown = "".join(traceback.format_exception(raised.value))
     assert SLASHED not in captured.out + captured.err + shown
 
@@ -105,7 +105,7 @@ def test_a_secret_in_a_uri_works_and_is_nowhere(s3_environment, jobs, monkeypatc
     given = f"s3://{servers.KEY}:{servers.SECRET}@{folder}"
     assert jobs.run(given, "--workers", 2, "--debug") == 0, jobs.told()
     for words in ("status", "verify", "inspect"):
-        assert main("pipeline", COMMANDS, [words, given]) == 0
+        assert main(COMMANDS, [words, given]) == 0
     heard = jobs.told() + capsys.readouterr().out
     assert f"s3://{folder}" in heard
     assert servers.SECRET not in heard

@@ -12,16 +12,15 @@ import pytest
 import torch
 from scipy.special import ndtri
 
-from diffusion.flow_map import FlowMap, jump_coefficients
-from diffusion.grids import subset_indices
-from diffusion.models.teachers import load_teacher
-from diffusion.solvers import solve
-from pipeline.__main__ import COMMANDS as PIPELINE
-from storage_schemas.command_line import main
-from storage_schemas.dataset import open_dataset
-from storage_schemas.store import Store
-from trainer.__main__ import commands
-from trainer.networks.student import find_student
+from limbeck.diffusion.flow_map import FlowMap, jump_coefficients
+from limbeck.diffusion.grids import subset_indices
+from limbeck.diffusion.models.teachers import load_teacher
+from limbeck.diffusion.solvers import solve
+from limbeck.storage_schemas.command_line import main
+from limbeck.storage_schemas.dataset import open_dataset
+from limbeck.storage_schemas.program import COMMANDS
+from limbeck.storage_schemas.store import Store
+from limbeck.trainer.networks.student import find_student
 
 STEPS = 8
 TRAIN, HOLDOUT = 8192, 8192
@@ -38,7 +37,7 @@ def pairs(tmp_path_factory):
     words += (
         " --solver.name rk4 --states 2 4 6 --dtype float32 --samples-per-shard 2048 --micro-batch 512 --runner local"
     )
-    assert main("pipeline", PIPELINE, words.split()) == 0
+    assert main(COMMANDS, words.split()) == 0
     return store
 
 
@@ -55,15 +54,15 @@ def population():
 
 
 def grid_times():
-    from diffusion.grids import make_grid
-    from diffusion.process import VE
+    from limbeck.diffusion.grids import make_grid
+    from limbeck.diffusion.process import VE
 
     return make_grid("karras", VE(), STEPS)
 
 
 def fit(pairs, out, *words, network=("--network.name", "affine", "--lr", "0.02")):
     words = ["fit", "--data", str(pairs), "--out", str(out), "--init", "scratch", *network, *words]
-    assert main("trainer", commands("fit"), [*words, "--steps", "700", "--batch-size", "512"]) == 0
+    assert main(COMMANDS, [*words, "--steps", "700", "--batch-size", "512"]) == 0
 
 
 def affine_fit(x, y):

@@ -6,9 +6,9 @@ import subprocess
 
 import pytest
 
-from storage_schemas.commit import list_committed, read_commits
-from storage_schemas.dataset import open_dataset
-from storage_schemas.store import Store
+from limbeck.storage_schemas.commit import list_committed, read_commits
+from limbeck.storage_schemas.dataset import open_dataset
+from limbeck.storage_schemas.store import Store
 from tests import servers
 from tests.end_to_end.jobs import COUNT, HOLDOUT, SABOTAGED, wait_for
 from tests.exactly_once import assert_exactly_once
@@ -90,7 +90,7 @@ def test_a_scratch_disk_that_fills_fails_the_tasks_in_one_line(jobs, tmp_path):
     words = ["--samples-per-shard", "2048", "--micro-batch", "256", "--max-attempts", "1"]
     given = {"teacher": "python:strange_teachers:filling_teacher", "TMPDIR": str(scratch), "STRANGE_FILLS": "1"}
     assert jobs.run(tmp_path / "s", *words, before=inside("48k"), **given) == 2
-    assert jobs.told().splitlines()[-1].startswith(f"pipeline: {scratch}: 57.3 kB are needed, 49.2 kB are free: make")
+    assert jobs.told().splitlines()[-1].startswith(f"limbeck: {scratch}: 57.3 kB are needed, 49.2 kB are free: make")
     assert jobs.run(tmp_path / "s", *words, before=inside("400k"), **given) == 1
     told = [line for line in jobs.told().splitlines() if "nothing sealed" in line]
     assert len(told) == 1

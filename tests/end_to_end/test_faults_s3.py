@@ -2,8 +2,8 @@
 
 import pytest
 
-from storage_schemas.dataset import latest_number
-from storage_schemas.store import Store
+from limbeck.storage_schemas.dataset import latest_number
+from limbeck.storage_schemas.store import Store
 from tests import servers
 from tests.end_to_end.jobs import COUNT, HOLDOUT
 from tests.exactly_once import assert_exactly_once

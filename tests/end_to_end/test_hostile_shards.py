@@ -21,24 +21,24 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from pipeline.after.verify import check_dataset
-from pipeline.config import ConvertConfig
-from pipeline.inspection import describe
-from pipeline.upkeep.convert import run_convert
-from storage_schemas import parquet, paths, webdataset
-from storage_schemas.arrow import arrow_tables
-from storage_schemas.dataset import Dataset, find_dataset, open_dataset
-from storage_schemas.errors import UserError
-from storage_schemas.ranges import checksum
-from storage_schemas.record import SPLITS
-from storage_schemas.shards import Shard
-from storage_schemas.store import Store
+from limbeck.pipeline.after.verify import check_dataset
+from limbeck.pipeline.config import ConvertConfig
+from limbeck.pipeline.inspection import describe
+from limbeck.pipeline.upkeep.convert import run_convert
+from limbeck.storage_schemas import parquet, paths, webdataset
+from limbeck.storage_schemas.arrow import arrow_tables
+from limbeck.storage_schemas.dataset import Dataset, find_dataset, open_dataset
+from limbeck.storage_schemas.errors import UserError
+from limbeck.storage_schemas.ranges import checksum
+from limbeck.storage_schemas.record import SPLITS
+from limbeck.storage_schemas.shards import Shard
+from limbeck.storage_schemas.store import Store
+from limbeck.trainer.reading.chunks import Reading
+from limbeck.trainer.reading.rows import gathered
+from limbeck.trainer.reading.shards import ShardSource
+from limbeck.trainer.stream import TrajectoryStream
 from tests.forged import relist
 from tests.trainer.conftest import write_store
-from trainer.reading.chunks import Reading
-from trainer.reading.rows import gathered
-from trainer.reading.shards import ShardSource
-from trainer.stream import TrajectoryStream
 
 LAYOUTS = {"parquet": {}, "zstd": {"compression": "zstd"}, "webdataset": {"format": "webdataset"}}
 TASK = "train-00000001"

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from diffusion.models import checkpoint
+from limbeck.diffusion.models import checkpoint
 
 pytest.importorskip("s3fs")
 

@@ -9,17 +9,16 @@ from typing import Any
 
 import pytest
 
-from pipeline.__main__ import COMMANDS
-from storage_schemas import paths
-from storage_schemas.command_line import main
-from storage_schemas.job import Failure, Heartbeat, Job, Pin, Prune
-from storage_schemas.manifest import Window
-from storage_schemas.notes import Calibration, CalibrationPoint, Reference, put_calibration
-from storage_schemas.recipe import Recipe
-from storage_schemas.store import Store
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.command_line import main
+from limbeck.storage_schemas.job import Failure, Heartbeat, Job, Pin, Prune
+from limbeck.storage_schemas.manifest import Window
+from limbeck.storage_schemas.notes import Calibration, CalibrationPoint, Reference, put_calibration
+from limbeck.storage_schemas.program import COMMANDS
+from limbeck.storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.store import Store
 from tests.pipeline.handmade import LAYOUT, make_recipe, seal_window
 from tests.trainer.conftest import write_store
-from trainer.__main__ import commands
 
 AT, LATER = "2026-01-31T23:59:59+00:00", "2999-01-01T00:00:00+00:00"
 HOSTILE = "\x1b[2J\x1b]0;owned\x07[red]owned[/red][link=http://x]owned[/link]\r\x9b31m\u202e\nforged"
@@ -70,7 +69,7 @@ def shown(capfdbinary):
 
     def run(*words: object) -> str:
         told = [str(word) for word in words]
-        main("limbeck", {"fit": commands("fit")["fit"]} if told[0] == "fit" else COMMANDS, told)
+        main(COMMANDS, told)
         said = "".join(stream.decode() for stream in capfdbinary.readouterr())
         found = CONTROLS.search(said)
         assert found is None, said[max(found.start() - 200, 0) :]

@@ -3,18 +3,17 @@
 import json
 import shutil
 
-from diffusion.models import checkpoint
-from pipeline.__main__ import COMMANDS
-from storage_schemas.command_line import main
+from limbeck.diffusion.models import checkpoint
+from limbeck.storage_schemas.command_line import main
+from limbeck.storage_schemas.program import COMMANDS
 from tests.trainer.conftest import write_store
-from trainer.__main__ import commands
 
 
 def fitted(store, out, objective, *init):
     """The student's hash, after a few steps."""
     words = ["--data", store.uri, "--out", out, "--objective.name", objective, *init]
     small = ["--steps", 2, "--warmup", 0, "--batch-size", 16, "--threads", 1, "--device", "cpu"]
-    assert main("trainer", commands(None), list(map(str, ["fit", *words, *small]))) == 0
+    assert main(COMMANDS, list(map(str, ["fit", *words, *small]))) == 0
     return checkpoint.load(out / "model").weights_sha256
 
 
@@ -31,7 +30,7 @@ def test_the_lineage_of_a_warm_start_tells_all_students_that_it_began_as(tmp_pat
     def lineage(*words):
         capsys.readouterr()
         given = ["inspect", tmp_path / "other", "--lineage", "--student", runs[2] / "model", *words]
-        assert main("pipeline", COMMANDS, list(map(str, given))) == 0
+        assert main(COMMANDS, list(map(str, given))) == 0
         return capsys.readouterr().out
 
     links = json.loads(lineage("--json"))

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.__main__ import COMMANDS
-from storage_schemas.command_line import main
-from storage_schemas.dataset import open_dataset
-from storage_schemas.record import SPLITS
-from storage_schemas.store import Store
+from limbeck.storage_schemas.command_line import main
+from limbeck.storage_schemas.dataset import open_dataset
+from limbeck.storage_schemas.program import COMMANDS
+from limbeck.storage_schemas.record import SPLITS
+from limbeck.storage_schemas.store import Store
 
 HERE = Path(__file__).parent
 SMALL = ["--solver.steps", "4", "--states", "2", "--samples-per-shard", "64", "--micro-batch", "32"]
@@ -30,7 +30,7 @@ def pipeline(capsys):
     """Run a command in this process: (exit code, stdout, stderr)."""
 
     def run(*words):
-        code = main("pipeline", COMMANDS, [str(word) for word in words])
+        code = main(COMMANDS, [str(word) for word in words])
         return code, *capsys.readouterr()
 
     return run
@@ -50,16 +50,18 @@ def generate(pipeline):
 @pytest.fixture
 def at_home(monkeypatch):
     """What is tried out on a worker runs in this process: no test pays for a start that it doesn't look at."""
-    monkeypatch.setattr("pipeline.workers.one_call.run_once", lambda function, *arguments, runner: function(*arguments))
+    monkeypatch.setattr(
+        "limbeck.pipeline.workers.one_call.run_once", lambda function, *arguments, runner: function(*arguments)
+    )
 
 
 @pytest.fixture
 def start():
-    """`python -m pipeline` as a process of its own; killed at the end if it still runs."""
+    """`python -m limbeck.pipeline` as a process of its own; killed at the end if it still runs."""
     started = []
 
     def run(*words, **environment):
-        command = [sys.executable, "-m", "pipeline", *map(str, words)]
+        command = [sys.executable, "-m", "limbeck.pipeline", *map(str, words)]
         process = subprocess.Popen(
             command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )

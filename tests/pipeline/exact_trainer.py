@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffusion.flow_map import FlowMap, jump_coefficients
-from diffusion.grids import subset_indices
-from diffusion.models import checkpoint
-from diffusion.models.checkpoint import Checkpoint, pack
-from diffusion.models.spec import model_from_spec, process_spec
-from diffusion.process import VE
-from storage_schemas.dataset import open_dataset
-from storage_schemas.record import SPLITS, state_column
-from storage_schemas.store import Store
+from limbeck.diffusion.flow_map import FlowMap, jump_coefficients
+from limbeck.diffusion.grids import subset_indices
+from limbeck.diffusion.models import checkpoint
+from limbeck.diffusion.models.checkpoint import Checkpoint, pack
+from limbeck.diffusion.models.spec import model_from_spec, process_spec
+from limbeck.diffusion.process import VE
+from limbeck.storage_schemas.dataset import open_dataset
+from limbeck.storage_schemas.record import SPLITS, state_column
+from limbeck.storage_schemas.store import Store
 
 SPEC = {
     "kind": "network",
@@ -34,8 +34,8 @@ class ExactTrainer:
 
     def __init__(self, monkeypatch, *, defect: float = 0.0, killed: str = "") -> None:
         self.defect, self.killed, self.log = defect, killed, []
-        monkeypatch.setattr("pipeline.rounds.launch.fit", self.fit)
-        monkeypatch.setattr("pipeline.rounds.launch.evaluate", self.evaluate)
+        monkeypatch.setattr("limbeck.pipeline.rounds.launch.fit", self.fit)
+        monkeypatch.setattr("limbeck.pipeline.rounds.launch.evaluate", self.evaluate)
 
     def fit(self, config, part, *, lock):
         words = dict(zip(part.fit[1::2], part.fit[2::2], strict=False))

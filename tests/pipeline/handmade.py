@@ -12,21 +12,28 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import GenerateConfig
-from pipeline.job.announce import is_early
-from pipeline.job.prepare import Run
-from pipeline.producer import LateAttempt, in_time
-from storage_schemas import paths
-from storage_schemas.clock import utc, utc_now
-from storage_schemas.commit import Commit, Task, is_whole, put_commit, read_commit, replace_commit
-from storage_schemas.dataset import latest_manifest, list_numbers, open_dataset, put_recipe, read_shard_table, seal
-from storage_schemas.formats import EncodedShard, encode_shard
-from storage_schemas.layout import Layout
-from storage_schemas.manifest import Manifest, ManifestDraft, Window
-from storage_schemas.recipe import NoiseRecord, Recipe, SolverRecord, TeacherRecord
-from storage_schemas.record import NO_CONDITION
-from storage_schemas.shards import SCHEMA, Shard, ShardTable
-from storage_schemas.store import Store
+from limbeck.pipeline.config import GenerateConfig
+from limbeck.pipeline.job.announce import is_early
+from limbeck.pipeline.job.prepare import Run
+from limbeck.pipeline.producer import LateAttempt, in_time
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.clock import utc, utc_now
+from limbeck.storage_schemas.commit import Commit, Task, is_whole, put_commit, read_commit, replace_commit
+from limbeck.storage_schemas.dataset import (
+    latest_manifest,
+    list_numbers,
+    open_dataset,
+    put_recipe,
+    read_shard_table,
+    seal,
+)
+from limbeck.storage_schemas.formats import EncodedShard, encode_shard
+from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.manifest import Manifest, ManifestDraft, Window
+from limbeck.storage_schemas.recipe import NoiseRecord, Recipe, SolverRecord, TeacherRecord
+from limbeck.storage_schemas.record import NO_CONDITION
+from limbeck.storage_schemas.shards import SCHEMA, Shard, ShardTable
+from limbeck.storage_schemas.store import Store
 
 SIZE = 4
 LAYOUT = Layout(samples_per_shard=SIZE)
@@ -129,7 +136,7 @@ def new_run(store: Store, count: int, *, dataset: str = "main", recipe: Recipe =
 
 
 def solve_by_hand(run: Run, tasks: list[Task]) -> None:
-    """In place of pipeline.job.solving.solve_missing: each task as a worker would do it, without the solve."""
+    """In place of limbeck.pipeline.job.solving.solve_missing: each task as a worker would do it, without the solve."""
     for task in tasks:
         commit = None
         while commit is None:  # a worker that finds itself late begins again

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from diffusion.gaussian import GaussianTeacher
-from diffusion.process import VE
-from pipeline.job.prepare import TRIED
+from limbeck.diffusion.gaussian import GaussianTeacher
+from limbeck.diffusion.process import VE
+from limbeck.pipeline.job.prepare import TRIED
 
 
 class Hungry(GaussianTeacher):

@@ -11,8 +11,8 @@ import signal
 from functools import partial
 from pathlib import Path
 
-from storage_schemas import backends, formats
-from storage_schemas.store import Store
+from limbeck.storage_schemas import backends, formats
+from limbeck.storage_schemas.store import Store
 
 
 def marker_of(step, marker=None):

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
-from pipeline.workers.dispatch import Died, Event, Finished, Ready, dispatch
-from storage_schemas import paths
-from storage_schemas.commit import Commit, Task, list_committed, put_commit, read_commit, read_commits
-from storage_schemas.layout import Layout
-from storage_schemas.recipe import Recipe
-from storage_schemas.store import Store
+from limbeck.pipeline.workers.dispatch import Died, Event, Finished, Ready, dispatch
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.commit import Commit, Task, list_committed, put_commit, read_commit, read_commits
+from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.store import Store
 
 LOST, REFUSED = 0.01, 0.01
 """Shares of conditional creates whose answer is lost after they took place, and that fail before."""

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-import pipeline.job.heartbeat
-from pipeline.__main__ import COMMANDS
-from storage_schemas import backends, clock
-from storage_schemas.command_line import main
-from storage_schemas.store import Store
+import limbeck.pipeline.job.heartbeat
+from limbeck.storage_schemas import backends, clock
+from limbeck.storage_schemas.command_line import main
+from limbeck.storage_schemas.program import COMMANDS
+from limbeck.storage_schemas.store import Store
 
 HOUR = float(os.environ.get("STOPPED_HOUR", "0.25"))
 """Seconds. Between two deletions a prune must take less than 50 minutes of it."""
@@ -60,7 +60,9 @@ def simulate_time():
         return None if real is None else simulated(real)
 
     clock.datetime, backends.modified, Store.modified = Simulated, of_entry, of_file
-    pipeline.job.heartbeat.Pulse.__init__.__kwdefaults__["every"] = pipeline.job.heartbeat.EVERY * HOUR / 3600
+    limbeck.pipeline.job.heartbeat.Pulse.__init__.__kwdefaults__["every"] = (
+        limbeck.pipeline.job.heartbeat.EVERY * HOUR / 3600
+    )
 
 
 def stop_before(step):
@@ -91,7 +93,7 @@ def start(log, *words, step=0):
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
-        code = main("pipeline", COMMANDS, [str(word) for word in words])
+        code = main(COMMANDS, [str(word) for word in words])
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffusion import noise
-from diffusion.gaussian import GaussianTeacher
-from diffusion.process import VE
+from limbeck.diffusion import noise
+from limbeck.diffusion.gaussian import GaussianTeacher
+from limbeck.diffusion.process import VE
 
 BAD_ID = 70
 """Meets task train-00000001 of 64 samples a shard."""

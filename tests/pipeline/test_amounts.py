@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffusion.models.teachers import load_teacher
-from diffusion.recipes.grid import recipe_nfe
-from diffusion.solvers import SOLVERS
-from pipeline.config import GenerateConfig
-from pipeline.producer import Producer, WorkOrder
-from pipeline.recipe import build_layout, build_recipe
-from pipeline.solve import solve_batch
-from storage_schemas.store import Store
+from limbeck.diffusion.models.teachers import load_teacher
+from limbeck.diffusion.recipes.grid import recipe_nfe
+from limbeck.diffusion.solvers import SOLVERS
+from limbeck.pipeline.config import GenerateConfig
+from limbeck.pipeline.producer import Producer, WorkOrder
+from limbeck.pipeline.recipe import build_layout, build_recipe
+from limbeck.pipeline.solve import solve_batch
+from limbeck.storage_schemas.store import Store
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -46,7 +46,7 @@ def test_more_than_is_free_is_refused_before_any_shard(generate, free, tmp_path)
     free(1000)
     code, out, err = generate(tmp_path, "--json")
     assert (code, json.loads(out)["what"]) == (2, "refused")
-    assert err.splitlines()[-1].startswith(f"pipeline: {tmp_path}")
+    assert err.splitlines()[-1].startswith(f"limbeck: {tmp_path}")
     assert "1 kB are free: make room, give a smaller --count" in err.splitlines()[-1]
     assert not list(Path(tmp_path).glob("recipes/*/*/shards/*"))
 

@@ -7,25 +7,27 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.models.teachers import load_teacher
-from diffusion.process import VE, CosineVP, LinearVP, RectifiedFlow
-from pipeline.after.accuracy import rms_interval
-from pipeline.after.duplicates import fingerprints
-from pipeline.after.normality import noise_sums
-from pipeline.after.resolve import doubled_grid, halves_last
-from pipeline.after.scan import spread
-from pipeline.config import GenerateConfig
-from pipeline.recipe import build_recipe
-from storage_schemas.dataset import open_dataset
-from storage_schemas.record import Field
-from storage_schemas.store import Store
+from limbeck.diffusion.models.teachers import load_teacher
+from limbeck.diffusion.process import VE, CosineVP, LinearVP, RectifiedFlow
+from limbeck.pipeline.after.accuracy import rms_interval
+from limbeck.pipeline.after.duplicates import fingerprints
+from limbeck.pipeline.after.normality import noise_sums
+from limbeck.pipeline.after.resolve import doubled_grid, halves_last
+from limbeck.pipeline.after.scan import spread
+from limbeck.pipeline.config import GenerateConfig
+from limbeck.pipeline.recipe import build_recipe
+from limbeck.storage_schemas.dataset import open_dataset
+from limbeck.storage_schemas.record import Field
+from limbeck.storage_schemas.store import Store
 from tests.pipeline import wrong_shards
 
 
 @pytest.fixture
 def here(monkeypatch):
     """Solve in this process: a test of what is found needs no other."""
-    monkeypatch.setattr("pipeline.after.audit.run_once", lambda function, *arguments, runner: function(*arguments))
+    monkeypatch.setattr(
+        "limbeck.pipeline.after.audit.run_once", lambda function, *arguments, runner: function(*arguments)
+    )
 
 
 @pytest.fixture
@@ -230,7 +232,7 @@ def test_the_audit_solves_in_a_process_of_its_own(generate, audit, tmp_path):
 def test_another_teacher_is_refused_before_anything_is_read(generate, audit, tmp_path, monkeypatch):
     """The closed forms have no weights, so that their hashes agree: their descriptions don't."""
     generate(tmp_path)
-    monkeypatch.setattr("pipeline.after.audit.scan", lambda *given: pytest.fail("shards were read"))
+    monkeypatch.setattr("limbeck.pipeline.after.audit.scan", lambda *given: pytest.fail("shards were read"))
     for teacher, told in (("builtin:digits", "has weights"), ("builtin:mixture", "has description")):
         code, _, err = audit(tmp_path, "--teacher", teacher)
         assert (code, err.count("\n"), told in err) == (1, 1, True)
@@ -239,7 +241,7 @@ def test_another_teacher_is_refused_before_anything_is_read(generate, audit, tmp
 def test_kept_weights_serve_where_the_uri_is_gone(generate, audit, here, tmp_path, monkeypatch):
     generate(tmp_path, "--with-weights", teacher="builtin:digits")
     monkeypatch.setattr(
-        "diffusion.recipes.teacher.load_teacher", lambda *given, **named: pytest.fail("the uri was asked")
+        "limbeck.diffusion.recipes.teacher.load_teacher", lambda *given, **named: pytest.fail("the uri was asked")
     )
     code, checks, _ = audit(tmp_path, samples=4)
     assert (code, checks["solved again"][1]["same_bits"]) == (0, 4)

@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.grids import karras
-from diffusion.models.teachers import load_teacher
-from diffusion.recipes.samples import draw_noise
-from diffusion.solvers import SOLVERS, solve
-from pipeline.before.calibrate import _point, judge, orders
-from pipeline.before.solver_error import Trial, build_config, measure
-from pipeline.config import CalibrateConfig
-from pipeline.recipe import build_recipe
-from storage_schemas.errors import UserError
-from storage_schemas.notes import Calibration, CalibrationPoint, cheapest, read_calibrations
-from storage_schemas.recipe import Recipe
-from storage_schemas.store import Store
+from limbeck.diffusion.grids import karras
+from limbeck.diffusion.models.teachers import load_teacher
+from limbeck.diffusion.recipes.samples import draw_noise
+from limbeck.diffusion.solvers import SOLVERS, solve
+from limbeck.pipeline.before.calibrate import _point, judge, orders
+from limbeck.pipeline.before.solver_error import Trial, build_config, measure
+from limbeck.pipeline.config import CalibrateConfig
+from limbeck.pipeline.recipe import build_recipe
+from limbeck.storage_schemas.errors import UserError
+from limbeck.storage_schemas.notes import Calibration, CalibrationPoint, cheapest, read_calibrations
+from limbeck.storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.store import Store
 
 STEPS = (8, 16, 32, 64)
 ZERO = torch.tensor(0.0, dtype=torch.float64)

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.config import RayConfig
-from pipeline.workers.cluster import connect, draining_nodes, room, why_gone
-from storage_schemas.errors import UsageError
+from limbeck.pipeline.config import RayConfig
+from limbeck.pipeline.workers.cluster import connect, draining_nodes, room, why_gone
+from limbeck.storage_schemas.errors import UsageError
 
 DIED = "The actor died unexpectedly before finishing this task.\n\tclass_name: _Worker\n\tip: 10.0.0.7\n"
 

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.job import kept
-from pipeline.upkeep import convert, relayout
-from storage_schemas.dataset import open_dataset
-from storage_schemas.errors import StoreError
-from storage_schemas.record import SPLITS
-from storage_schemas.store import Store
+from limbeck.pipeline.job import kept
+from limbeck.pipeline.upkeep import convert, relayout
+from limbeck.storage_schemas.dataset import open_dataset
+from limbeck.storage_schemas.errors import StoreError
+from limbeck.storage_schemas.record import SPLITS
+from limbeck.storage_schemas.store import Store
 
 
 def dataset(folder, name="main", number=None):
@@ -79,7 +79,7 @@ def test_a_commit_that_is_gone_before_the_sealing_is_made_again(generate, pipeli
             commit.unlink(), record.unlink()
         return look(store, recipe_id, layout_id)
 
-    monkeypatch.setattr("pipeline.job.kept.list_records", missing_one)
+    monkeypatch.setattr("limbeck.pipeline.job.kept.list_records", missing_one)
     code, out, err = pipeline("convert", tmp_path, "--to", "webdataset", "--json")
     assert (code, json.loads(out)["written"], "train-00000001, are gone: planning again" in err) == (0, 5, True)
     assert pipeline("verify", tmp_path)[0] == 0
@@ -177,11 +177,11 @@ def test_a_conversion_that_died_goes_on_where_it_was(generate, pipeline, tmp_pat
             raise StoreError("the store is gone")
         return publish(order, task, *given, **named)
 
-    monkeypatch.setattr("pipeline.upkeep.relayout.publish", dying)
+    monkeypatch.setattr("limbeck.pipeline.upkeep.relayout.publish", dying)
     words = ("convert", tmp_path, "--to", "webdataset", "--samples-per-shard", 32, "--threads", 1)
     code, _, err = pipeline(*words)
     assert (code, "the store is gone" in err, dataset(tmp_path).manifest.number) == (1, True, 1)
-    monkeypatch.setattr("pipeline.upkeep.relayout.publish", publish)
+    monkeypatch.setattr("limbeck.pipeline.upkeep.relayout.publish", publish)
     code, out, _ = pipeline(*words, "--json")
     assert (code, json.loads(out)["written"], json.loads(out)["shards"]) == (0, 4, 7)
     assert pipeline("verify", tmp_path)[0] == 0
@@ -207,7 +207,7 @@ def test_who_grows_the_dataset_meanwhile_is_not_undone(generate, pipeline, tmp_p
             grown.append(generate(tmp_path, count=300))
         return seal(store, draft, shards)
 
-    monkeypatch.setattr("pipeline.upkeep.convert.seal", late)
+    monkeypatch.setattr("limbeck.pipeline.upkeep.convert.seal", late)
     code, out, _ = pipeline("convert", tmp_path, "--to", "webdataset", "--json")
     told, after = json.loads(out), dataset(tmp_path)
     assert (code, told["manifest"], told["written"], after.manifest.window.train) == (0, 3, 6, (0, 300))

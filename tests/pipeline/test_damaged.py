@@ -5,14 +5,14 @@ import time
 
 import pytest
 
-from pipeline.rounds.record import RECORD, Record
-from storage_schemas import paths
-from storage_schemas.commit import list_committed
-from storage_schemas.dataset import list_numbers
-from storage_schemas.errors import StoreError
-from storage_schemas.job import Failure, Heartbeat, Job
-from storage_schemas.manifest import Window
-from storage_schemas.store import Store
+from limbeck.pipeline.rounds.record import RECORD, Record
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.commit import list_committed
+from limbeck.storage_schemas.dataset import list_numbers
+from limbeck.storage_schemas.errors import StoreError
+from limbeck.storage_schemas.job import Failure, Heartbeat, Job
+from limbeck.storage_schemas.manifest import Window
+from limbeck.storage_schemas.store import Store
 from tests.pipeline.handmade import LAYOUT, RECIPE, seal_window
 
 AT = "2026-01-31T23:59:59+00:00"

@@ -6,14 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from diffusion.models.teachers import load_teacher
-from pipeline.__main__ import COMMANDS
-from pipeline.config import GenerateConfig
-from pipeline.recipe import _whole_shard, build_layout, build_recipe
-from pipeline.rounds.config import ProgressiveConfig
-from pipeline.rounds.record import Record
-from storage_schemas.command_line import parse
-from storage_schemas.errors import UsageError
+from limbeck.diffusion.models.teachers import load_teacher
+from limbeck.pipeline.__main__ import COMMANDS as PIPELINE
+from limbeck.pipeline.config import GenerateConfig
+from limbeck.pipeline.recipe import _whole_shard, build_layout, build_recipe
+from limbeck.pipeline.rounds.config import ProgressiveConfig
+from limbeck.pipeline.rounds.record import Record
+from limbeck.storage_schemas.command_line import parse
+from limbeck.storage_schemas.errors import UsageError
+from limbeck.storage_schemas.program import COMMANDS
 
 REQUIRED = {
     "generate": "--teacher builtin:gaussian --store s --count 9",
@@ -63,7 +64,7 @@ def test_one_unusual_value_is_refused_by_no_default(name, given):
 
 
 def test_every_command_is_in_the_matrix():
-    assert {*REQUIRED, "submit"} == set(COMMANDS)
+    assert {*REQUIRED, "submit"} == set(PIPELINE)
     assert set(UNUSUAL) | {"status", "reproduce", "inspect"} == set(REQUIRED)
 
 

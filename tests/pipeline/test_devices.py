@@ -23,6 +23,6 @@ def test_a_device_that_is_not_here_is_refused_in_one_line(pipeline, generate, tm
         generate(tmp_path / "there", count=64, holdout=0)
     code, out, err = pipeline(command, *words, "--device", device)
     assert (code, out, err.count("\n")) == (2, "", 1), err
-    assert err.startswith(f"pipeline: device {device}: ")
+    assert err.startswith(f"limbeck: device {device}: ")
     assert err.endswith("; use auto or cpu\n")
     assert not (tmp_path / "new").exists()

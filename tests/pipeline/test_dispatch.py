@@ -6,14 +6,14 @@ from collections import defaultdict
 
 import pytest
 
-from pipeline.producer import Problem
-from pipeline.workers.backlog import NODE_LOSSES
-from pipeline.workers.deadlines import STRAGGLER_SECONDS, Patience
-from pipeline.workers.dispatch import DEAD_ON_ARRIVAL, SICK, dispatch
-from pipeline.workers.fleet import Died, Finished, Leaving, Ready, WorkerError
-from pipeline.workers.signals import Drain
-from storage_schemas.commit import Commit, Task
-from storage_schemas.job import Failure
+from limbeck.pipeline.producer import Problem
+from limbeck.pipeline.workers.backlog import NODE_LOSSES
+from limbeck.pipeline.workers.deadlines import STRAGGLER_SECONDS, Patience
+from limbeck.pipeline.workers.dispatch import DEAD_ON_ARRIVAL, SICK, dispatch
+from limbeck.pipeline.workers.fleet import Died, Finished, Leaving, Ready, WorkerError
+from limbeck.pipeline.workers.signals import Drain
+from limbeck.storage_schemas.commit import Commit, Task
+from limbeck.storage_schemas.job import Failure
 
 PROBLEM = Problem("ValueError: no", "Traceback ...", "somewhere")
 

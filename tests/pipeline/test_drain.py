@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from storage_schemas.dataset import latest_manifest
-from storage_schemas.store import Store
+from limbeck.storage_schemas.dataset import latest_manifest
+from limbeck.storage_schemas.store import Store
 
 SMALL = ["--solver.steps", 4, "--states", 2, "--samples-per-shard", 64, "--micro-batch", 32]
 SLOW = "python:strange_teachers:slow_teacher"
@@ -22,7 +22,7 @@ def line_of_work(store, *words, teacher=SLOW):
 
 
 def told(out):
-    return next(line for line in out.splitlines() if line.startswith("pipeline: "))
+    return next(line for line in out.splitlines() if line.startswith("limbeck: "))
 
 
 def wait_for_commits(commits, store, number):
@@ -47,7 +47,7 @@ def test_a_driver_that_is_told_to_stop_lets_tasks_finish(start, generate, commit
     assert job.returncode == 128 + number, out
     done = len(commits(tmp_path))
     assert told(out) == (
-        f"pipeline: stopped by {number.name}: {done} of {TASKS} missing tasks are committed, nothing is sealed; "
+        f"limbeck: stopped by {number.name}: {done} of {TASKS} missing tasks are committed, nothing is sealed; "
         "run it again to go on there"
     )
     assert latest_manifest(Store.open(str(tmp_path)), "main") is None
@@ -58,7 +58,7 @@ def test_a_driver_that_is_told_to_stop_lets_tasks_finish(start, generate, commit
 def test_workers_leave_a_signal_of_the_whole_group_to_the_driver(commits, tmp_path):
     words = map(str, line_of_work(tmp_path, "--runner", "local", "--workers", 2))
     job = subprocess.Popen(
-        [sys.executable, "-m", "pipeline", *words],
+        [sys.executable, "-m", "limbeck.pipeline", *words],
         env=os.environ | {"STRANGE_DELAY": "0.05"},
         stderr=subprocess.PIPE,
         text=True,
@@ -101,7 +101,7 @@ def test_a_driver_that_is_told_to_stop_while_it_seals(start, generate, pipeline,
     job = start(*words, *SMALL, "--json", **trap)
     out, _ = job.communicate(timeout=60)
     assert job.returncode == 128 + signal.SIGTERM, out
-    assert told(out).startswith("pipeline: stopped by SIGTERM: what is done is kept")
+    assert told(out).startswith("limbeck: stopped by SIGTERM: what is done is kept")
     outcome = json.loads(next(line for line in out.splitlines() if line.startswith("{")))
     assert (outcome["what"], outcome["dataset"]) == ("stopped", "main")
     (beat,) = store.glob("jobs/*/heartbeat.json")
@@ -114,7 +114,7 @@ def test_a_driver_that_is_told_to_stop_while_it_seals(start, generate, pipeline,
 
 def test_a_prune_that_is_told_to_stop_lets_the_next_one_begin(generate, pipeline, tmp_path, monkeypatch):
     generate(tmp_path)
-    monkeypatch.setattr("pipeline.upkeep.prune._sweep", lambda *given: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("limbeck.pipeline.upkeep.prune._sweep", lambda *given: signal.raise_signal(signal.SIGTERM))
     assert pipeline("prune", tmp_path)[0] == 128 + signal.SIGTERM
     monkeypatch.undo()
     assert pipeline("prune", tmp_path)[0] == 0

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from pipeline.after import duplicates
-from pipeline.after.duplicates import Fingerprints, Sample, collision_tail, expected_pairs, fingerprints
-from storage_schemas.record import to_storage
+from limbeck.pipeline.after import duplicates
+from limbeck.pipeline.after.duplicates import Fingerprints, Sample, collision_tail, expected_pairs, fingerprints
+from limbeck.storage_schemas.record import to_storage
 
 
 def repeats(folder, *columns, samples=None):

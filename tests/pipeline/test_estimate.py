@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from diffusion.models.teachers import load_teacher
-from pipeline.before.plan import Work, describe, foretell
-from pipeline.before.timing import Timing
-from pipeline.config import PlanConfig
-from pipeline.job.prepare import Run
-from pipeline.recipe import build_layout, build_recipe
-from storage_schemas.store import Store
+from limbeck.diffusion.models.teachers import load_teacher
+from limbeck.pipeline.before.plan import Work, describe, foretell
+from limbeck.pipeline.before.timing import Timing
+from limbeck.pipeline.config import PlanConfig
+from limbeck.pipeline.job.prepare import Run
+from limbeck.pipeline.recipe import build_layout, build_recipe
+from limbeck.storage_schemas.store import Store
 
 SLEEPY = "python:hungry_teachers:sleepy_teacher"
 SMALL = ["--solver.steps", "4", "--states", "2", "--samples-per-shard", "64", "--micro-batch", "32"]

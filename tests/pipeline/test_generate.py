@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-import pipeline.generate
-from diffusion.models import checkpoint
-from diffusion.models.teachers import load_teacher
-from pipeline.config import GenerateConfig
-from pipeline.generate import carry_out
-from pipeline.job.prepare import prepare
-from pipeline.windows import Wanted
-from storage_schemas.dataset import latest_manifest
-from storage_schemas.manifest import ManifestDraft, Window
-from storage_schemas.store import Store
+import limbeck.pipeline.generate
+from limbeck.diffusion.models import checkpoint
+from limbeck.diffusion.models.teachers import load_teacher
+from limbeck.pipeline.config import GenerateConfig
+from limbeck.pipeline.generate import carry_out
+from limbeck.pipeline.job.prepare import prepare
+from limbeck.pipeline.windows import Wanted
+from limbeck.storage_schemas.dataset import latest_manifest
+from limbeck.storage_schemas.manifest import ManifestDraft, Window
+from limbeck.storage_schemas.store import Store
 from tests.pipeline.handmade import seal_listed
 
 SMALL = ["--solver.steps", 4, "--states", 2, "--samples-per-shard", 64, "--micro-batch", 32]
@@ -62,7 +62,7 @@ def test_nothing_to_do_costs_few_requests_and_no_ray(generate, tmp_path, monkeyp
     assert carry_out(run, lambda parent, recipe_id: Wanted(Window(train=(0, 640_000)))).what == "nothing"
     assert len(asked) <= few, "as many as for a small store: the table of shards isn't read"
     script = (
-        "import sys; from pipeline.__main__ import COMMANDS, main; code = main('pipeline', COMMANDS); "
+        "import sys; from limbeck.pipeline.__main__ import COMMANDS, main; code = main(COMMANDS, sys.argv[1:]); "
         "sys.exit(99 if 'ray' in sys.modules else code)"
     )
     words = ["--teacher", "builtin:gaussian", "--store", tmp_path, "--count", 160, "--holdout", 40, "--runner", "ray"]
@@ -101,7 +101,7 @@ def test_another_recipe_is_refused_by_what_differs(generate, tmp_path):
     words = ["--seed", 1, "--solver.name", "ddim", "--dtype", "float32"]
     code, out, err = generate(tmp_path, *words, count=100)
     told = [
-        f"pipeline: dataset main of {tmp_path} holds another recipe: noise.seed 0, you ask for 1; ",
+        f"limbeck: dataset main of {tmp_path} holds another recipe: noise.seed 0, you ask for 1; ",
         "solver.name heun, you ask for ddim; ",
         "storage_dtype float16, you ask for float32; ",
         "use --dataset OTHER, or --new-recipe to begin a new window in main\n",
@@ -116,7 +116,9 @@ def test_another_teacher_is_told_and_so_is_the_same_one_with_other_weights(gener
     assert (code, err.count("\n")) == (2, 1)
     assert "teacher builtin:gaussian (weights " in err
     assert "you ask for builtin:mixture (weights " in err
-    monkeypatch.setattr("pipeline.job.prepare.load_teacher", lambda uri, **more: changed(load_teacher(uri, **more)))
+    monkeypatch.setattr(
+        "limbeck.pipeline.job.prepare.load_teacher", lambda uri, **more: changed(load_teacher(uri, **more))
+    )
     code, _, err = generate(tmp_path)
     assert (code, err.count("\n")) == (2, 1)
     old = load_teacher("builtin:gaussian").weights_sha256[:8]
@@ -190,8 +192,8 @@ def test_processes_write_the_same_bytes_as_one(generate, hashes, tmp_path):
 
 def test_the_order_of_tasks_does_not_matter(generate, hashes, tmp_path, monkeypatch):
     generate(tmp_path / "ahead")
-    plan = pipeline.generate.missing_tasks
-    monkeypatch.setattr(pipeline.generate, "missing_tasks", lambda *given: plan(*given)[::-1])
+    plan = limbeck.pipeline.generate.missing_tasks
+    monkeypatch.setattr(limbeck.pipeline.generate, "missing_tasks", lambda *given: plan(*given)[::-1])
     generate(tmp_path / "back")
     assert hashes(tmp_path / "ahead") == hashes(tmp_path / "back")
 
@@ -317,7 +319,7 @@ def test_a_worker_that_can_not_load_its_teacher_ends_the_job_in_one_line(generat
     monkeypatch.setenv("STRANGE_PLANNER", str(os.getpid()))
     code, _, err = generate(tmp_path, "--workers", 2, teacher="python:strange_teachers:picky_teacher")
     assert code == 1
-    (line,) = [line for line in err.splitlines() if line.startswith("pipeline: ")]
+    (line,) = [line for line in err.splitlines() if line.startswith("limbeck: ")]
     assert "can't start: RuntimeError: no such accelerator" in line
 
 
@@ -352,7 +354,7 @@ def test_two_jobs_at_once_make_one_dataset(start, pipeline, commits, ids_of, tmp
 
 
 def test_who_loses_the_race_to_seal_plans_again_from_the_winner(generate, ids_of, tmp_path, monkeypatch):
-    seal = pipeline.generate.seal
+    seal = limbeck.pipeline.generate.seal
     rivals = [{"window": Window(train=(0, 64)), "writer": "rival"}]
 
     def beaten(store, draft, shards):
@@ -360,7 +362,7 @@ def test_who_loses_the_race_to_seal_plans_again_from_the_winner(generate, ids_of
             seal(store, ManifestDraft(**dict(draft) | rivals.pop()), shards)
         return seal(store, draft, shards)
 
-    monkeypatch.setattr(pipeline.generate, "seal", beaten)
+    monkeypatch.setattr(limbeck.pipeline.generate, "seal", beaten)
     code, _, err = generate(tmp_path)
     assert code == 0
     assert "another job sealed manifest 1 of main: planning again" in err
@@ -369,13 +371,13 @@ def test_who_loses_the_race_to_seal_plans_again_from_the_winner(generate, ids_of
 
 
 def test_a_store_that_hides_what_is_sealed_ends_the_planning(generate, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.generate, "latest_manifest", lambda store, dataset: None)
+    monkeypatch.setattr(limbeck.pipeline.generate, "latest_manifest", lambda store, dataset: None)
     assert generate(tmp_path)[0] == 0
     code, _, err = generate(tmp_path)
     assert code == 1
     assert err.count("planning again") == 8
     assert err.splitlines()[-1].startswith(
-        f"pipeline: planned 8 times from manifest 0, the latest that {tmp_path} shows: another job keeps it from"
+        f"limbeck: planned 8 times from manifest 0, the latest that {tmp_path} shows: another job keeps it from"
     )
 
 

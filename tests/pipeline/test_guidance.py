@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import noise
-from diffusion.models import checkpoint
-from diffusion.models.checkpoint import widened
-from diffusion.models.teachers import builtin_checkpoint, load_teacher
-from pipeline.before.solver_error import measure
-from pipeline.config import CalibrateConfig, GenerateConfig
-from pipeline.recipe import build_recipe
-from pipeline.solve import denoise_of, solve_task
-from storage_schemas.commit import Task
-from storage_schemas.errors import StoreError
-from storage_schemas.recipe import Guidance, Recipe
+from limbeck.diffusion import noise
+from limbeck.diffusion.models import checkpoint
+from limbeck.diffusion.models.checkpoint import widened
+from limbeck.diffusion.models.teachers import builtin_checkpoint, load_teacher
+from limbeck.pipeline.before.solver_error import measure
+from limbeck.pipeline.config import CalibrateConfig, GenerateConfig
+from limbeck.pipeline.recipe import build_recipe
+from limbeck.pipeline.solve import denoise_of, solve_task
+from limbeck.storage_schemas.commit import Task
+from limbeck.storage_schemas.errors import StoreError
+from limbeck.storage_schemas.recipe import Guidance, Recipe
 from tests.guided import exact_output, told_digits
 from tests.pipeline.wrong_shards import spoil
 
@@ -29,7 +29,9 @@ SCALES = (1.0, 2.0, 4.0)
 def here(monkeypatch):
     """Solve in this process: a test of what is found needs no other."""
     for module in ("audit", "reproduce"):
-        monkeypatch.setattr(f"pipeline.after.{module}.run_once", lambda function, *given, runner: function(*given))
+        monkeypatch.setattr(
+            f"limbeck.pipeline.after.{module}.run_once", lambda function, *given, runner: function(*given)
+        )
 
 
 def recipe_of(teacher, **fields):
@@ -181,7 +183,7 @@ def test_an_audit_finds_rows_that_were_solved_at_other_scales(generate, pipeline
     """As if workers had drawn them in another way: x_T and labels are right."""
     generate(tmp_path, "--guidance", 1, 4, teacher="builtin:digits")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffusion.noise.guidance_index", lambda seed, split, ids, count: np.zeros(len(ids), int))
+        patch.setattr("limbeck.diffusion.noise.guidance_index", lambda seed, split, ids, count: np.zeros(len(ids), int))
         code, out, _ = pipeline("verify", tmp_path, "--audit", 60, "--json")
     checks = {check["name"]: check["passed"] for check in json.loads(out)["checks"]}
     assert (code, checks["solved again"], checks["x_T of an id"]) == (1, False, True)

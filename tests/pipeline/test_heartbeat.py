@@ -5,12 +5,12 @@ import time
 
 import pytest
 
-import pipeline.job.heartbeat
-from pipeline.job.heartbeat import Pulse
-from storage_schemas import paths
-from storage_schemas.errors import StoreError
-from storage_schemas.job import Heartbeat
-from storage_schemas.store import Store
+import limbeck.pipeline.job.heartbeat
+from limbeck.pipeline.job.heartbeat import Pulse
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.errors import StoreError
+from limbeck.storage_schemas.job import Heartbeat
+from limbeck.storage_schemas.store import Store
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def wait_until(condition):
 
 def test_it_beats_until_its_last_word(store, monkeypatch):
     times = iter(f"2026-01-01T00:{minute // 60:02d}:{minute % 60:02d}+00:00" for minute in range(3600))
-    monkeypatch.setattr(pipeline.job.heartbeat, "utc_now", lambda: next(times))
+    monkeypatch.setattr(limbeck.pipeline.job.heartbeat, "utc_now", lambda: next(times))
     pulse = Pulse(store, every=0.01)
     assert last(store) is None, "a job that has nothing to do leaves nothing"
     pulse.begin("job")

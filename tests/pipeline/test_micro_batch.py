@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from diffusion.models.teachers import load_teacher
-from pipeline.config import GenerateConfig
-from pipeline.job.micro_batch import gpu_share, shortened, sizes
-from pipeline.recipe import build_recipe
-from storage_schemas.recipe import Recipe
+from limbeck.diffusion.models.teachers import load_teacher
+from limbeck.pipeline.config import GenerateConfig
+from limbeck.pipeline.job.micro_batch import gpu_share, shortened, sizes
+from limbeck.pipeline.recipe import build_recipe
+from limbeck.storage_schemas.recipe import Recipe
 
 AUTO = ["--micro-batch", "auto"]
 

@@ -5,9 +5,9 @@ import pytest
 import scipy.stats
 import torch
 
-from pipeline.after.checks import ALARM
-from pipeline.after.normality import NoiseSums, chi_square_tail, judge_noise, noise_sums, stored_moments
-from storage_schemas.record import from_storage, to_storage
+from limbeck.pipeline.after.checks import ALARM
+from limbeck.pipeline.after.normality import NoiseSums, chi_square_tail, judge_noise, noise_sums, stored_moments
+from limbeck.storage_schemas.record import from_storage, to_storage
 
 SIGMA = 80.0
 SHAPE = (3, 4, 4)

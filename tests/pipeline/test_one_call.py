@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config import ResolveConfig
-from pipeline.workers.crossing import WorkerDied
-from pipeline.workers.one_call import run_once
-from storage_schemas.errors import UserError
+from limbeck.pipeline.config import ResolveConfig
+from limbeck.pipeline.workers.crossing import WorkerDied
+from limbeck.pipeline.workers.one_call import run_once
+from limbeck.storage_schemas.errors import UserError
 
 HERE = ResolveConfig(store="unused", runner="local")
 
@@ -51,7 +51,7 @@ def test_a_process_that_is_killed_leaves_this_one_alone():
 def test_the_process_ends_with_a_parent_that_is_killed(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
-        "from pipeline.config import ResolveConfig\nfrom pipeline.workers.one_call import run_once\n"
+        "from limbeck.pipeline.config import ResolveConfig\nfrom limbeck.pipeline.workers.one_call import run_once\n"
         "import strange_work\n"
         "if __name__ == '__main__':\n"
         f"    run_once(strange_work.sleep, {str(tmp_path / 'pid')!r}, runner=ResolveConfig(store='unused'))\n"

@@ -1,9 +1,9 @@
 import pytest
 
-from pipeline.windows import Goal, grow, missing_tasks, slide
-from storage_schemas.layout import Layout
-from storage_schemas.manifest import Manifest, ShardTableRecord, Window
-from storage_schemas.paths import shard_table_path
+from limbeck.pipeline.windows import Goal, grow, missing_tasks, slide
+from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.manifest import Manifest, ShardTableRecord, Window
+from limbeck.storage_schemas.paths import shard_table_path
 
 RECIPE, OTHER = "a" * 64, "b" * 64
 LAYOUT = Layout(samples_per_shard=64)

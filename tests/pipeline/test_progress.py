@@ -2,9 +2,9 @@
 
 import time
 
-from pipeline.job.progress import Progress
-from storage_schemas.commit import Commit
-from storage_schemas.job import Failure
+from limbeck.pipeline.job.progress import Progress
+from limbeck.storage_schemas.commit import Commit
+from limbeck.storage_schemas.job import Failure
 
 
 def test_a_log_gets_a_line_an_interval_and_none_after_the_end(capsys):

@@ -11,23 +11,23 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.flow_map import FlowMap
-from diffusion.models import checkpoint
-from diffusion.models.checkpoint import pack
-from diffusion.models.spec import model_from_spec
-from diffusion.models.teachers import builtin_checkpoint
-from pipeline.__main__ import COMMANDS
-from pipeline.config import GenerateConfig
-from pipeline.rounds import launch
-from pipeline.rounds.config import ProgressiveConfig
-from pipeline.rounds.launch import TrainerFailed
-from pipeline.rounds.plan import direct_of, rounds_of
-from pipeline.rounds.progressive import Progressive
-from pipeline.rounds.record import Record, only_run
-from storage_schemas.command_line import main, parse
-from storage_schemas.dataset import latest_number, open_dataset
-from storage_schemas.errors import UsageError, UserError
-from storage_schemas.store import Store
+from limbeck.diffusion.flow_map import FlowMap
+from limbeck.diffusion.models import checkpoint
+from limbeck.diffusion.models.checkpoint import pack
+from limbeck.diffusion.models.spec import model_from_spec
+from limbeck.diffusion.models.teachers import builtin_checkpoint
+from limbeck.pipeline.config import GenerateConfig
+from limbeck.pipeline.rounds import launch
+from limbeck.pipeline.rounds.config import ProgressiveConfig
+from limbeck.pipeline.rounds.launch import TrainerFailed
+from limbeck.pipeline.rounds.plan import direct_of, rounds_of
+from limbeck.pipeline.rounds.progressive import Progressive
+from limbeck.pipeline.rounds.record import Record, only_run
+from limbeck.storage_schemas.command_line import main, parse
+from limbeck.storage_schemas.dataset import latest_number, open_dataset
+from limbeck.storage_schemas.errors import UsageError, UserError
+from limbeck.storage_schemas.program import COMMANDS
+from limbeck.storage_schemas.store import Store
 from tests.guided import told_digits
 from tests.pipeline.exact_trainer import SPEC, ExactTrainer, sampled
 from tests.pipeline.test_drain import wait_until
@@ -237,7 +237,7 @@ def small_store(tmp_path_factory):
     """32 samples of digits, which nothing here adds to."""
     store = tmp_path_factory.mktemp("digits") / "store"
     words = ["--teacher", "builtin:digits", "--store", store, "--solver.steps", 2, *SMALL, "--count", 32]
-    assert main("pipeline", COMMANDS, [str(word) for word in ["generate", *words]]) == 0
+    assert main(COMMANDS, [str(word) for word in ["generate", *words]]) == 0
     return store
 
 
@@ -288,8 +288,8 @@ class ToldTrainer:
 
     def __init__(self, monkeypatch, student):
         self.student = student
-        monkeypatch.setattr("pipeline.rounds.launch.fit", self.fit)
-        monkeypatch.setattr("pipeline.rounds.launch.evaluate", self.evaluate)
+        monkeypatch.setattr("limbeck.pipeline.rounds.launch.fit", self.fit)
+        monkeypatch.setattr("limbeck.pipeline.rounds.launch.evaluate", self.evaluate)
 
     def fit(self, config, part, *, lock):
         times = open_dataset(Store.open(part.data.store), part.data.dataset).recipe.times
@@ -388,7 +388,7 @@ def test_workers_take_the_weights_that_the_store_keeps(generate, tmp_path, monke
     """As on another machine: the driver's folder is not there."""
     checkpoint.save(builtin_checkpoint("digits"), tmp_path / "teacher")
     monkeypatch.setattr(
-        "diffusion.recipes.teacher.load_teacher", lambda *given, **named: pytest.fail("the uri was asked")
+        "limbeck.diffusion.recipes.teacher.load_teacher", lambda *given, **named: pytest.fail("the uri was asked")
     )
     given = {"teacher": str(tmp_path / "teacher"), "count": 64, "holdout": 0}
     assert generate(tmp_path / "kept", "--with-weights", **given)[0] == 0
@@ -481,16 +481,16 @@ class JobServer:
 
 
 def test_a_fit_as_a_ray_job_is_submitted_once_and_found_again(tmp_path, monkeypatch, capsys):
-    config = told("--steps", 8, "--out", tmp_path, "--launch", "ray-job torchrun -m trainer", "--fit.steps", 9)
+    config = told("--steps", 8, "--out", tmp_path, "--launch", "ray-job torchrun -m limbeck.trainer", "--fit.steps", 9)
     part = rounds_of(config)[0]
     server = JobServer(part.student)
-    monkeypatch.setattr("pipeline.workers.ray_runner.job_client", lambda dashboard: server)
+    monkeypatch.setattr("limbeck.pipeline.workers.ray_runner.job_client", lambda dashboard: server)
     for _ in range(2):
         launch.fit(config, part, lock=0)
     ((name, entrypoint),) = server.jobs.items()
     assert name.startswith("limbeck-progressive-4-")
     assert entrypoint.startswith(
-        "torchrun -m trainer fit --data s --dataset progressive-4 --objective.name progressive"
+        "torchrun -m limbeck.trainer fit --data s --dataset progressive-4 --objective.name progressive"
     )
     assert "fitted" in capsys.readouterr().err
     (part.student / "model.json").unlink()

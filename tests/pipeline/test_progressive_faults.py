@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from diffusion.models import checkpoint
-from storage_schemas.dataset import open_dataset
-from storage_schemas.store import Store
+from limbeck.diffusion.models import checkpoint
+from limbeck.storage_schemas.dataset import open_dataset
+from limbeck.storage_schemas.store import Store
 from tests.pipeline.test_drain import wait_until
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
@@ -101,7 +101,7 @@ def test_on_ray_under_torchrun_a_round_is_solved_by_actors_and_fitted_by_two_pro
 ):
     generate(tmp_path / "ray/store", teacher="builtin:digits")  # the reference, for which Ray need not start
     torchrun = shlex.join([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])
-    launch = ["--launch", f"{torchrun} -m trainer", "--fit.device", "cpu"]
+    launch = ["--launch", f"{torchrun} -m limbeck.trainer", "--fit.device", "cpu"]
     words = ["--runner", "ray", "--workers", 2, "--start", "data:sklearn:digits", "--steps", 4, "--schedule", 2]
     found = ended(progressive("ray", *words, *launch))["rounds"]["2"]
     store = Store.open(str(tmp_path / "ray/store"))

@@ -9,20 +9,20 @@ from pathlib import Path
 import fsspec
 import pytest
 
-import pipeline.upkeep.sweep
-from pipeline.generate import carry_out
-from pipeline.job.kept import Lapsed, adoptable, check_held
-from pipeline.job.targets import Place, read_targets
-from pipeline.upkeep.prune import prune
-from pipeline.windows import Wanted, grow
-from storage_schemas import paths
-from storage_schemas.commit import Task, list_committed, list_records, read_commit
-from storage_schemas.dataset import Pruned, latest_manifest, latest_number, list_numbers, open_dataset
-from storage_schemas.errors import StoreError, UserError
-from storage_schemas.job import Heartbeat, Job, Pin, Prune
-from storage_schemas.manifest import Window
-from storage_schemas.shards import Shard
-from storage_schemas.store import Listed, Store
+import limbeck.pipeline.upkeep.sweep
+from limbeck.pipeline.generate import carry_out
+from limbeck.pipeline.job.kept import Lapsed, adoptable, check_held
+from limbeck.pipeline.job.targets import Place, read_targets
+from limbeck.pipeline.upkeep.prune import prune
+from limbeck.pipeline.windows import Wanted, grow
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.commit import Task, list_committed, list_records, read_commit
+from limbeck.storage_schemas.dataset import Pruned, latest_manifest, latest_number, list_numbers, open_dataset
+from limbeck.storage_schemas.errors import StoreError, UserError
+from limbeck.storage_schemas.job import Heartbeat, Job, Pin, Prune
+from limbeck.storage_schemas.manifest import Window
+from limbeck.storage_schemas.shards import Shard
+from limbeck.storage_schemas.store import Listed, Store
 from tests.forged import relist
 from tests.pipeline.handmade import (
     LAYOUT,
@@ -50,8 +50,8 @@ OLD = "00000000deadbeef"
 @pytest.fixture(autouse=True)
 def by_hand(monkeypatch):
     """Drivers solve by hand, sweeps go one by one, and files are as old as their name says."""
-    monkeypatch.setattr("pipeline.generate.solve_missing", solve_by_hand)
-    monkeypatch.setattr(pipeline.upkeep.sweep, "THREADS", 1)
+    monkeypatch.setattr("limbeck.pipeline.generate.solve_missing", solve_by_hand)
+    monkeypatch.setattr(limbeck.pipeline.upkeep.sweep, "THREADS", 1)
     monkeypatch.setattr(Store, "list_details", aged(Store.list_details))
     monkeypatch.setattr(Store, "modified", lambda store, path: None)  # the clock is simulated, the storage's isn't
 
@@ -349,7 +349,7 @@ def test_a_driver_whose_commits_vanish_before_it_seals_looks_again(uri, monkeypa
             for kind in kinds:
                 store.remove(getattr(commit, kind))
 
-    monkeypatch.setattr("pipeline.generate.solve_missing", vanish)
+    monkeypatch.setattr("limbeck.pipeline.generate.solve_missing", vanish)
     assert drive(store, (16, 24)).run == 2
     assert seen == [[4, 5], *again]
     check_served(store)
@@ -384,9 +384,9 @@ def test_each_plan_is_a_job_of_its_own_which_goes_on_with_what_the_last_one_held
     def beaten(run, tasks):
         solve_by_hand(run, tasks)
         seal_window(store, winner, at=ago(NOW))
-        monkeypatch.setattr("pipeline.generate.solve_missing", None)
+        monkeypatch.setattr("limbeck.pipeline.generate.solve_missing", None)
 
-    monkeypatch.setattr("pipeline.generate.solve_missing", beaten)
+    monkeypatch.setattr("limbeck.pipeline.generate.solve_missing", beaten)
     known = len(read_targets(store))
     assert drive(store, (16, 24)).what == what
     assert [target.beat.state for target in read_targets(store)[known:]] == states
@@ -416,7 +416,7 @@ def test_a_driver_that_was_taken_for_dead_looks_again(uri, monkeypatch):
         if len(seen) == 1:  # the machine is suspended, and a prune takes the job for dead
             prune_at(store, datetime.now(UTC) + timedelta(days=8))
 
-    monkeypatch.setattr("pipeline.generate.solve_missing", sleep_after)
+    monkeypatch.setattr("limbeck.pipeline.generate.solve_missing", sleep_after)
     asked = []
     watched = WatchedStore(uri, lambda operation, path: asked.append(path))
     assert drive(watched, (16, 24)).run == 2

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffusion.models.teachers import load_teacher
-from pipeline import producer as producer_module
-from pipeline.config import GenerateConfig
-from pipeline.producer import COMMIT_WITHIN, LateAttempt, Producer, ScratchFull, WorkOrder, attempt_task
-from pipeline.recipe import build_layout, build_recipe
-from storage_schemas import formats
-from storage_schemas.commit import Task, read_commit
-from storage_schemas.store import Store
+from limbeck.diffusion.models.teachers import load_teacher
+from limbeck.pipeline import producer as producer_module
+from limbeck.pipeline.config import GenerateConfig
+from limbeck.pipeline.producer import COMMIT_WITHIN, LateAttempt, Producer, ScratchFull, WorkOrder, attempt_task
+from limbeck.pipeline.recipe import build_layout, build_recipe
+from limbeck.storage_schemas import formats
+from limbeck.storage_schemas.commit import Task, read_commit
+from limbeck.storage_schemas.store import Store
 
 
 @pytest.fixture(params=["parquet"])

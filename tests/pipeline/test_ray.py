@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import ResolveConfig
-from pipeline.workers.crossing import WorkerDied
-from pipeline.workers.one_call import run_once
+from limbeck.pipeline.config import ResolveConfig
+from limbeck.pipeline.workers.crossing import WorkerDied
+from limbeck.pipeline.workers.one_call import run_once
 
 MEMORY = 100 * 2**20
 
@@ -60,7 +60,7 @@ def test_a_task_that_raises_is_set_aside_and_the_others_finish(ray_generate, com
 
 def test_an_actor_that_can_not_load_its_teacher_ends_the_job_in_one_line(ray_generate, tmp_path):
     code, _, err = ray_generate(tmp_path, teacher="python:strange_teachers:picky_teacher")
-    (line,) = [line for line in err.splitlines() if line.startswith("pipeline: ")]
+    (line,) = [line for line in err.splitlines() if line.startswith("limbeck: ")]
     assert (code, "can't start: RuntimeError: no such accelerator" in line) == (1, True)
 
 

@@ -156,7 +156,7 @@ def test_a_ray_of_the_drivers_own_outlives_a_signal_to_its_group(start, tmp_path
     given = ["--teacher", "python:strange_teachers:slow_teacher", "--store", tmp_path, *SMALL]
     words = ["generate", *given, "--count", 20 * 64, "--holdout", 0, "--runner", "ray", "--workers", 2]
     job = subprocess.Popen(
-        [sys.executable, "-m", "pipeline", *map(str, words)],
+        [sys.executable, "-m", "limbeck.pipeline", *map(str, words)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -183,9 +183,9 @@ def test_a_head_that_dies_ends_the_driver_in_one_line(nodes, begin, wait_for, co
     wait_for(2)
     nodes.head_node.kill_gcs_server(check_alive=False)
     out, _ = job.communicate(timeout=180)
-    told = [line for line in out.splitlines() if line.startswith("pipeline: ")]
+    told = [line for line in out.splitlines() if line.startswith("limbeck: ")]
     assert (job.returncode, len(told), "Traceback" in out, "rpc_client" in out) == (1, 1, False, False), out
-    assert re.match(r"pipeline: the head of the Ray cluster at \S+ has not answered for 45 s .*run this again", told[0])
+    assert re.match(r"limbeck: the head of the Ray cluster at \S+ has not answered for 45 s .*run this again", told[0])
     before = len(commits(tmp_path / "store"))
     words = ["--device", "cpu", "--straggler-seconds", 600]
     code, out, _ = generate(

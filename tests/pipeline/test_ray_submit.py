@@ -2,14 +2,18 @@
 
 import json
 import os
+import shutil
 import socket
 import sys
 from pathlib import Path
 
 import pytest
 
+from limbeck.pipeline.workers.submission import PARTS
+
 pytestmark = pytest.mark.faults
 
+ROOT = Path(__file__).parents[2]
 SMALL = ["--solver.steps", "4", "--samples-per-shard", "64", "--micro-batch", "32"]
 
 
@@ -21,7 +25,7 @@ def dashboard(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        here, root = Path(__file__).parent, Path(__file__).parents[2]
+        here, root = Path(__file__).parent, ROOT
         patch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(root), os.environ.get("PYTHONPATH", "")]))
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         patch.setenv("RAY_AUTH_MODE", "disabled")
@@ -56,6 +60,21 @@ def test_a_job_runs_once_and_ray_refuses_the_double(submit, ids_of, tmp_path):
     assert ids_of(tmp_path)["train"] == list(range(160))
     code, out, _ = submit(tmp_path, "--workers", "2")
     assert (code, "was submitted before and is SUCCEEDED: not submitted again" in out) == (0, True)
+
+
+def test_a_clone_that_goes_along_runs_its_own_code(submit, ids_of, tmp_path):
+    """The driver and the workers, although the cluster has an installed package of the same name."""
+    clone, seen = tmp_path / "clone", tmp_path / "seen"
+    seen.mkdir()
+    for part in PARTS:
+        shutil.copytree(ROOT / part, clone / part)
+    for module in ("generate", "producer"):
+        with (clone / "pipeline" / f"{module}.py").open("a") as file:
+            file.write(f"\n\nopen({str(seen / module)!r}, 'w').write(__file__)\n")
+    code, out, err = submit(tmp_path / "store", options=["--working-dir", clone])
+    assert code == 0, out + err
+    assert ids_of(tmp_path / "store")["train"] == list(range(160))
+    assert {path.name for path in seen.iterdir()} == {"generate", "producer"}
 
 
 def test_a_rerun_after_a_failure_is_another_submission(submit, ids_of, tmp_path):

@@ -44,7 +44,7 @@ GOOD = ["--teacher", "builtin:gaussian", "--count", "64", "--holdout", "0", "--r
 def test_a_bad_option_is_one_line_and_exit_code_2(pipeline, tmp_path, words, told):
     code, out, err = pipeline("generate", "--store", tmp_path / "store", *GOOD, *words)
     assert (code, out, err.count("\n")) == (2, "", 1), err
-    assert err.startswith("pipeline: ")
+    assert err.startswith("limbeck: ")
     assert told in err
     assert not (tmp_path / "store").exists()
 

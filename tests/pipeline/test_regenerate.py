@@ -8,13 +8,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import RegenerateConfig
-from pipeline.generate import carry_out
-from pipeline.regenerate import decide
-from pipeline.windows import Nothing, Wanted
-from storage_schemas.dataset import latest_manifest, latest_number, read_manifest
-from storage_schemas.errors import UsageError
-from storage_schemas.store import Store
+from limbeck.pipeline.config import RegenerateConfig
+from limbeck.pipeline.generate import carry_out
+from limbeck.pipeline.regenerate import decide
+from limbeck.pipeline.windows import Nothing, Wanted
+from limbeck.storage_schemas.dataset import latest_manifest, latest_number, read_manifest
+from limbeck.storage_schemas.errors import UsageError
+from limbeck.storage_schemas.store import Store
 from tests.pipeline.handmade import LAYOUT, OTHER, RECIPE, SIZE, Stepper, check_served, new_run, solve_by_hand
 from tests.pipeline.test_plan import manifest
 
@@ -25,7 +25,7 @@ NOW = datetime(2026, 11, 22, 3, tzinfo=UTC)
 def by_hand(request, monkeypatch):
     """Drivers of stores by hand solve by hand."""
     if "command" not in request.node.name:
-        monkeypatch.setattr("pipeline.generate.solve_missing", solve_by_hand)
+        monkeypatch.setattr("limbeck.pipeline.generate.solve_missing", solve_by_hand)
 
 
 @pytest.fixture
@@ -159,11 +159,11 @@ def test_what_a_refresh_has_solved_it_keeps_when_it_plans_again(uri, monkeypatch
         solved.append([task.index for task in tasks])
         solve_by_hand(run, tasks)
         if len(solved) == 1:
-            monkeypatch.setattr("pipeline.generate.solve_missing", solve_by_hand)
+            monkeypatch.setattr("limbeck.pipeline.generate.solve_missing", solve_by_hand)
             regenerate(store, policy="grow", count=42)
-            monkeypatch.setattr("pipeline.generate.solve_missing", beaten)
+            monkeypatch.setattr("limbeck.pipeline.generate.solve_missing", beaten)
 
-    monkeypatch.setattr("pipeline.generate.solve_missing", beaten)
+    monkeypatch.setattr("limbeck.pipeline.generate.solve_missing", beaten)
     regenerate(store, refresh=0.2)
     # [0, 40) -> [8, 48) was solved when [0, 42) was there: [8, 50) lacks but one task more.
     assert (window(store), solved) == ((8, 50), [[10, 11], [12]])

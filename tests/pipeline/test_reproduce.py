@@ -4,19 +4,21 @@ import json
 
 import pytest
 
-from pipeline.after.duplicates import Sample
-from pipeline.after.reproduce import agrees, read_sample
-from pipeline.after.resolve import Replay
-from pipeline.config import ReproduceConfig
-from storage_schemas.dataset import open_dataset
-from storage_schemas.store import Store
+from limbeck.pipeline.after.duplicates import Sample
+from limbeck.pipeline.after.reproduce import agrees, read_sample
+from limbeck.pipeline.after.resolve import Replay
+from limbeck.pipeline.config import ReproduceConfig
+from limbeck.storage_schemas.dataset import open_dataset
+from limbeck.storage_schemas.store import Store
 from tests.pipeline import wrong_shards
 
 
 @pytest.fixture
 def here(monkeypatch):
     """Solve in this process: a test of what is found needs no other."""
-    monkeypatch.setattr("pipeline.after.reproduce.run_once", lambda function, *arguments, runner: function(*arguments))
+    monkeypatch.setattr(
+        "limbeck.pipeline.after.reproduce.run_once", lambda function, *arguments, runner: function(*arguments)
+    )
 
 
 def test_a_sample_comes_out_to_the_same_bits_in_a_process_of_its_own(generate, pipeline, commits, tmp_path):

@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import noise
-from diffusion.gaussian import GaussianTeacher
-from diffusion.models.spec import process_spec
-from diffusion.models.teachers import Teacher, builtin_checkpoint
-from diffusion.process import CosineVP
-from pipeline.config import GenerateConfig
-from pipeline.recipe import build_recipe
-from pipeline.segments import data_start, starting_images
-from pipeline.solve import denoise_of, solve_task
-from storage_schemas.commit import Task
-from storage_schemas.errors import UserError
-from storage_schemas.recipe import DataLabels
+from limbeck.diffusion import noise
+from limbeck.diffusion.gaussian import GaussianTeacher
+from limbeck.diffusion.models.spec import process_spec
+from limbeck.diffusion.models.teachers import Teacher, builtin_checkpoint
+from limbeck.diffusion.process import CosineVP
+from limbeck.pipeline.config import GenerateConfig
+from limbeck.pipeline.recipe import build_recipe
+from limbeck.pipeline.segments import data_start, starting_images
+from limbeck.pipeline.solve import denoise_of, solve_task
+from limbeck.storage_schemas.commit import Task
+from limbeck.storage_schemas.errors import UserError
+from limbeck.storage_schemas.recipe import DataLabels
 
 CPU = torch.device("cpu")
 MEAN, VARIANCE, SHAPE = 0.2, 0.3, (1, 2, 3)

@@ -7,12 +7,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pipeline.after.verify import check_dataset
-from pipeline.workers.dispatch import PAUSE_SECONDS, dispatch
-from pipeline.workers.fleet import Finished, Ready
-from storage_schemas.commit import Commit, Task, is_sick
-from storage_schemas.dataset import latest_manifest, open_dataset
-from storage_schemas.store import Store
+from limbeck.pipeline.after.verify import check_dataset
+from limbeck.pipeline.workers.dispatch import PAUSE_SECONDS, dispatch
+from limbeck.pipeline.workers.fleet import Finished, Ready
+from limbeck.storage_schemas.commit import Commit, Task, is_sick
+from limbeck.storage_schemas.dataset import latest_manifest, open_dataset
+from limbeck.storage_schemas.store import Store
 from tests.pipeline.test_dispatch import PROBLEM, Slow, commit, tasks
 from tests.pipeline.wrong_shards import spoil
 

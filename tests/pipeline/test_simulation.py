@@ -5,13 +5,13 @@ import time
 
 import pytest
 
-from storage_schemas import store as store_module
-from storage_schemas.commit import Task, list_committed
-from storage_schemas.dataset import Dataset, LostRace, latest_manifest, put_recipe, read_shard_table, seal
-from storage_schemas.layout import Layout
-from storage_schemas.manifest import ManifestDraft, Window
-from storage_schemas.recipe import NoiseRecord, Recipe, SolverRecord, TeacherRecord
-from storage_schemas.shards import Shard, ShardTable
+from limbeck.storage_schemas import store as store_module
+from limbeck.storage_schemas.commit import Task, list_committed
+from limbeck.storage_schemas.dataset import Dataset, LostRace, latest_manifest, put_recipe, read_shard_table, seal
+from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.manifest import ManifestDraft, Window
+from limbeck.storage_schemas.recipe import NoiseRecord, Recipe, SolverRecord, TeacherRecord
+from limbeck.storage_schemas.shards import Shard, ShardTable
 from tests.pipeline.simulation import FATES, Cluster, drive, simulated_store, take
 
 SIZE = 8

@@ -10,16 +10,16 @@ from datetime import UTC, datetime, timedelta
 import fsspec
 import pytest
 
-import pipeline.upkeep.sweep
-from pipeline.generate import carry_out
-from pipeline.upkeep.prune import prune
-from pipeline.windows import Wanted
-from storage_schemas.commit import Task
-from storage_schemas.dataset import open_dataset
-from storage_schemas.errors import StoreError, UserError
-from storage_schemas.job import Pin
-from storage_schemas.manifest import Window
-from storage_schemas.store import Store
+import limbeck.pipeline.upkeep.sweep
+from limbeck.pipeline.generate import carry_out
+from limbeck.pipeline.upkeep.prune import prune
+from limbeck.pipeline.windows import Wanted
+from limbeck.storage_schemas.commit import Task
+from limbeck.storage_schemas.dataset import open_dataset
+from limbeck.storage_schemas.errors import StoreError, UserError
+from limbeck.storage_schemas.job import Pin
+from limbeck.storage_schemas.manifest import Window
+from limbeck.storage_schemas.store import Store
 from tests.pipeline.handmade import (
     SIZE,
     Stepper,
@@ -54,11 +54,11 @@ def clock(monkeypatch):
         def now(cls, tz=None):
             return clock.now
 
-    monkeypatch.setattr("storage_schemas.clock.datetime", Simulated)
+    monkeypatch.setattr("limbeck.storage_schemas.clock.datetime", Simulated)
     monkeypatch.setattr("fsspec.implementations.memory.datetime", Simulated)
-    monkeypatch.setattr("pipeline.generate.solve_missing", solve_by_hand)
-    monkeypatch.setattr(pipeline.upkeep.sweep, "THREADS", 1)
-    monkeypatch.setattr("pipeline.job.heartbeat.EVERY", 10.0**6)
+    monkeypatch.setattr("limbeck.pipeline.generate.solve_missing", solve_by_hand)
+    monkeypatch.setattr(limbeck.pipeline.upkeep.sweep, "THREADS", 1)
+    monkeypatch.setattr("limbeck.pipeline.job.heartbeat.EVERY", 10.0**6)
     return clock
 
 
@@ -242,8 +242,8 @@ def test_a_clock_that_is_not_the_storages_is_refused(uri, clock, monkeypatch, ah
         "pins/reader.json",
         Pin(run="reader", dataset="main", number=1, expires_at="2026-01-04T00:00:00+00:00").to_bytes(),
     )
-    monkeypatch.setattr("storage_schemas.clock.utc", lambda: clock.now + timedelta(seconds=ahead))
-    for module in ("pipeline.job.announce", "pipeline.upkeep.prune"):
+    monkeypatch.setattr("limbeck.storage_schemas.clock.utc", lambda: clock.now + timedelta(seconds=ahead))
+    for module in ("limbeck.pipeline.job.announce", "limbeck.pipeline.upkeep.prune"):
         monkeypatch.setattr(f"{module}.utc", lambda: clock.now + timedelta(seconds=ahead))
     told = rf"the clock of this machine is 0:11:00 {'ahead of' if ahead > 0 else 'behind'} that of memory://"
     for act in (prunes, grows):

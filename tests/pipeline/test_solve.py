@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import noise
-from diffusion.models.teachers import load_teacher
-from diffusion.recipes.samples import draw_noise
-from diffusion.solvers import solve
-from pipeline.config import GenerateConfig
-from pipeline.recipe import build_recipe
-from pipeline.solve import Graphed, OutOfMemory, denoise_of, micro_batches, solve_task
-from storage_schemas.commit import Task
-from storage_schemas.record import from_storage
+from limbeck.diffusion import noise
+from limbeck.diffusion.models.teachers import load_teacher
+from limbeck.diffusion.recipes.samples import draw_noise
+from limbeck.diffusion.solvers import solve
+from limbeck.pipeline.config import GenerateConfig
+from limbeck.pipeline.recipe import build_recipe
+from limbeck.pipeline.solve import Graphed, OutOfMemory, denoise_of, micro_batches, solve_task
+from limbeck.storage_schemas.commit import Task
+from limbeck.storage_schemas.record import from_storage
 
 CPU = torch.device("cpu")
 

@@ -19,7 +19,7 @@ AT_THE_FIRST_CALL = {
 def test_the_first_call_refuses_what_it_shows(generate, tmp_path, name):
     code, out, err = generate(tmp_path / "s", teacher=f"python:strange_teachers:{name}")
     assert (code, out, err.count("\n")) == (1, "", 1), err
-    assert err.startswith(f"pipeline: teacher python:strange_teachers:{name} ")
+    assert err.startswith(f"limbeck: teacher python:strange_teachers:{name} ")
     assert AT_THE_FIRST_CALL[name] in err
     assert not (tmp_path / "s").exists()
 

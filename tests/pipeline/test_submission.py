@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.workers import submission as submission_module
-from pipeline.workers.submission import Receipt, Submission, hand_in, submission_of, wait_for
-from storage_schemas.errors import UsageError, UserError
+from limbeck.pipeline.workers import submission as submission_module
+from limbeck.pipeline.workers.submission import Receipt, Submission, hand_in, submission_of, wait_for
+from limbeck.storage_schemas.errors import UsageError, UserError
 
 LINE = ["generate", "--teacher", "builtin:digits", "--store", "s3://bucket/store", "--count", "100"]
 
@@ -48,11 +48,11 @@ def test_an_id_says_what_is_made_and_not_where():
 def test_a_cluster_that_begins_is_asked_again_until_it_has_an_agent(monkeypatch):
     monkeypatch.setattr(submission_module, "POLL_SECONDS", 0.0)
     server = JobServer(agents_after=3)
-    assert hand_in(server, submission_of(LINE), working_dir=None).submitted
+    assert hand_in(server, submission_of(LINE), {}).submitted
     assert len(server.asked) == 4
     monkeypatch.setattr(submission_module, "AGENT_SECONDS", 0.0)
     with pytest.raises(UserError, match=r"the job server refused .*No available agent"):
-        hand_in(JobServer(agents_after=1), submission_of(LINE), working_dir=None)
+        hand_in(JobServer(agents_after=1), submission_of(LINE), {})
 
 
 def test_a_tick_is_part_of_the_id_and_a_schedule_needs_one():
@@ -69,7 +69,8 @@ def test_the_configuration_file_is_read_here(tmp_path):
     submission = submission_of(["generate", "--config", str(tmp_path / "job.yaml"), "--count", "100"])
     assert submission.submission_id == submission_of(LINE).submission_id
     assert submission.entrypoint == (
-        "python -m pipeline generate --count 100 --teacher=builtin:digits --store=s3://bucket/store --ray.num-gpus=0.5"
+        "python -m limbeck.pipeline generate --count 100 --teacher=builtin:digits --store=s3://bucket/store "
+        "--ray.num-gpus=0.5"
     )
 
 
@@ -92,16 +93,16 @@ def test_what_can_not_be_submitted_is_refused(words, told):
 @pytest.mark.parametrize("status", ["PENDING", "RUNNING", "SUCCEEDED"])
 def test_what_is_under_way_or_done_is_not_submitted_again(status):
     server = JobServer(a=status)
-    receipt = hand_in(server, Submission("a", "python"), working_dir=None)
+    receipt = hand_in(server, Submission("a", "python"), {})
     assert (receipt.submitted, receipt.status, server.asked) == (False, status, [("a", {})])
 
 
 def test_a_rerun_after_a_failure_gets_the_next_id():
     server = JobServer(a="FAILED", a_r1="STOPPED")
-    receipt = hand_in(server, Submission("a", "python"), working_dir=".")
+    receipt = hand_in(server, Submission("a", "python"), {"working_dir": "."})
     assert (receipt.submission_id, receipt.submitted) == ("a-r2", True)
     assert server.asked[-1] == ("a-r2", {"working_dir": "."})
-    assert hand_in(server, Submission("a", "python"), working_dir=".").submitted is False
+    assert hand_in(server, Submission("a", "python"), {"working_dir": "."}).submitted is False
 
 
 def test_another_refusal_is_told():
@@ -111,7 +112,7 @@ def test_another_refusal_is_told():
     server = JobServer()
     server.submit_job = refuse
     with pytest.raises(UserError, match="the job server refused a: status code 500: no room Traceback"):
-        hand_in(server, Submission("a", "python"), working_dir=None)
+        hand_in(server, Submission("a", "python"), {})
 
 
 def test_the_exit_code_is_the_jobs_own():
@@ -130,7 +131,7 @@ def test_a_dry_run_prints_the_id_and_the_command(pipeline):
     assert (code, out) == (
         0,
         f"ray job submit --submission-id {submission_of(LINE).submission_id} -- "
-        + ("python -m pipeline " + " ".join(LINE) + "\n"),
+        + ("python -m limbeck.pipeline " + " ".join(LINE) + "\n"),
     )
 
 

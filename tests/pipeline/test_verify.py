@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffusion import noise
-from pipeline.job.kept import Target
-from pipeline.status import find_job, job_status
-from storage_schemas import paths
-from storage_schemas.dataset import open_dataset
-from storage_schemas.job import Failure, Heartbeat
-from storage_schemas.store import Store
+from limbeck.diffusion import noise
+from limbeck.pipeline.job.kept import Target
+from limbeck.pipeline.status import find_job, job_status
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.dataset import open_dataset
+from limbeck.storage_schemas.job import Failure, Heartbeat
+from limbeck.storage_schemas.store import Store
 from tests.forged import forget_digests
 from tests.pipeline.wrong_shards import spoil
 

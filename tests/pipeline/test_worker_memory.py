@@ -10,7 +10,7 @@ import pytest
 SOLVE = """
 import json, resource, sys
 import torch
-from pipeline.producer import set_up_torch
+from limbeck.pipeline.producer import set_up_torch
 
 if sys.argv[1] == "set up":
     set_up_torch(threads=1, tf32=False)

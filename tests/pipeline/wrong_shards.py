@@ -5,15 +5,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffusion.recipes.teacher import TeacherSource
-from pipeline.producer import WorkOrder, publish
-from pipeline.solve import Solved, denoise_of, solve_task
-from storage_schemas import paths
-from storage_schemas.commit import list_committed, read_commits
-from storage_schemas.dataset import open_dataset, seal
-from storage_schemas.manifest import ManifestDraft
-from storage_schemas.shards import Shard, ShardTable
-from storage_schemas.store import Store
+from limbeck.diffusion.recipes.teacher import TeacherSource
+from limbeck.pipeline.producer import WorkOrder, publish
+from limbeck.pipeline.solve import Solved, denoise_of, solve_task
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.commit import list_committed, read_commits
+from limbeck.storage_schemas.dataset import open_dataset, seal
+from limbeck.storage_schemas.manifest import ManifestDraft
+from limbeck.storage_schemas.shards import Shard, ShardTable
+from limbeck.storage_schemas.store import Store
 
 CPU = torch.device("cpu")
 

@@ -7,14 +7,14 @@ import fsspec
 import numpy as np
 import pytest
 
-from storage_schemas import paths
-from storage_schemas.clock import utc_now
-from storage_schemas.commit import Commit, Task, column_statistics, put_commit
-from storage_schemas.formats import encode_shard
-from storage_schemas.layout import Layout
-from storage_schemas.recipe import NoiseRecord, Recipe, SolverRecord, TeacherRecord, UniformLabels
-from storage_schemas.record import Columns, to_storage
-from storage_schemas.store import Store
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.clock import utc_now
+from limbeck.storage_schemas.commit import Commit, Task, column_statistics, put_commit
+from limbeck.storage_schemas.formats import encode_shard
+from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.recipe import NoiseRecord, Recipe, SolverRecord, TeacherRecord, UniformLabels
+from limbeck.storage_schemas.record import Columns, to_storage
+from limbeck.storage_schemas.store import Store
 from tests import servers
 
 

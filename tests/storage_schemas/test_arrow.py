@@ -6,15 +6,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from storage_schemas import paths
-from storage_schemas.arrow import arrow_table, arrow_tables, as_lists
-from storage_schemas.commit import FOOTER
-from storage_schemas.dataset import Dataset, open_dataset, put_recipe, seal
-from storage_schemas.errors import CorruptShard
-from storage_schemas.layout import Layout
-from storage_schemas.manifest import ManifestDraft, Window
-from storage_schemas.shards import Shard, ShardTable
-from storage_schemas.store import Store
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.arrow import arrow_table, arrow_tables, as_lists
+from limbeck.storage_schemas.commit import FOOTER
+from limbeck.storage_schemas.dataset import Dataset, open_dataset, put_recipe, seal
+from limbeck.storage_schemas.errors import CorruptShard
+from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.manifest import ManifestDraft, Window
+from limbeck.storage_schemas.shards import Shard, ShardTable
+from limbeck.storage_schemas.store import Store
 
 WINDOW = Window(train=(5, 60), holdout=(0, 8))
 QUARANTINED = (3, 20)

@@ -8,8 +8,8 @@ import pytest
 import tyro
 from pydantic import Field, model_validator
 
-from storage_schemas.command_line import Command, Config, main, parse
-from storage_schemas.errors import StoreError, UsageError
+from limbeck.storage_schemas.command_line import Command, Config, main, parse
+from limbeck.storage_schemas.errors import StoreError, UsageError
 
 
 class Solver(Config):
@@ -116,27 +116,34 @@ def test_an_unknown_yaml_field_is_refused(tmp_path):
         read("s", "--config", str(tmp_path / "job.yaml"))
 
 
-def test_exit_codes(capsys):
-    def refuse(job):
-        raise StoreError(f"{job.store}\nis no store")
+def succeed(job):
+    return 0
 
-    commands = {"ok": Command(Job, lambda job: 0), "no": Command(Job, refuse)}
-    assert main("job", commands, ["ok", "s"]) == 0
-    assert main("job", commands, ["no", "s"]) == 1
-    assert capsys.readouterr().err == "job: s is no store\n"
-    assert main("job", commands, ["maybe"]) == 2
-    assert capsys.readouterr().err == "job: 'maybe' is no command of job: use one of ok, no\n"
-    assert main("job", commands, ["ok", "s", "--bogus"]) == 2
+
+def refuse(job):
+    raise StoreError(f"{job.store}\nis no store")
+
+
+JOBS = {"ok": Command(__name__, "Job", "succeed"), "no": Command(__name__, "Job", "refuse")}
+
+
+def test_exit_codes(capsys):
+    assert main(JOBS, ["ok", "s"]) == 0
+    assert main(JOBS, ["no", "s"]) == 1
+    assert capsys.readouterr().err == "limbeck: s is no store\n"
+    assert main(JOBS, ["maybe"]) == 2
+    assert capsys.readouterr().err == "limbeck: 'maybe' is no command of limbeck: use one of ok, no\n"
+    assert main(JOBS, ["ok", "s", "--bogus"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     with pytest.raises(StoreError):
-        main("job", commands, ["no", "s", "--debug"])
+        main(JOBS, ["no", "s", "--debug"])
 
 
 def test_help_lists_commands_and_fields(capsys):
-    assert main("job", {"ok": Command(Job, lambda job: 0)}, ["--help"]) == 0
+    assert main(JOBS, ["--help"]) == 0
     assert "ok  Do the job." in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        main("job", {"ok": Command(Job, lambda job: 0)}, ["ok", "--help"])
+        main(JOBS, ["ok", "--help"])
     helped = capsys.readouterr().out
     assert "Steps of the grid." in helped
     assert "--config FILE.yaml" in helped

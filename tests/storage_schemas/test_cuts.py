@@ -15,24 +15,24 @@ def cut():
 """
 READERS = {
     "the trainer's map": """
-from trainer.reading.mapped import Maps
+from limbeck.trainer.reading.mapped import Maps
 maps = Maps(); data = maps.open(path); cut(); print(data[-1])
 """,
     "everybody else's": """
 from types import SimpleNamespace
-from storage_schemas.ranges import map_shard
+from limbeck.storage_schemas.ranges import map_shard
 store = SimpleNamespace(local_path=lambda name: path)
 data = map_shard(store, SimpleNamespace(path="x")); cut(); print(data[-1])
 """,
     "a thread that holds no lock": """
 import xxhash
-from trainer.reading.mapped import Maps
+from limbeck.trainer.reading.mapped import Maps
 maps = Maps(); data = maps.open(path); cut()
 thread = threading.Thread(target=lambda: print(xxhash.xxh3_128_hexdigest(data))); thread.start(); thread.join()
 """,
     "a DataLoader's worker": """
 import torch
-from trainer.reading.mapped import Maps
+from limbeck.trainer.reading.mapped import Maps
 class Mapped(torch.utils.data.Dataset):
     def __len__(self): return 1
     def __getitem__(self, index):
@@ -65,7 +65,7 @@ def test_what_is_not_ours_ends_as_ever(tmp_path: Path) -> None:
         file.write_bytes(bytes(1 << 20))
     program = """
 import mmap, os, sys
-from trainer.reading.mapped import Maps
+from limbeck.trainer.reading.mapped import Maps
 maps = Maps(); data = maps.open(sys.argv[1])
 file = open(sys.argv[2], "rb"); other = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 os.truncate(sys.argv[2], 0); other[-1]

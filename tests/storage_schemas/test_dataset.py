@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from storage_schemas import paths
-from storage_schemas.commit import Commit, Task, list_committed, put_commit, read_commits
-from storage_schemas.dataset import (
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.commit import Commit, Task, list_committed, put_commit, read_commits
+from limbeck.storage_schemas.dataset import (
     Dataset,
     LostRace,
     Pruned,
@@ -24,14 +24,14 @@ from storage_schemas.dataset import (
     seal,
     seal_floor,
 )
-from storage_schemas.errors import CorruptShard, StoreError
-from storage_schemas.layout import Layout
-from storage_schemas.manifest import Floor, Manifest, ManifestDraft, Window
-from storage_schemas.recipe import Recipe
-from storage_schemas.record import Columns
-from storage_schemas.shards import Shard, ShardTable
-from storage_schemas.store import Store
-from storage_schemas.tables import decode
+from limbeck.storage_schemas.errors import CorruptShard, StoreError
+from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.manifest import Floor, Manifest, ManifestDraft, Window
+from limbeck.storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.record import Columns
+from limbeck.storage_schemas.shards import Shard, ShardTable
+from limbeck.storage_schemas.store import Store
+from limbeck.storage_schemas.tables import decode
 
 LAYOUT = Layout(samples_per_shard=16)
 WINDOW = Window(train=(5, 60), holdout=(0, 16))
@@ -281,7 +281,7 @@ def test_when_the_train_window_changed(
     store: Store, recipe: Recipe, shards: ShardTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = iter(f"2026-01-0{day}T00:00:00+00:00" for day in range(1, 5))
-    monkeypatch.setattr("storage_schemas.dataset.utc_now", lambda: next(times))
+    monkeypatch.setattr("limbeck.storage_schemas.dataset.utc_now", lambda: next(times))
     first = seal(store, draft(recipe, missing=("train-00000002",)), shards)
     gap = ("train-00000002",)
     holdout = seal(store, draft(recipe, first, window=Window(train=(5, 60)), missing=gap), shards)

@@ -10,22 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from storage_schemas import documents as documents_module
-from storage_schemas import paths
-from storage_schemas.canonical import digest
-from storage_schemas.commit import Commit, Task, read_commit, read_commits
-from storage_schemas.dataset import read_manifest, read_recipe
-from storage_schemas.documents import Document
-from storage_schemas.errors import CONTROLS, StoreError, shown
-from storage_schemas.job import Failure, Heartbeat, Job, Pin, Prune
-from storage_schemas.layout import Layout
-from storage_schemas.manifest import Floor, Manifest, ShardTableRecord, Window
-from storage_schemas.notes import Calibration, CalibrationPoint, Reference
-from storage_schemas.reading import read_all, read_document
-from storage_schemas.recipe import Recipe
-from storage_schemas.store import Store, StoreDocument
-from trainer.runs.checkpoints import File, Marker
-from trainer.runs.hold import Claim
+from limbeck.storage_schemas import documents as documents_module
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.canonical import digest
+from limbeck.storage_schemas.commit import Commit, Task, read_commit, read_commits
+from limbeck.storage_schemas.dataset import read_manifest, read_recipe
+from limbeck.storage_schemas.documents import Document
+from limbeck.storage_schemas.errors import CONTROLS, StoreError, shown
+from limbeck.storage_schemas.job import Failure, Heartbeat, Job, Pin, Prune
+from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.manifest import Floor, Manifest, ShardTableRecord, Window
+from limbeck.storage_schemas.notes import Calibration, CalibrationPoint, Reference
+from limbeck.storage_schemas.reading import read_all, read_document
+from limbeck.storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.store import Store, StoreDocument
+from limbeck.trainer.runs.checkpoints import File, Marker
+from limbeck.trainer.runs.hold import Claim
 
 AT, SHA = "2026-01-31T23:59:59+00:00", "ab" * 32
 LAYOUT = Layout(samples_per_shard=16)

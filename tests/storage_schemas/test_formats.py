@@ -10,14 +10,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from storage_schemas import webdataset
-from storage_schemas.commit import Commit, Task, column_statistics
-from storage_schemas.errors import CorruptShard
-from storage_schemas.formats import check_shard, encode_shard, read_shard
-from storage_schemas.layout import Layout
-from storage_schemas.recipe import Recipe
-from storage_schemas.record import Columns, Field, bfloat16_values, to_storage
-from storage_schemas.store import Store
+from limbeck.storage_schemas import webdataset
+from limbeck.storage_schemas.commit import Commit, Task, column_statistics
+from limbeck.storage_schemas.errors import CorruptShard
+from limbeck.storage_schemas.formats import check_shard, encode_shard, read_shard
+from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.record import Columns, Field, bfloat16_values, to_storage
+from limbeck.storage_schemas.store import Store
 
 Make = Callable[..., Recipe]
 Rows = Callable[..., Columns]

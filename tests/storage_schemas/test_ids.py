@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage_schemas.ids import id_set, merge_ranges
-from storage_schemas.shards import Shard, ShardTable
-from storage_schemas.tables import decode
+from limbeck.storage_schemas.ids import id_set, merge_ranges
+from limbeck.storage_schemas.shards import Shard, ShardTable
+from limbeck.storage_schemas.tables import decode
 
 ranges = st.lists(st.tuples(st.integers(-5, 60), st.integers(-5, 60)), max_size=8)
 

@@ -4,8 +4,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from storage_schemas import backends
-from storage_schemas.store import Store
+from limbeck.storage_schemas import backends
+from limbeck.storage_schemas.store import Store
 
 
 def check(store: Store) -> None:

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from storage_schemas.pages import Page, find_pages
+from limbeck.storage_schemas.pages import Page, find_pages
 
 
 def write(values: np.ndarray, *, nullable: bool = False, **options: object) -> tuple[bytes, pq.FileMetaData]:

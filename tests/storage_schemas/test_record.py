@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from storage_schemas.canonical import canonical_json, digest
-from storage_schemas.commit import Task
-from storage_schemas.errors import StoreError, UsageError
-from storage_schemas.layout import Layout, check_layout
-from storage_schemas.recipe import Recipe
-from storage_schemas.record import (
+from limbeck.storage_schemas.canonical import canonical_json, digest
+from limbeck.storage_schemas.commit import Task
+from limbeck.storage_schemas.errors import StoreError, UsageError
+from limbeck.storage_schemas.layout import Layout, check_layout
+from limbeck.storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.record import (
     Columns,
     bfloat16_bits,
     bfloat16_values,
@@ -22,7 +22,7 @@ from storage_schemas.record import (
     state_index,
     trajectory_fields,
 )
-from storage_schemas.store import StoreDocument
+from limbeck.storage_schemas.store import StoreDocument
 
 DATA = {"kind": "data", "images": "npz:a.npz", "digest": "cd" * 32}
 ODD = {"name": "ddim", "steps": 3, "frame": "sigma", "grid": {"name": "karras"}}

@@ -12,11 +12,11 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from storage_schemas import backends, paths
-from storage_schemas import store as store_module
-from storage_schemas.errors import StoreError, UsageError
-from storage_schemas.paths import STORE
-from storage_schemas.store import Store
+from limbeck.storage_schemas import backends, paths
+from limbeck.storage_schemas import store as store_module
+from limbeck.storage_schemas.errors import StoreError, UsageError
+from limbeck.storage_schemas.paths import STORE
+from limbeck.storage_schemas.store import Store
 
 
 def test_files_come_back_whole_and_in_ranges(store: Store, tmp_path: Path) -> None:
@@ -74,9 +74,7 @@ def test_a_store_is_created_once_and_opened_by_relative_path(tmp_path: Path, mon
 
 
 def test_what_is_no_store_is_refused_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(
-        StoreError, match=r"nowhere is not a store \(no store.json\): `python -m pipeline generate` makes"
-    ):
+    with pytest.raises(StoreError, match=r"nowhere is not a store \(no store.json\): `limbeck generate` makes"):
         Store.open(str(tmp_path / "nowhere"))
     (tmp_path / STORE).write_text('{"schema_version": 99, "writer": "a", "single_writer": false}')
     with pytest.raises(StoreError, match="schema version 99, this program reads 2"):
@@ -93,8 +91,8 @@ def test_what_is_no_store_is_refused_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "told"),
     [
-        ([], "`python -m pipeline generate` makes one"),
-        (["notes.txt"], "`python -m pipeline generate` makes one"),
+        ([], "`limbeck generate` makes one"),
+        (["notes.txt"], "`limbeck generate` makes one"),
         (["000000.tar"], "it holds 1 .tar file that no command of ours wrote"),
         (["a.parquet", "b.parquet", "c.tar", "x.json"], "it holds 2 .parquet files and 1 .tar file that no command"),
     ],

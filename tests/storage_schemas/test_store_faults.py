@@ -8,9 +8,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from storage_schemas import store as store_module
-from storage_schemas.errors import StoreError
-from storage_schemas.store import MissingFile, Store
+from limbeck.storage_schemas import store as store_module
+from limbeck.storage_schemas.errors import StoreError
+from limbeck.storage_schemas.store import MissingFile, Store
 from tests import servers
 from tests.proxy import KINDS, UNCONDITIONAL, Proxy, Rule
 

@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage_schemas.commit import Commit, Task, read_commit
-from storage_schemas.errors import CorruptShard, StoreError
-from storage_schemas.formats import check_shard, read_shard
-from storage_schemas.layout import Layout
-from storage_schemas.paths import STORE
-from storage_schemas.recipe import Recipe
-from storage_schemas.record import Columns
-from storage_schemas.store import Store
+from limbeck.storage_schemas.commit import Commit, Task, read_commit
+from limbeck.storage_schemas.errors import CorruptShard, StoreError
+from limbeck.storage_schemas.formats import check_shard, read_shard
+from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.paths import STORE
+from limbeck.storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.record import Columns
+from limbeck.storage_schemas.store import Store
 
 s3fs = pytest.importorskip("s3fs")
 pytest.importorskip("moto")

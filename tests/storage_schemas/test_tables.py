@@ -14,13 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from storage_schemas import paths
-from storage_schemas.errors import CONTROLS, CorruptShard
-from storage_schemas.layout import Layout
-from storage_schemas.manifest import Manifest, ShardTableRecord, Window
-from storage_schemas.record import SPLITS, Split
-from storage_schemas.shards import SCHEMA, Shard, ShardTable
-from storage_schemas.tables import decode, read_table
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.errors import CONTROLS, CorruptShard
+from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.manifest import Manifest, ShardTableRecord, Window
+from limbeck.storage_schemas.record import SPLITS, Split
+from limbeck.storage_schemas.shards import SCHEMA, Shard, ShardTable
+from limbeck.storage_schemas.tables import decode, read_table
 
 RECIPE, LAYOUT = "ab" * 32, Layout(samples_per_shard=8)
 ATTEMPT, SHA = "0123456789abcdef", "cd" * 32

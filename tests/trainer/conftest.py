@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import noise
-from diffusion.grids import karras
-from diffusion.models.teachers import builtin_checkpoint, load_teacher
-from storage_schemas import paths
-from storage_schemas.clock import utc_now
-from storage_schemas.commit import Commit, Task, put_commit
-from storage_schemas.dataset import put_recipe, seal
-from storage_schemas.formats import encode_shard
-from storage_schemas.layout import Layout
-from storage_schemas.manifest import ManifestDraft, Window
-from storage_schemas.recipe import Guidance, NoiseRecord, Recipe, SolverRecord, TeacherRecord, UniformLabels
-from storage_schemas.record import NO_CONDITION, Columns, from_storage, state_column, to_storage
-from storage_schemas.shards import Shard, ShardTable
-from storage_schemas.store import Store
+from limbeck.diffusion import noise
+from limbeck.diffusion.grids import karras
+from limbeck.diffusion.models.teachers import builtin_checkpoint, load_teacher
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.clock import utc_now
+from limbeck.storage_schemas.commit import Commit, Task, put_commit
+from limbeck.storage_schemas.dataset import put_recipe, seal
+from limbeck.storage_schemas.formats import encode_shard
+from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.manifest import ManifestDraft, Window
+from limbeck.storage_schemas.recipe import Guidance, NoiseRecord, Recipe, SolverRecord, TeacherRecord, UniformLabels
+from limbeck.storage_schemas.record import NO_CONDITION, Columns, from_storage, state_column, to_storage
+from limbeck.storage_schemas.shards import Shard, ShardTable
+from limbeck.storage_schemas.store import Store
 from tests.guided import guided_flow
 from tests.servers import moto
 

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from diffusion.denoiser import Denoiser, second_time
-from diffusion.flow_map import FlowMap, jump_coefficients
-from diffusion.gaussian import GaussianTeacher
-from diffusion.prediction import Sample
-from diffusion.process import Process, expand
-from trainer.networks.networks import Networks
-from trainer.objectives.kind import Objective
-from trainer.stream import Batch
+from limbeck.diffusion.denoiser import Denoiser, second_time
+from limbeck.diffusion.flow_map import FlowMap, jump_coefficients
+from limbeck.diffusion.gaussian import GaussianTeacher
+from limbeck.diffusion.prediction import Sample
+from limbeck.diffusion.process import Process, expand
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.objectives.kind import Objective
+from limbeck.trainer.stream import Batch
 
 MEAN, VARIANCE = 0.5, 0.25
 

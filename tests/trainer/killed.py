@@ -19,9 +19,8 @@ from pathlib import Path
 
 import torch
 
-from storage_schemas.command_line import Command, main
-from trainer.config import FitConfig
-from trainer.fit import run_fit
+from limbeck.storage_schemas.command_line import main
+from limbeck.storage_schemas.program import COMMANDS
 
 SAVED = ("model", "best", "stages/2-step", "stages/1-step")
 EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "shutil.rmtree")
@@ -34,7 +33,7 @@ def fit(arguments: list[str], out: Path, blow: int | None = None) -> int:
         return child
     if blow is not None:
         sys.addaudithook(Blow(out, blow))
-    code = main("trainer", {"fit": Command(FitConfig, run_fit)}, ["fit", *arguments, "--out", str(out)])
+    code = main(COMMANDS, ["fit", *arguments, "--out", str(out)])
     os._exit(code)
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from limbeck.trainer.loop import Stepper, step_seed
+from limbeck.trainer.ranks import Ranks, join_ranks
 from tests.trainer.networks.test_critic import ALTERNATING, FITS, ROWS, batch, config, networks_of, student
 from tests.trainer.on_ranks import load, save
-from trainer.loop import Stepper, step_seed
-from trainer.ranks import Ranks, join_ranks
 
 STEPS, CUT = 6, 3
 CASES: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from trainer.stream import TrajectoryStream
+from limbeck.trainer.stream import TrajectoryStream
 
 
 def main(store: str, out: Path, steps: int) -> None:

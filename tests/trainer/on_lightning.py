@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from trainer.stream import TrajectoryStream
+from limbeck.trainer.stream import TrajectoryStream
 
 
 def main(store: str, out: Path, steps: int) -> None:

@@ -15,25 +15,25 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from diffusion.flow_map import FlowMap
-from diffusion.models.spec import model_from_spec
-from trainer.config import FitConfig
-from trainer.loop import Stepper, step_seed
-from trainer.networks.networks import Networks
-from trainer.networks.uncertainty import Uncertainty
-from trainer.objectives.consistency import Consistency
-from trainer.objectives.ctm import ConsistencyTrajectory
-from trainer.objectives.denoising import Denoising
-from trainer.objectives.distances import PseudoHuber, l2
-from trainer.objectives.flow_map import FlowMapOracle
-from trainer.objectives.kind import Objective
-from trainer.objectives.knowledge import Knowledge
-from trainer.objectives.progressive import Progressive
-from trainer.objectives.reflow import Reflow
-from trainer.objectives.weights import Weighting
-from trainer.ranks import Ranks, alone, join_ranks
-from trainer.runs.trees import read_tree, write_tree
-from trainer.stream import Batch
+from limbeck.diffusion.flow_map import FlowMap
+from limbeck.diffusion.models.spec import model_from_spec
+from limbeck.trainer.config import FitConfig
+from limbeck.trainer.loop import Stepper, step_seed
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.networks.uncertainty import Uncertainty
+from limbeck.trainer.objectives.consistency import Consistency
+from limbeck.trainer.objectives.ctm import ConsistencyTrajectory
+from limbeck.trainer.objectives.denoising import Denoising
+from limbeck.trainer.objectives.distances import PseudoHuber, l2
+from limbeck.trainer.objectives.flow_map import FlowMapOracle
+from limbeck.trainer.objectives.kind import Objective
+from limbeck.trainer.objectives.knowledge import Knowledge
+from limbeck.trainer.objectives.progressive import Progressive
+from limbeck.trainer.objectives.reflow import Reflow
+from limbeck.trainer.objectives.weights import Weighting
+from limbeck.trainer.ranks import Ranks, alone, join_ranks
+from limbeck.trainer.runs.trees import read_tree, write_tree
+from limbeck.trainer.stream import Batch
 
 ROWS, SHAPE = 32, (1, 4, 4)
 TIMES, STATES = (80.0, 5.0, 0.0), ("noise", "state_1", "output")

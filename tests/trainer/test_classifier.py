@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.models import checkpoint
-from diffusion.models.teachers import builtin_checkpoint
-from storage_schemas.errors import UsageError
-from trainer.classifier import (
+from limbeck.diffusion.models import checkpoint
+from limbeck.diffusion.models.teachers import builtin_checkpoint
+from limbeck.storage_schemas.errors import UsageError
+from limbeck.trainer.classifier import (
     ClassifierConfig,
     accuracy,
     load_classifier,
@@ -15,7 +15,7 @@ from trainer.classifier import (
     shipped_classifier,
     shipped_image_source,
 )
-from trainer.reading.images import load_images
+from limbeck.trainer.reading.images import load_images
 
 
 @pytest.fixture(scope="module")

@@ -10,24 +10,24 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffusion import noise
-from diffusion.flow_map import FlowMap
-from diffusion.gaussian import GaussianTeacher
-from diffusion.models.checkpoint import widened
-from diffusion.models.teachers import load_teacher
-from diffusion.process import VE
-from storage_schemas.dataset import open_dataset
+from limbeck.diffusion import noise
+from limbeck.diffusion.flow_map import FlowMap
+from limbeck.diffusion.gaussian import GaussianTeacher
+from limbeck.diffusion.models.checkpoint import widened
+from limbeck.diffusion.models.teachers import load_teacher
+from limbeck.diffusion.process import VE
+from limbeck.storage_schemas.dataset import open_dataset
+from limbeck.trainer.config import FitConfig
+from limbeck.trainer.evaluation.contenders import student
+from limbeck.trainer.evaluation.holdout import read_pairs
+from limbeck.trainer.networks.student import find_student
+from limbeck.trainer.objectives import table
+from limbeck.trainer.planning.start import gather, real_score
+from limbeck.trainer.planning.trajectories import plan_trajectories
+from limbeck.trainer.stream import Batch, Stream
 from tests.guided import MEANS, VARIANCE, exact_output
 from tests.trainer.conftest import write_store
 from tests.trainer.test_fit import fit, metrics
-from trainer.config import FitConfig
-from trainer.evaluation.contenders import student
-from trainer.evaluation.holdout import read_pairs
-from trainer.networks.student import find_student
-from trainer.objectives import table
-from trainer.planning.start import gather, real_score
-from trainer.planning.trajectories import plan_trajectories
-from trainer.stream import Batch, Stream
 
 CPU = torch.device("cpu")
 CLASSES = "python:tests.guided:GaussianClasses"

@@ -4,14 +4,15 @@ import json
 
 import pytest
 
-from storage_schemas.command_line import parse
-from storage_schemas.errors import UsageError
-from trainer.__main__ import commands
-from trainer.config import FitConfig
-from trainer.reading.order import default_batch
-from trainer.runs.place import Place
-from trainer.runs.record import as_begun, earlier_run, new_record
-from trainer.shuffle import ShuffleConfig, measure
+from limbeck.storage_schemas.command_line import parse
+from limbeck.storage_schemas.errors import UsageError
+from limbeck.storage_schemas.program import COMMANDS
+from limbeck.trainer.__main__ import COMMANDS as TRAINER
+from limbeck.trainer.config import FitConfig
+from limbeck.trainer.reading.order import default_batch
+from limbeck.trainer.runs.place import Place
+from limbeck.trainer.runs.record import as_begun, earlier_run, new_record
+from limbeck.trainer.shuffle import ShuffleConfig, measure
 
 REQUIRED = {
     "fit": "--out r --data p",
@@ -44,13 +45,13 @@ UNUSUAL = {
 
 @pytest.mark.parametrize(("name", "given"), [(name, given) for name, all_ in UNUSUAL.items() for given in all_])
 def test_one_unusual_value_is_refused_by_no_default(name, given):
-    config = parse(commands(name)[name].config, [*REQUIRED[name].split(), *given.split()], program=name)
+    config = parse(COMMANDS[name].config, [*REQUIRED[name].split(), *given.split()], program=name)
     if isinstance(config, ShuffleConfig):
         assert measure(config)["batch_size"] <= 100
 
 
 def test_every_command_is_in_the_matrix():
-    assert set(REQUIRED) == set(UNUSUAL) == set(commands(None))
+    assert set(REQUIRED) == set(UNUSUAL) == set(TRAINER)
 
 
 def config(**given):

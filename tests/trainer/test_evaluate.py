@@ -6,24 +6,25 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import noise
-from diffusion.grids import karras
-from diffusion.models import checkpoint
-from diffusion.models.checkpoint import Checkpoint, pack
-from diffusion.models.spec import model_from_spec, process_from_spec
-from diffusion.models.teachers import Teacher, builtin_checkpoint, from_checkpoint
-from diffusion.recipes.grid import recipe_nfe
-from diffusion.solvers import solve
-from storage_schemas import paths
-from storage_schemas.clock import utc_now
-from storage_schemas.command_line import Command, main
-from storage_schemas.commit import Commit, put_commit
-from storage_schemas.dataset import put_recipe, seal
-from storage_schemas.errors import ManifestMismatch
-from storage_schemas.formats import encode_shard
-from storage_schemas.layout import Layout
-from storage_schemas.manifest import ManifestDraft, Window
-from storage_schemas.recipe import (
+from limbeck.diffusion import noise
+from limbeck.diffusion.grids import karras
+from limbeck.diffusion.models import checkpoint
+from limbeck.diffusion.models.checkpoint import Checkpoint, pack
+from limbeck.diffusion.models.spec import model_from_spec, process_from_spec
+from limbeck.diffusion.models.teachers import Teacher, builtin_checkpoint, from_checkpoint
+from limbeck.diffusion.recipes.grid import recipe_nfe
+from limbeck.diffusion.solvers import solve
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.clock import utc_now
+from limbeck.storage_schemas.command_line import main
+from limbeck.storage_schemas.commit import Commit, put_commit
+from limbeck.storage_schemas.dataset import put_recipe, seal
+from limbeck.storage_schemas.errors import ManifestMismatch
+from limbeck.storage_schemas.formats import encode_shard
+from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.manifest import ManifestDraft, Window
+from limbeck.storage_schemas.program import COMMANDS
+from limbeck.storage_schemas.recipe import (
     Guidance,
     NoCondition,
     NoiseRecord,
@@ -32,15 +33,15 @@ from storage_schemas.recipe import (
     TeacherRecord,
     UniformLabels,
 )
-from storage_schemas.record import NO_CONDITION
-from storage_schemas.shards import Shard, ShardTable
-from storage_schemas.store import Store
-from trainer.classifier import shipped_classifier
-from trainer.evaluate import EvaluateConfig, evaluate, run_evaluate
-from trainer.evaluation.contenders import teacher_solvers
-from trainer.evaluation.holdout import read_pairs
-from trainer.evaluation.metrics import Frechet, Neighbours, sliced_wasserstein
-from trainer.reading.images import load_images
+from limbeck.storage_schemas.record import NO_CONDITION
+from limbeck.storage_schemas.shards import Shard, ShardTable
+from limbeck.storage_schemas.store import Store
+from limbeck.trainer.classifier import shipped_classifier
+from limbeck.trainer.evaluate import EvaluateConfig, evaluate
+from limbeck.trainer.evaluation.contenders import teacher_solvers
+from limbeck.trainer.evaluation.holdout import read_pairs
+from limbeck.trainer.evaluation.metrics import Frechet, Neighbours, sliced_wasserstein
+from limbeck.trainer.reading.images import load_images
 
 STEPS, MICRO_BATCH, SHARD = 8, 16, 64
 
@@ -240,15 +241,14 @@ def test_digits_are_measured_against_the_reference_half(digits):
 def test_files_and_table(digits, tmp_path, capsys):
     store, run = digits
     words = ["evaluate", str(run), "--data", store.uri, "--nfe", "1", "--count", "100", "--out", str(tmp_path / "out")]
-    commands = {"evaluate": Command(EvaluateConfig, run_evaluate)}
-    assert main("trainer", commands, words) == 0
+    assert main(COMMANDS, words) == 0
     told = capsys.readouterr().out
     assert "100 samples each, against sklearn:digits" in told
     assert "899 samples against 898" in told
     assert "training" not in told  # this model has no run
     written = (tmp_path / "out" / "evaluation.json").read_text()
     assert (tmp_path / "out" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
-    assert main("trainer", commands, [*words, "--json"]) == 0
+    assert main(COMMANDS, [*words, "--json"]) == 0
     printed = capsys.readouterr().out
     assert json.loads(printed) == json.loads(written)
 
@@ -258,8 +258,7 @@ def test_a_number_of_steps_that_no_run_serves(gaussian):
     evaluation = evaluate(config(store, run, nfe=(1, 2)))
     assert any("not fitted for 2 steps; it serves 1, 4" in note for note in evaluation["notes"])
     assert ("teacher ddim", 2) in rows_of(evaluation)
-    commands = {"evaluate": Command(EvaluateConfig, run_evaluate)}
-    assert main("trainer", commands, ["evaluate", str(run), "--data", store.uri, "--nfe", "2"]) == 2
+    assert main(COMMANDS, ["evaluate", str(run), "--data", store.uri, "--nfe", "2"]) == 2
 
 
 def test_a_teacher_that_can_not_be_had_is_left_out_in_one_line(tmp_path):
@@ -275,10 +274,9 @@ def test_a_teacher_that_can_not_be_had_is_left_out_in_one_line(tmp_path):
 
 def test_only_the_recipes_teacher_is_taken_for_it(gaussian, capsys):
     store, run = gaussian
-    commands = {"evaluate": Command(EvaluateConfig, run_evaluate)}
     # Neither closed form has weights: what tells them apart is their description.
     words = ["evaluate", str(run), "--data", store.uri, "--teacher", "builtin:mixture"]
-    assert main("trainer", commands, words) == 2
+    assert main(COMMANDS, words) == 2
     assert "has description" in capsys.readouterr().err
 
 
@@ -328,7 +326,7 @@ def test_nfe_of_stored_outputs(solver, scale, nfe):
 
 
 def test_pairs_come_in_order_of_their_ids_across_shards(gaussian):
-    from storage_schemas.dataset import open_dataset
+    from limbeck.storage_schemas.dataset import open_dataset
 
     dataset = open_dataset(gaussian[0])
     pairs = read_pairs(dataset, "holdout", 100, at_most=2048)

@@ -11,25 +11,32 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion.flow_map import FlowMap
-from diffusion.models import checkpoint
-from diffusion.models.teachers import builtin_checkpoint
-from storage_schemas import paths
-from storage_schemas.command_line import Command, main
-from storage_schemas.commit import put_commit
-from storage_schemas.dataset import latest_manifest, open_dataset, put_recipe, read_recipe, read_shard_table, seal
-from storage_schemas.manifest import ManifestDraft, Window
-from storage_schemas.recipe import Recipe
-from storage_schemas.shards import Shard, ShardTable
-from storage_schemas.store import Store
+from limbeck.diffusion.flow_map import FlowMap
+from limbeck.diffusion.models import checkpoint
+from limbeck.diffusion.models.teachers import builtin_checkpoint
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.command_line import main
+from limbeck.storage_schemas.commit import put_commit
+from limbeck.storage_schemas.dataset import (
+    latest_manifest,
+    open_dataset,
+    put_recipe,
+    read_recipe,
+    read_shard_table,
+    seal,
+)
+from limbeck.storage_schemas.manifest import ManifestDraft, Window
+from limbeck.storage_schemas.program import COMMANDS
+from limbeck.storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.shards import Shard, ShardTable
+from limbeck.storage_schemas.store import Store
+from limbeck.trainer.config import FitConfig
+from limbeck.trainer.networks.student import find_student, student_steps
+from limbeck.trainer.planning.start import make_plan
+from limbeck.trainer.ranks import Ranks, alone
+from limbeck.trainer.runs.checkpoints import Checkpoints
+from limbeck.trainer.runs.record import only_fit
 from tests.trainer.conftest import make_commit
-from trainer.config import FitConfig
-from trainer.fit import run_fit
-from trainer.networks.student import find_student, student_steps
-from trainer.planning.start import make_plan
-from trainer.ranks import Ranks, alone
-from trainer.runs.checkpoints import Checkpoints
-from trainer.runs.record import only_fit
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = [
@@ -52,7 +59,7 @@ MEASURED = ("samples_per_s", "data_wait", "first_batch_s", "memory_mib")
 
 
 def fit(*arguments: str) -> int:
-    return main("trainer", {"fit": Command(FitConfig, run_fit)}, ["fit", *map(str, arguments)])
+    return main(COMMANDS, ["fit", *map(str, arguments)])
 
 
 def knowledge(store: Store, out: Path, *more: str) -> list[str]:
@@ -237,7 +244,7 @@ def test_resume_at_any_checkpoint_is_bit_identical(make_store, tmp_path, monkeyp
 def run_command(arguments: list[str]) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "trainer", "fit", *arguments],
+        [sys.executable, "-m", "limbeck.trainer", "fit", *arguments],
         cwd=REPOSITORY,
         env=environment,
         stderr=subprocess.PIPE,
@@ -331,7 +338,7 @@ def test_two_that_begin_in_one_folder_at_once_are_not_mixed(make_store, tmp_path
         assert fit(*knowledge(store, out)) == 0
         return make_plan(*arguments)
 
-    monkeypatch.setattr("trainer.fit.make_plan", overtaken)
+    monkeypatch.setattr("limbeck.trainer.fit.make_plan", overtaken)
     assert fit(*knowledge(store, out, "--seed", "1")) == 2
     assert "another fit has begun in" in capsys.readouterr().err
     assert fit(*knowledge(store, out)) == 0
@@ -364,7 +371,7 @@ def test_starting_again_leaves_one_pin(make_store, tmp_path, monkeypatch):
     store, out = make_store(), tmp_path / "kd"
     for _ in range(2):  # killed before the first checkpoint
         with monkeypatch.context() as patch:
-            patch.setattr("trainer.fit.Stepper.step", lambda *_, **__: stop_now())
+            patch.setattr("limbeck.trainer.fit.Stepper.step", lambda *_, **__: stop_now())
             with pytest.raises(Stopped):
                 fit(*knowledge(store, out))
         assert len(store.list("pins")) == 1
@@ -389,7 +396,7 @@ def test_a_run_keeps_its_manifest_when_a_newer_one_is_sealed(make_store, tmp_pat
 
 
 def test_a_read_only_store_is_said_in_a_line(make_store, tmp_path, capsys, monkeypatch):
-    from storage_schemas.errors import StoreError
+    from limbeck.storage_schemas.errors import StoreError
 
     def refuse(self, path, data):
         if path.startswith("pins/"):
@@ -655,7 +662,7 @@ def test_denoising_makes_a_teacher(tmp_path):
 def test_a_fit_needs_neither_ray_nor_the_pipeline(make_store, tmp_path):
     code = (
         "import sys; sys.modules['ray'] = sys.modules['pipeline'] = None; "
-        "from trainer.__main__ import commands, main; sys.exit(main('trainer', commands('fit')))"
+        "from limbeck.trainer.__main__ import run; run(sys.argv[1:])"
     )
     arguments = [sys.executable, "-c", code, "fit", *knowledge(make_store(), tmp_path / "kd")]
     done = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True, timeout=100)

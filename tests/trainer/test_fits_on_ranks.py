@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from storage_schemas.command_line import Command, main
+from limbeck.storage_schemas.command_line import main
+from limbeck.storage_schemas.program import COMMANDS
 from tests.trainer.test_fit import go_on_past, killed_after
-from trainer.config import FitConfig
-from trainer.fit import run_fit
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = [
@@ -26,9 +25,9 @@ ROUNDING = 2e-5
 
 
 def start(out: Path, store, *options, ranks: int = 1) -> subprocess.Popen:
-    """`python -m trainer fit`, or torchrun's of so many ranks."""
+    """`limbeck fit`, or torchrun's of so many ranks."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [sys.executable, *(launch if ranks > 1 else []), "-m", "trainer", "fit"]
+    command = [sys.executable, *(launch if ranks > 1 else []), "-m", "limbeck.trainer", "fit"]
     words = [*command, "--data", store.uri, "--out", str(out), *TINY, *map(str, options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(words, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
@@ -37,7 +36,7 @@ def start(out: Path, store, *options, ranks: int = 1) -> subprocess.Popen:
 def fit(out: Path, store, *options) -> None:
     """In this process."""
     words = ["fit", "--data", store.uri, "--out", str(out), *TINY, *map(str, options)]
-    assert main("trainer", {"fit": Command(FitConfig, run_fit)}, words) == 0
+    assert main(COMMANDS, words) == 0
 
 
 def told_by(out: Path, store, *options, ranks: int = 1, code: int = 0) -> str:
@@ -137,12 +136,12 @@ def test_what_both_ranks_fail_by_is_told_once_and_so_is_a_lost_rank(make_store, 
     wait_for_step(out, 20, process)
     os.kill(children(process.pid)[1], signal.SIGKILL)
     _, told = process.communicate(timeout=60)
-    assert set(ours(told)) <= {"trainer: another process of torchrun's was lost; the same command goes on"}
+    assert set(ours(told)) <= {"limbeck: another process of torchrun's was lost; the same command goes on"}
     assert "gloo" not in told
 
 
 def ours(told: str) -> list[str]:
-    return [line for line in told.splitlines() if line.startswith("trainer: ")]
+    return [line for line in told.splitlines() if line.startswith("limbeck: ")]
 
 
 def spoil(store, number: int, how: str) -> None:

@@ -3,21 +3,21 @@
 import pytest
 import torch
 
-from diffusion.flow_map import FlowMap
-from diffusion.models import checkpoint
-from diffusion.models.checkpoint import Checkpoint, pack
-from diffusion.models.spec import model_from_spec
+from limbeck.diffusion.flow_map import FlowMap
+from limbeck.diffusion.models import checkpoint
+from limbeck.diffusion.models.checkpoint import Checkpoint, pack
+from limbeck.diffusion.models.spec import model_from_spec
+from limbeck.trainer.config import FitConfig
+from limbeck.trainer.loop import Stepper
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.networks.student import student_steps
+from limbeck.trainer.networks.uncertainty import Uncertainty
+from limbeck.trainer.planning.start import make_plan, start
+from limbeck.trainer.ranks import alone
+from limbeck.trainer.runs.place import Place
 from tests.trainer.on_ranks import OBJECTIVES, config, global_batch, student
 from tests.trainer.test_fit import TINY, fit, killed_after, refused, steady, weights
 from tests.trainer.test_ranks import distance, on_ranks, reference, rounding
-from trainer.config import FitConfig
-from trainer.loop import Stepper
-from trainer.networks.networks import Networks
-from trainer.networks.student import student_steps
-from trainer.networks.uncertainty import Uncertainty
-from trainer.planning.start import make_plan, start
-from trainer.ranks import alone
-from trainer.runs.place import Place
 
 OPTIONS = {
     "flow_map": ["--objective.weighting", "learned"],

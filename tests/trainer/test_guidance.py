@@ -5,18 +5,18 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from diffusion import noise
-from diffusion.models.teachers import load_teacher
-from diffusion.recipes.grid import recipe_nfe
-from storage_schemas.dataset import open_dataset
-from storage_schemas.recipe import Guidance
+from limbeck.diffusion import noise
+from limbeck.diffusion.models.teachers import load_teacher
+from limbeck.diffusion.recipes.grid import recipe_nfe
+from limbeck.storage_schemas.dataset import open_dataset
+from limbeck.storage_schemas.recipe import Guidance
+from limbeck.trainer.evaluation.contenders import teacher_solver, teacher_solvers
+from limbeck.trainer.evaluation.holdout import read_pairs
+from limbeck.trainer.reading.chunks import Reading
+from limbeck.trainer.reading.shards import ShardSource
+from limbeck.trainer.stream import ArraySource, TrajectoryStream
 from tests.guided import exact_output
 from tests.trainer.test_stream import Numbered, assert_same, take, take_on_ranks
-from trainer.evaluation.contenders import teacher_solver, teacher_solvers
-from trainer.evaluation.holdout import read_pairs
-from trainer.reading.chunks import Reading
-from trainer.reading.shards import ShardSource
-from trainer.stream import ArraySource, TrajectoryStream
 
 CPU = torch.device("cpu")
 SCALES = (1.0, 2.0, 4.0)

@@ -4,17 +4,17 @@ import signal
 import pytest
 import torch
 
-from diffusion.flow_map import FlowMap
-from trainer.config import FitConfig
-from trainer.learner import lr_factor
-from trainer.loop import Stepper, check_device, step_seed, stop_on_signals
-from trainer.networks.networks import Networks
-from trainer.networks.student import Shape, with_dropout
-from trainer.objectives.knowledge import Knowledge
-from trainer.planning.plan import fresh
-from trainer.ranks import alone
-from trainer.runs.trees import read_tree, write_tree
-from trainer.stream import Batch
+from limbeck.diffusion.flow_map import FlowMap
+from limbeck.trainer.config import FitConfig
+from limbeck.trainer.learner import lr_factor
+from limbeck.trainer.loop import Stepper, check_device, step_seed, stop_on_signals
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.networks.student import Shape, with_dropout
+from limbeck.trainer.objectives.knowledge import Knowledge
+from limbeck.trainer.planning.plan import fresh
+from limbeck.trainer.ranks import alone
+from limbeck.trainer.runs.trees import read_tree, write_tree
+from limbeck.trainer.stream import Batch
 
 CPU = torch.device("cpu")
 SHAPE = Shape((2,), None, {"name": "ve", "sigma_max": 80.0}, 0.7)
@@ -27,7 +27,7 @@ def config(**options) -> FitConfig:
 
 
 def stepper(*, dropout: float = 0.0, **options) -> Stepper:
-    from diffusion.models.spec import model_from_spec
+    from limbeck.diffusion.models.spec import model_from_spec
 
     start = fresh(config(), SHAPE)
     denoiser = model_from_spec(with_dropout(start.model, dropout))

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion.models import checkpoint
-from diffusion.models.teachers import builtin_checkpoint
-from storage_schemas.dataset import latest_manifest, open_dataset, read_recipe
+from limbeck.diffusion.models import checkpoint
+from limbeck.diffusion.models.teachers import builtin_checkpoint
+from limbeck.storage_schemas.dataset import latest_manifest, open_dataset, read_recipe
+from limbeck.trainer.config import FitConfig
+from limbeck.trainer.objectives import dmd
+from limbeck.trainer.objectives.kind import Given
+from limbeck.trainer.objectives.table import make_stages
 from tests.trainer import conftest
 from tests.trainer.test_fit import TINY, fit, go_on_past, killed_after
-from trainer.config import FitConfig
-from trainer.objectives import dmd
-from trainer.objectives.kind import Given
-from trainer.objectives.table import make_stages
 
 
 def words(store, out: Path, name: str, *more: str) -> list[str]:

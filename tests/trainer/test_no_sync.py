@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.networks.uncertainty import Uncertainty
+from limbeck.trainer.objectives.dmd import RealImages
+from limbeck.trainer.objectives.kind import Objective
+from limbeck.trainer.objectives.progressive import ProgressiveSegments
+from limbeck.trainer.stream import Batch
 from tests.diffusion.test_no_sync import Crossings
 from tests.trainer import on_ranks
 from tests.trainer.networks.test_critic import ALTERNATING, FITS, batch, config, network_teacher, networks_of
-from trainer.networks.networks import Networks
-from trainer.networks.uncertainty import Uncertainty
-from trainer.objectives.dmd import RealImages
-from trainer.objectives.kind import Objective
-from trainer.objectives.progressive import ProgressiveSegments
-from trainer.stream import Batch
 
 META = torch.device("meta")
 """Its tensors have no values: reading one raises, and what it would be copied from is seen."""

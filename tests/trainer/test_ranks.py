@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from storage_schemas.errors import UsageError
+from limbeck.storage_schemas.errors import UsageError
+from limbeck.trainer.planning.start import check_launch
+from limbeck.trainer.ranks import LostRank, _report_once, alone, join_ranks
+from limbeck.trainer.runs.trees import read_tree, write_tree
 from tests.trainer.on_ranks import ROWS, config, run_case, student, tensors
-from trainer.planning.start import check_launch
-from trainer.ranks import LostRank, _report_once, alone, join_ranks
-from trainer.runs.trees import read_tree, write_tree
 
 REPOSITORY = Path(__file__).parents[2]
 ALONE = alone(torch.device("cpu"))

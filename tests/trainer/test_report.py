@@ -5,11 +5,10 @@ import math
 
 import pytest
 
-from storage_schemas.command_line import Command, main
-from storage_schemas.errors import ManifestMismatch
-from trainer.report import ReportConfig, put_together, run_report
-
-COMMANDS = {"report": Command(ReportConfig, run_report)}
+from limbeck.storage_schemas.command_line import main
+from limbeck.storage_schemas.errors import ManifestMismatch
+from limbeck.storage_schemas.program import COMMANDS
+from limbeck.trainer.report import put_together
 
 
 def row(name, kind, nfe, *, frechet=None, costs=None, steps=None, **figures):
@@ -91,7 +90,7 @@ def test_files(three, tmp_path, capsys):
         (tmp_path / str(seed)).mkdir()
         (tmp_path / str(seed) / "evaluation.json").write_text(json.dumps(each))
     names = [str(tmp_path / "0"), str(tmp_path / "1" / "evaluation.json"), str(tmp_path / "2")]
-    assert main("trainer", COMMANDS, ["report", *names, "--out", str(tmp_path / "out")]) == 0
+    assert main(COMMANDS, ["report", *names, "--out", str(tmp_path / "out")]) == 0
     told = capsys.readouterr().out
     assert "3 ± 3" in told  # of a standard deviation of 2.6
     assert "mean and standard deviation over 3 evaluations" in told
@@ -109,6 +108,6 @@ def test_files(three, tmp_path, capsys):
 def test_what_is_no_evaluation_is_refused_in_one_line(tmp_path, capsys, text):
     if text is not None:
         (tmp_path / "evaluation.json").write_text(text)
-    assert main("trainer", COMMANDS, ["report", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert "is no evaluation of this release's; make one by python -m trainer evaluate" in capsys.readouterr().err
+    assert main(COMMANDS, ["report", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "is no evaluation of this release's; make one by limbeck evaluate" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

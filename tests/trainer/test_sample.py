@@ -6,14 +6,14 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from diffusion import noise
-from diffusion.flow_map import FlowMap
-from diffusion.models import checkpoint
-from diffusion.models.checkpoint import Checkpoint, pack, widened
-from diffusion.models.spec import model_from_spec
-from diffusion.models.teachers import builtin_checkpoint
-from storage_schemas.errors import ManifestMismatch, UsageError
-from trainer.sample import SampleConfig, image_grid, run_sample
+from limbeck.diffusion import noise
+from limbeck.diffusion.flow_map import FlowMap
+from limbeck.diffusion.models import checkpoint
+from limbeck.diffusion.models.checkpoint import Checkpoint, pack, widened
+from limbeck.diffusion.models.spec import model_from_spec
+from limbeck.diffusion.models.teachers import builtin_checkpoint
+from limbeck.storage_schemas.errors import ManifestMismatch, UsageError
+from limbeck.trainer.sample import SampleConfig, image_grid, run_sample
 
 GRIDS = {1: (80.0, 0.0), 2: (80.0, 1.5, 0.0)}
 

@@ -7,31 +7,31 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import noise
-from diffusion.flow_map import FlowMap
-from diffusion.gaussian import GaussianTeacher
-from diffusion.grids import karras
-from diffusion.process import VE
-from storage_schemas import paths
-from storage_schemas.clock import utc_now
-from storage_schemas.commit import Commit, put_commit
-from storage_schemas.dataset import open_dataset, put_recipe, seal
-from storage_schemas.errors import ManifestMismatch
-from storage_schemas.formats import encode_shard
-from storage_schemas.layout import Layout
-from storage_schemas.manifest import ManifestDraft, Window
-from storage_schemas.recipe import NoiseRecord, Recipe, SolverRecord, TeacherRecord
-from storage_schemas.record import from_storage, to_storage
-from storage_schemas.shards import Shard, ShardTable
-from storage_schemas.store import Store
-from trainer.config import FitConfig
-from trainer.fit import run_fit
-from trainer.networks.networks import Networks
-from trainer.networks.student import saved_model
-from trainer.objectives.progressive import Progressive, ProgressiveSegments, progressive_target, rounding_error
-from trainer.planning.trajectories import plan_trajectories
-from trainer.reading.shards import ShardSource
-from trainer.stream import Batch, Stream
+from limbeck.diffusion import noise
+from limbeck.diffusion.flow_map import FlowMap
+from limbeck.diffusion.gaussian import GaussianTeacher
+from limbeck.diffusion.grids import karras
+from limbeck.diffusion.process import VE
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.clock import utc_now
+from limbeck.storage_schemas.commit import Commit, put_commit
+from limbeck.storage_schemas.dataset import open_dataset, put_recipe, seal
+from limbeck.storage_schemas.errors import ManifestMismatch
+from limbeck.storage_schemas.formats import encode_shard
+from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.manifest import ManifestDraft, Window
+from limbeck.storage_schemas.recipe import NoiseRecord, Recipe, SolverRecord, TeacherRecord
+from limbeck.storage_schemas.record import from_storage, to_storage
+from limbeck.storage_schemas.shards import Shard, ShardTable
+from limbeck.storage_schemas.store import Store
+from limbeck.trainer.config import FitConfig
+from limbeck.trainer.fit import run_fit
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.networks.student import saved_model
+from limbeck.trainer.objectives.progressive import Progressive, ProgressiveSegments, progressive_target, rounding_error
+from limbeck.trainer.planning.trajectories import plan_trajectories
+from limbeck.trainer.reading.shards import ShardSource
+from limbeck.trainer.stream import Batch, Stream
 
 STEPS, SHAPE = 4, (2,)
 TIMES = karras(VE(), STEPS)

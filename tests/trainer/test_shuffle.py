@@ -3,9 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from storage_schemas.command_line import main
-from trainer.__main__ import commands
-from trainer.shuffle import (
+from limbeck.storage_schemas.command_line import main
+from limbeck.storage_schemas.program import COMMANDS
+from limbeck.trainer.shuffle import (
     ShuffleConfig,
     adjacent_pairs,
     displacement,
@@ -100,7 +100,7 @@ def test_ten_billion_rows_are_measured_from_a_few():
 def test_a_store_is_measured_by_its_manifest(make_store, capsys):
     store = make_store(count=300, quarantined=(3, 200), missing=("train-00000001",), window_start=10)
     arguments = ["shuffle", "--data", store.uri, "--batch-size", "16", "--json"]
-    assert main("trainer", commands("shuffle"), arguments) == 0
+    assert main(COMMANDS, arguments) == 0
     measured = json.loads(capsys.readouterr().out)
     assert (measured["samples"], measured["shards"], measured["lanes"]) == (300 - 10 - 64 - 1, 4, 8)
     assert measured["looked_at"] == 225 // 16 * 16
@@ -108,7 +108,7 @@ def test_a_store_is_measured_by_its_manifest(make_store, capsys):
 
 
 def test_the_table_tells_each_figure_beside_its_expectation(capsys):
-    assert main("trainer", commands("shuffle"), ["shuffle", "--rows", "4096", "--samples-per-shard", "512"]) == 0
+    assert main(COMMANDS, ["shuffle", "--rows", "4096", "--samples-per-shard", "512"]) == 0
     told = capsys.readouterr().out
     for words in ("4,096 samples in 8 shards", "mean displacement / n", "0.3333", "shards read for a window"):
         assert words in told
@@ -124,5 +124,5 @@ def test_the_table_tells_each_figure_beside_its_expectation(capsys):
     ],
 )
 def test_what_cannot_be_measured_is_refused(options, told, capsys):
-    assert main("trainer", commands("shuffle"), ["shuffle", *options]) == 2
+    assert main(COMMANDS, ["shuffle", *options]) == 2
     assert told in capsys.readouterr().err

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from storage_schemas.dataset import open_dataset
-from storage_schemas.errors import CorruptShard, ManifestMismatch
-from storage_schemas.record import Field
-from trainer.reading import filler
-from trainer.reading.batch import Batch, BatchShape
-from trainer.reading.order import Lanes, default_block
-from trainer.reading.rows import Rows, copy_rows
-from trainer.reading.shards import ShardSource
-from trainer.stream import ArraySource, Stream, objective_uniforms
+from limbeck.storage_schemas.dataset import open_dataset
+from limbeck.storage_schemas.errors import CorruptShard, ManifestMismatch
+from limbeck.storage_schemas.record import Field
+from limbeck.trainer.reading import filler
+from limbeck.trainer.reading.batch import Batch, BatchShape
+from limbeck.trainer.reading.order import Lanes, default_block
+from limbeck.trainer.reading.rows import Rows, copy_rows
+from limbeck.trainer.reading.shards import ShardSource
+from limbeck.trainer.stream import ArraySource, Stream, objective_uniforms
 
 CPU = torch.device("cpu")
 
@@ -349,7 +349,7 @@ def test_a_stream_that_is_dropped_ends_its_threads():
 
 LEFT_OPEN = """
 import torch
-from trainer.stream import ArraySource, Stream
+from limbeck.trainer.stream import ArraySource, Stream
 
 def batches():
     images = ArraySource(torch.zeros(4096, 1024), torch.arange(4096), "images")

@@ -10,17 +10,17 @@ import fsspec
 import numpy as np
 import pytest
 
-from storage_schemas import parquet, webdataset
-from storage_schemas.commit import ALL_COLUMNS
-from storage_schemas.dataset import open_dataset
-from storage_schemas.errors import CorruptShard
-from storage_schemas.store import Store
+from limbeck.storage_schemas import parquet, webdataset
+from limbeck.storage_schemas.commit import ALL_COLUMNS
+from limbeck.storage_schemas.dataset import open_dataset
+from limbeck.storage_schemas.errors import CorruptShard
+from limbeck.storage_schemas.store import Store
+from limbeck.trainer.reading import chunks as chunks_module
+from limbeck.trainer.reading.chunks import Reading
+from limbeck.trainer.reading.shards import ShardSource
+from limbeck.trainer.stream import Stream
 from tests.trainer.conftest import write_store
 from tests.trainer.test_stream import assert_same, ids_of, joined, lanes_of, take
-from trainer.reading import chunks as chunks_module
-from trainer.reading.chunks import Reading
-from trainer.reading.shards import ShardSource
-from trainer.stream import Stream
 
 PART = 16  # rows of a row group and of a tar's block
 COUNT, EPOCH = 320, 320 // 16  # samples, and batches of them
@@ -165,8 +165,8 @@ def test_without_room_in_the_cache_rows_are_what_they_are(make, source, format):
 ONE_BATCH_EACH = """
 import sys
 from pathlib import Path
-from trainer.reading.chunks import Reading
-from trainer.stream import TrajectoryStream
+from limbeck.trainer.reading.chunks import Reading
+from limbeck.trainer.stream import TrajectoryStream
 
 cache, *stores = sys.argv[1:]
 for store in stores:

@@ -56,7 +56,7 @@ def agent(out: Path, store, port: int, *options) -> subprocess.Popen:
     ]  # fmt: skip
     words = ["--data", store.uri, "--out", str(out), *TINY, *map(str, options)]
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *elastic, "-m", "trainer", "fit", *words],
+        [sys.executable, "-m", "torch.distributed.run", *elastic, "-m", "limbeck.trainer", "fit", *words],
         cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1", APART: "1"}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from storage_schemas.dataset import open_dataset
-from storage_schemas.errors import ManifestMismatch
+from limbeck.storage_schemas.dataset import open_dataset
+from limbeck.storage_schemas.errors import ManifestMismatch
+from limbeck.trainer import stream as stream_module
+from limbeck.trainer.reading.shards import ShardSource
+from limbeck.trainer.stream import Stream, TrajectoryStream
 from tests.trainer import on_lightning
 from tests.trainer.conftest import write_store
-from trainer import stream as stream_module
-from trainer.reading.shards import ShardSource
-from trainer.stream import Stream, TrajectoryStream
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,20 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion.models import checkpoint
-from diffusion.models.checkpoint import Checkpoint
-from diffusion.models.teachers import builtin_checkpoint, check_unasked, load_teacher
-from diffusion.recipes.teacher import NoTeacher, TeacherSource
-from storage_schemas.errors import ManifestMismatch, UsageError
-from storage_schemas.store import Store
+from limbeck.diffusion.models import checkpoint
+from limbeck.diffusion.models.checkpoint import Checkpoint
+from limbeck.diffusion.models.teachers import builtin_checkpoint, check_unasked, load_teacher
+from limbeck.diffusion.recipes.teacher import NoTeacher, TeacherSource
+from limbeck.storage_schemas.errors import ManifestMismatch, UsageError
+from limbeck.storage_schemas.store import Store
+from limbeck.trainer.config import FitConfig
+from limbeck.trainer.evaluation.costs import student_costs
+from limbeck.trainer.planning.trajectories import plan_trajectories
+from limbeck.trainer.runs.logs import RunLog
+from limbeck.trainer.runs.place import Place, lines_of
+from limbeck.trainer.runs.record import RunRecord, new_record
 from tests.trainer.evaluation.test_costs import line, make_run
 from tests.trainer.test_evaluate import make_recipe, make_store, save_student
-from trainer.config import FitConfig
-from trainer.evaluation.costs import student_costs
-from trainer.planning.trajectories import plan_trajectories
-from trainer.runs.logs import RunLog
-from trainer.runs.place import Place, lines_of
-from trainer.runs.record import RunRecord, new_record
 
 NAMED = {
     "a folder": "{here}/model",
@@ -41,7 +41,7 @@ def opened(monkeypatch):
     """Whatever is opened, asked or imported for a teacher."""
     asked: list[object] = []
     for name in ("checkpoint.load", "pipeline_checkpoint", "_from_factory"):
-        monkeypatch.setattr(f"diffusion.models.teachers.{name}", lambda *told, **more: asked.append(told))
+        monkeypatch.setattr(f"limbeck.diffusion.models.teachers.{name}", lambda *told, **more: asked.append(told))
     return asked
 
 
@@ -94,7 +94,7 @@ def test_no_store_is_asked_but_the_users(tmp_path, monkeypatch):
     record = json.loads((run / "run.json").read_text())
     record["reads"]["data"] = "s3://attacker/pairs"
     (run / "run.json").write_text(json.dumps(record))
-    monkeypatch.setattr("trainer.evaluation.costs.Store", None)
+    monkeypatch.setattr("limbeck.trainer.evaluation.costs.Store", None)
     assert student_costs(run, 1, store.uri).teacher_seconds is None
 
 

@@ -12,17 +12,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffusion.denoiser import Guided
-from diffusion.models.checkpoint import Checkpoint
-from diffusion.models.spec import process_from_spec
-from diffusion.models.teachers import Teacher
-from diffusion.recipes.grid import calls_of, count_nfe, recipe_grid
-from diffusion.solvers import solve
-from storage_schemas.errors import ManifestMismatch
-from storage_schemas.recipe import Recipe, UniformLabels
-from trainer.evaluation.holdout import Pairs
-from trainer.evaluation.sampling import Way, few_steps, noises_of
-from trainer.networks.student import check_finite, find_student, student_steps
+from limbeck.diffusion.denoiser import Guided
+from limbeck.diffusion.models.checkpoint import Checkpoint
+from limbeck.diffusion.models.spec import process_from_spec
+from limbeck.diffusion.models.teachers import Teacher
+from limbeck.diffusion.recipes.grid import calls_of, count_nfe, recipe_grid
+from limbeck.diffusion.solvers import solve
+from limbeck.storage_schemas.errors import ManifestMismatch
+from limbeck.storage_schemas.recipe import Recipe, UniformLabels
+from limbeck.trainer.evaluation.holdout import Pairs
+from limbeck.trainer.evaluation.sampling import Way, few_steps, noises_of
+from limbeck.trainer.networks.student import check_finite, find_student, student_steps
 
 Sampler = Callable[[Pairs], Tensor]
 """Stored pairs -> x_0 [B, ...] from their noises, with their conditions and guidance scales."""

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storage_schemas.backends import split_uri
-from storage_schemas.commit import Commit
-from storage_schemas.dataset import open_dataset
-from storage_schemas.errors import UserError
-from storage_schemas.store import Store
-from trainer.networks.student import find_student, saved_model
-from trainer.runs.place import METRICS, RECORD, lines_of
-from trainer.runs.record import RunRecord
+from limbeck.storage_schemas.backends import split_uri
+from limbeck.storage_schemas.commit import Commit
+from limbeck.storage_schemas.dataset import open_dataset
+from limbeck.storage_schemas.errors import UserError
+from limbeck.storage_schemas.store import Store
+from limbeck.trainer.networks.student import find_student, saved_model
+from limbeck.trainer.runs.place import METRICS, RECORD, lines_of
+from limbeck.trainer.runs.record import RunRecord
 
 _AT_ONCE = 1024
 

@@ -8,10 +8,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion.recipes.samples import draw_scales
-from storage_schemas.dataset import Dataset
-from storage_schemas.errors import ManifestMismatch
-from storage_schemas.record import NO_CONDITION, Split, from_storage
+from limbeck.diffusion.recipes.samples import draw_scales
+from limbeck.storage_schemas.dataset import Dataset
+from limbeck.storage_schemas.errors import ManifestMismatch
+from limbeck.storage_schemas.record import NO_CONDITION, Split, from_storage
 
 _COLUMNS = ("sample_id", "condition", "noise", "output")
 

@@ -8,9 +8,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from diffusion import noise
-from storage_schemas.extras import need
-from trainer.classifier import Classifier
+from limbeck.diffusion import noise
+from limbeck.storage_schemas.extras import need
+from limbeck.trainer.classifier import Classifier
 
 _PROJECTIONS = 128
 _SEED = 0

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storage_schemas.extras import need
+from limbeck.storage_schemas.extras import need
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

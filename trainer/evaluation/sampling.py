@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion import noise
-from diffusion.flow_map import FlowMap
-from diffusion.models.checkpoint import Checkpoint
+from limbeck.diffusion import noise
+from limbeck.diffusion.flow_map import FlowMap
+from limbeck.diffusion.models.checkpoint import Checkpoint
 
 Way = Literal["jump", "renoise"]
 """A chain of jumps along the grid, or jumps to data with fresh noise between them (consistency models)."""

@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from storage_schemas.errors import shown
+from limbeck.storage_schemas.errors import shown
 
 Figures = Mapping[str, Any]
 

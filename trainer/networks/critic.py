@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from diffusion.denoiser import Denoiser, Guided, null_labelled
-from diffusion.models.checkpoint import Checkpoint, pack, widened
-from diffusion.models.teachers import Teacher
-from diffusion.process import scales
-from diffusion.solvers import answer
-from storage_schemas.errors import usage_errors
-from trainer.networks.lora import with_low_rank
-from trainer.networks.options import CriticConfig, TeacherConfig
+from limbeck.diffusion.denoiser import Denoiser, Guided, null_labelled
+from limbeck.diffusion.models.checkpoint import Checkpoint, pack, widened
+from limbeck.diffusion.models.teachers import Teacher
+from limbeck.diffusion.process import scales
+from limbeck.diffusion.solvers import answer
+from limbeck.storage_schemas.errors import usage_errors
+from limbeck.trainer.networks.lora import with_low_rank
+from limbeck.trainer.networks.options import CriticConfig, TeacherConfig
 
 
 class Critic(nn.Module):

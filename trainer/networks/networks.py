@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from diffusion.flow_map import FlowMap
-from trainer.networks.critic import Critic
-from trainer.networks.uncertainty import Uncertainty
+from limbeck.diffusion.flow_map import FlowMap
+from limbeck.trainer.networks.critic import Critic
+from limbeck.trainer.networks.uncertainty import Uncertainty
 
 RealScore = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """The frozen teacher: (x_t, t, stored labels, guidance scales [B]) -> x_0."""

@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from storage_schemas.command_line import Config
-from storage_schemas.places import Source
+from limbeck.storage_schemas.command_line import Config
+from limbeck.storage_schemas.places import Source
 
 PredictionName = Literal["edm", "sample", "v_prediction", "velocity", "epsilon"]
 DtypeName = Literal["float32", "float16", "bfloat16"]

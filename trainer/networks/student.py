@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from diffusion.denoiser import Denoiser
-from diffusion.models import checkpoint
-from diffusion.models.checkpoint import Checkpoint
-from diffusion.models.spec import model_from_spec, process_from_spec
-from diffusion.models.unet import unet_spec
-from diffusion.prediction import Epsilon
-from storage_schemas.errors import ManifestMismatch
-from trainer.networks.options import NetworkConfig
+from limbeck.diffusion.denoiser import Denoiser
+from limbeck.diffusion.models import checkpoint
+from limbeck.diffusion.models.checkpoint import Checkpoint
+from limbeck.diffusion.models.spec import model_from_spec, process_from_spec
+from limbeck.diffusion.models.unet import unet_spec
+from limbeck.diffusion.prediction import Epsilon
+from limbeck.storage_schemas.errors import ManifestMismatch
+from limbeck.trainer.networks.options import NetworkConfig
 
 # Prediction by process: one step from pure noise needs one that says something of x_0 there.
 _PREDICTIONS = {"ve": "edm", "linear_vp": "v_prediction", "cosine_vp": "v_prediction", "rectified_flow": "velocity"}

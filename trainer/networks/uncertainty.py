@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from diffusion.models.embeddings import JointCoefficients
-from diffusion.process import Process
+from limbeck.diffusion.models.embeddings import JointCoefficients
+from limbeck.diffusion.process import Process
 
 _BANDWIDTH, _FARTHEST = 1.0, 1e3
 

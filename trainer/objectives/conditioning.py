@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from diffusion.denoiser import null_labelled
-from diffusion.flow_map import FlowMap
-from trainer.stream import Batch
+from limbeck.diffusion.denoiser import null_labelled
+from limbeck.diffusion.flow_map import FlowMap
+from limbeck.trainer.stream import Batch
 
 
 def conditioning(student: FlowMap, batch: Batch) -> tuple[Tensor | None, Tensor | None]:

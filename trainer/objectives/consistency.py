@@ -7,13 +7,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from trainer.networks.networks import Networks
-from trainer.objectives.conditioning import conditioning
-from trainer.objectives.distances import Distance, DistanceOptions, files_read
-from trainer.objectives.kind import Given, Kind, Stage
-from trainer.objectives.stored import ScheduleOptions, all_states, drawn, ends, served_grids
-from trainer.objectives.weights import Weighting, WeightingOptions
-from trainer.stream import Batch
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.objectives.conditioning import conditioning
+from limbeck.trainer.objectives.distances import Distance, DistanceOptions, files_read
+from limbeck.trainer.objectives.kind import Given, Kind, Stage
+from limbeck.trainer.objectives.stored import ScheduleOptions, all_states, drawn, ends, served_grids
+from limbeck.trainer.objectives.weights import Weighting, WeightingOptions
+from limbeck.trainer.stream import Batch
 
 
 @dataclass(frozen=True)

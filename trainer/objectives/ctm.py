@@ -7,15 +7,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffusion.process import scales
-from trainer.networks.networks import Networks
-from trainer.objectives.conditioning import conditioning
-from trainer.objectives.distances import Distance, DistanceOptions, files_read, l2
-from trainer.objectives.kind import Given, Kind, Stage
-from trainer.objectives.randomness import normal
-from trainer.objectives.stored import ScheduleOptions, all_states, drawn, ends, served_grids, times_on
-from trainer.objectives.weights import Weighting, WeightingOptions
-from trainer.stream import Batch
+from limbeck.diffusion.process import scales
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.objectives.conditioning import conditioning
+from limbeck.trainer.objectives.distances import Distance, DistanceOptions, files_read, l2
+from limbeck.trainer.objectives.kind import Given, Kind, Stage
+from limbeck.trainer.objectives.randomness import normal
+from limbeck.trainer.objectives.stored import ScheduleOptions, all_states, drawn, ends, served_grids, times_on
+from limbeck.trainer.objectives.weights import Weighting, WeightingOptions
+from limbeck.trainer.stream import Batch
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffusion.flow_map import FlowMap
-from diffusion.process import VE, Process, scales
-from trainer.networks.networks import Networks
-from trainer.objectives.conditioning import student_labels
-from trainer.objectives.kind import Given, Kind, Options, Stage
-from trainer.stream import Batch
+from limbeck.diffusion.flow_map import FlowMap
+from limbeck.diffusion.process import VE, Process, scales
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.objectives.conditioning import student_labels
+from limbeck.trainer.objectives.kind import Given, Kind, Options, Stage
+from limbeck.trainer.stream import Batch
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from storage_schemas.places import LocalPath
-from trainer.objectives.kind import Options
+from limbeck.storage_schemas.places import LocalPath
+from limbeck.trainer.objectives.kind import Options
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """(a, b), both [B, ...] -> [B]."""

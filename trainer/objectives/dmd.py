@@ -8,12 +8,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from storage_schemas.images import images_digest, summary
-from trainer.networks.networks import Networks
-from trainer.objectives.conditioning import conditioning
-from trainer.objectives.distances import Distance, DistanceOptions, files_read, l2
-from trainer.objectives.kind import Given, Kind, Stage
-from trainer.objectives.matching import (
+from limbeck.storage_schemas.images import images_digest, summary
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.objectives.conditioning import conditioning
+from limbeck.trainer.objectives.distances import Distance, DistanceOptions, files_read, l2
+from limbeck.trainer.objectives.kind import Given, Kind, Stage
+from limbeck.trainer.objectives.matching import (
     FIT,
     Diffused,
     Matching,
@@ -24,10 +24,10 @@ from trainer.objectives.matching import (
     pulled,
     size,
 )
-from trainer.objectives.randomness import uniform
-from trainer.objectives.stored import times_on
-from trainer.reading.images import load_images
-from trainer.stream import Batch
+from limbeck.trainer.objectives.randomness import uniform
+from limbeck.trainer.objectives.stored import times_on
+from limbeck.trainer.reading.images import load_images
+from limbeck.trainer.stream import Batch
 
 
 class RealImages:

@@ -6,13 +6,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from trainer.networks.networks import Networks
-from trainer.objectives.conditioning import conditioning
-from trainer.objectives.distances import Distance, DistanceOptions, refuse_lpips
-from trainer.objectives.kind import Given, Kind, Stage
-from trainer.objectives.stored import ScheduleOptions, all_states, drawn, ends, served_grids
-from trainer.objectives.weights import Weighting, WeightingOptions
-from trainer.stream import Batch
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.objectives.conditioning import conditioning
+from limbeck.trainer.objectives.distances import Distance, DistanceOptions, refuse_lpips
+from limbeck.trainer.objectives.kind import Given, Kind, Stage
+from limbeck.trainer.objectives.stored import ScheduleOptions, all_states, drawn, ends, served_grids
+from limbeck.trainer.objectives.weights import Weighting, WeightingOptions
+from limbeck.trainer.stream import Batch
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 from pydantic import ConfigDict
 from torch import Tensor
 
-from storage_schemas.command_line import Config
-from storage_schemas.dataset import Dataset
-from trainer.networks.networks import Networks
-from trainer.stream import Batch
+from limbeck.storage_schemas.command_line import Config
+from limbeck.storage_schemas.dataset import Dataset
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.stream import Batch
 
 Times = tuple[float, ...]
 

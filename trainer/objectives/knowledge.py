@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from trainer.networks.networks import Networks
-from trainer.objectives.conditioning import conditioning
-from trainer.objectives.distances import Distance, DistanceOptions, files_read, l2
-from trainer.objectives.kind import Given, Kind, Stage
-from trainer.objectives.stored import ends, times_on
-from trainer.stream import Batch
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.objectives.conditioning import conditioning
+from limbeck.trainer.objectives.distances import Distance, DistanceOptions, files_read, l2
+from limbeck.trainer.objectives.kind import Given, Kind, Stage
+from limbeck.trainer.objectives.stored import ends, times_on
+from limbeck.trainer.stream import Batch
 
 
 @dataclass(frozen=True)

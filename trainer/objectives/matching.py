@@ -7,14 +7,14 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from diffusion.grids import near_ratio, subset_indices
-from diffusion.process import VE, Process, expand, scales
-from trainer.networks.networks import Networks
-from trainer.objectives.conditioning import conditioning
-from trainer.objectives.kind import AlternatingObjective, Given, Options, Stage, Times
-from trainer.objectives.randomness import normal
-from trainer.objectives.stored import times_at, times_on
-from trainer.stream import Batch
+from limbeck.diffusion.grids import near_ratio, subset_indices
+from limbeck.diffusion.process import VE, Process, expand, scales
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.objectives.conditioning import conditioning
+from limbeck.trainer.objectives.kind import AlternatingObjective, Given, Options, Stage, Times
+from limbeck.trainer.objectives.randomness import normal
+from limbeck.trainer.objectives.stored import times_at, times_on
+from limbeck.trainer.stream import Batch
 
 _RHO = 7.0
 

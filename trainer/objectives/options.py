@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from pydantic import ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic.fields import FieldInfo
 
-from storage_schemas.command_line import Config
-from trainer.objectives.kind import Kind, Options
-from trainer.objectives.table import OBJECTIVES
+from limbeck.storage_schemas.command_line import Config
+from limbeck.trainer.objectives.kind import Kind, Options
+from limbeck.trainer.objectives.table import OBJECTIVES
 
 
 class _Chosen(Config):

@@ -1,6 +1,6 @@
 """Progressive distillation: a student takes in one step what its teacher took in two, so that each stage halves them.
 
-In the paper each stage learns from the student before it: `python -m pipeline progressive` makes new data for each
+In the paper each stage learns from the student before it: `limbeck progressive` makes new data for each
 round. Direct progressive distillation is another algorithm: every stage's targets are the first teacher's own states,
 so that no error piles up and nothing is generated between stages.
 """
@@ -13,17 +13,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from diffusion.flow_map import jump_coefficients
-from diffusion.process import Process, expand, scales
-from storage_schemas.dataset import Dataset
-from storage_schemas.errors import ManifestMismatch
-from storage_schemas.recipe import Recipe
-from storage_schemas.record import state_column
-from trainer.networks.networks import Networks
-from trainer.objectives.conditioning import conditioning
-from trainer.objectives.kind import Given, Kind, Stage
-from trainer.objectives.stored import HalvingOptions, drawn, stored_grids, times_at, times_on
-from trainer.stream import Batch
+from limbeck.diffusion.flow_map import jump_coefficients
+from limbeck.diffusion.process import Process, expand, scales
+from limbeck.storage_schemas.dataset import Dataset
+from limbeck.storage_schemas.errors import ManifestMismatch
+from limbeck.storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.record import state_column
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.objectives.conditioning import conditioning
+from limbeck.trainer.objectives.kind import Given, Kind, Stage
+from limbeck.trainer.objectives.stored import HalvingOptions, drawn, stored_grids, times_at, times_on
+from limbeck.trainer.stream import Batch
 
 
 @dataclass(frozen=True)

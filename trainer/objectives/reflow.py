@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from pydantic import field_validator
 from torch import Tensor
 
-from diffusion.grids import uniform_time
-from diffusion.process import RectifiedFlow, expand
-from trainer.networks.networks import Networks
-from trainer.objectives.conditioning import conditioning
-from trainer.objectives.distances import Distance, DistanceOptions, refuse_lpips
-from trainer.objectives.kind import Given, Kind, Stage
-from trainer.objectives.stored import HalvingOptions
-from trainer.objectives.weights import Weighting, WeightingOptions
-from trainer.stream import Batch
+from limbeck.diffusion.grids import uniform_time
+from limbeck.diffusion.process import RectifiedFlow, expand
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.objectives.conditioning import conditioning
+from limbeck.trainer.objectives.distances import Distance, DistanceOptions, refuse_lpips
+from limbeck.trainer.objectives.kind import Given, Kind, Stage
+from limbeck.trainer.objectives.stored import HalvingOptions
+from limbeck.trainer.objectives.weights import Weighting, WeightingOptions
+from limbeck.trainer.stream import Batch
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pydantic import Field
 from torch import Tensor
 
-from trainer.networks.networks import Networks
-from trainer.objectives.kind import Given, Kind, Stage
-from trainer.objectives.matching import FIT, Matching, MatchingOptions, answers, matching_stage, size
-from trainer.stream import Batch
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.objectives.kind import Given, Kind, Stage
+from limbeck.trainer.objectives.matching import FIT, Matching, MatchingOptions, answers, matching_stage, size
+from limbeck.trainer.stream import Batch
 
 
 @dataclass(frozen=True, kw_only=True)

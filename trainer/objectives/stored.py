@@ -8,13 +8,13 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from diffusion.grids import subset_indices
-from storage_schemas.dataset import Dataset
-from storage_schemas.errors import ManifestMismatch
-from storage_schemas.recipe import Recipe
-from storage_schemas.record import state_column
-from trainer.objectives.kind import Options, Times
-from trainer.stream import Batch
+from limbeck.diffusion.grids import subset_indices
+from limbeck.storage_schemas.dataset import Dataset
+from limbeck.storage_schemas.errors import ManifestMismatch
+from limbeck.storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.record import state_column
+from limbeck.trainer.objectives.kind import Options, Times
+from limbeck.trainer.stream import Batch
 
 _MOST_STEPS = 8
 """Jumps that a student of all stored states is saved to serve at most, without a schedule."""

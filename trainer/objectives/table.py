@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from storage_schemas.errors import ManifestMismatch
-from trainer.objectives import (
+from limbeck.storage_schemas.errors import ManifestMismatch
+from limbeck.trainer.objectives import (
     consistency,
     ctm,
     denoising,
@@ -15,7 +15,7 @@ from trainer.objectives import (
     sid,
     vsd,
 )
-from trainer.objectives.kind import Given, Kind, Options, Stage
+from limbeck.trainer.objectives.kind import Given, Kind, Options, Stage
 
 OBJECTIVES: dict[str, Kind[Any]] = {
     "knowledge": knowledge.KIND,

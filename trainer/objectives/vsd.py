@@ -5,10 +5,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.networks.networks import Networks
-from trainer.objectives.kind import Given, Kind, Stage
-from trainer.objectives.matching import FIT, Diffused, Matching, MatchingOptions, answers, matching_stage, pulled
-from trainer.stream import Batch
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.objectives.kind import Given, Kind, Stage
+from limbeck.trainer.objectives.matching import (
+    FIT,
+    Diffused,
+    Matching,
+    MatchingOptions,
+    answers,
+    matching_stage,
+    pulled,
+)
+from limbeck.trainer.stream import Batch
 
 
 @dataclass(frozen=True, kw_only=True)

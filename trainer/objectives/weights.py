@@ -7,9 +7,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffusion.process import Process
-from trainer.networks.networks import Networks
-from trainer.objectives.kind import Options
+from limbeck.diffusion.process import Process
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.objectives.kind import Options
 
 WeightingName = Literal["uniform", "snr", "truncated_snr", "learned"]
 

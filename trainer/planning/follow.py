@@ -5,16 +5,16 @@ from dataclasses import replace
 from threading import Event
 from typing import Any, Self
 
-from storage_schemas.dataset import latest_manifest
-from storage_schemas.errors import ManifestMismatch, UserError
-from trainer.config import FitConfig
-from trainer.objectives.kind import Stage
-from trainer.planning.plan import Plan
-from trainer.planning.trajectories import plan_trajectories
-from trainer.ranks import Ranks
-from trainer.reading.shards import ShardSource
-from trainer.runs.pins import Pins
-from trainer.stream import Source
+from limbeck.storage_schemas.dataset import latest_manifest
+from limbeck.storage_schemas.errors import ManifestMismatch, UserError
+from limbeck.trainer.config import FitConfig
+from limbeck.trainer.objectives.kind import Stage
+from limbeck.trainer.planning.plan import Plan
+from limbeck.trainer.planning.trajectories import plan_trajectories
+from limbeck.trainer.ranks import Ranks
+from limbeck.trainer.reading.shards import ShardSource
+from limbeck.trainer.runs.pins import Pins
+from limbeck.trainer.stream import Source
 
 
 class Following:

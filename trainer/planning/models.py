@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from diffusion.models import checkpoint
-from diffusion.models.checkpoint import Checkpoint, pack
-from diffusion.models.spec import model_from_spec
-from trainer.config import FitConfig
-from trainer.objectives.kind import Stage
-from trainer.planning.plan import Plan
-from trainer.runs.place import Place
-from trainer.runs.record import RunRecord
+from limbeck.diffusion.models import checkpoint
+from limbeck.diffusion.models.checkpoint import Checkpoint, pack
+from limbeck.diffusion.models.spec import model_from_spec
+from limbeck.trainer.config import FitConfig
+from limbeck.trainer.objectives.kind import Stage
+from limbeck.trainer.planning.plan import Plan
+from limbeck.trainer.runs.place import Place
+from limbeck.trainer.runs.record import RunRecord
 
 
 class Models:

@@ -6,18 +6,18 @@ from typing import Any
 
 import torch
 
-from diffusion.flow_map import FlowMap
-from diffusion.models.checkpoint import Checkpoint
-from diffusion.models.teachers import Teacher
-from storage_schemas.images import images_digest, num_classes, summary
-from storage_schemas.recipe import TeacherRecord
-from storage_schemas.store import Store
-from trainer.config import FitConfig
-from trainer.networks.student import Shape, check_fits, saved_model, scratch
-from trainer.objectives.kind import Given, Stage
-from trainer.objectives.table import make_stages
-from trainer.reading.images import load_images
-from trainer.stream import ArraySource, Source
+from limbeck.diffusion.flow_map import FlowMap
+from limbeck.diffusion.models.checkpoint import Checkpoint
+from limbeck.diffusion.models.teachers import Teacher
+from limbeck.storage_schemas.images import images_digest, num_classes, summary
+from limbeck.storage_schemas.recipe import TeacherRecord
+from limbeck.storage_schemas.store import Store
+from limbeck.trainer.config import FitConfig
+from limbeck.trainer.networks.student import Shape, check_fits, saved_model, scratch
+from limbeck.trainer.objectives.kind import Given, Stage
+from limbeck.trainer.objectives.table import make_stages
+from limbeck.trainer.reading.images import load_images
+from limbeck.trainer.stream import ArraySource, Source
 
 
 @dataclass(frozen=True)

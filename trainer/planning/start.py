@@ -7,26 +7,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffusion.denoiser import Denoiser
-from diffusion.flow_map import FlowMap
-from diffusion.models.activations import checkpoint_activations
-from diffusion.models.checkpoint import Checkpoint, check_size, widened
-from diffusion.models.spec import model_from_spec
-from diffusion.models.teachers import Teacher
-from storage_schemas.dataset import latest_manifest
-from storage_schemas.errors import ManifestMismatch, UsageError, without_credentials
-from storage_schemas.store import Store
-from trainer.config import FitConfig
-from trainer.networks.critic import Critic, FrozenTeacher, frozen_teacher, make_critic
-from trainer.networks.networks import Networks
-from trainer.networks.student import with_dropout
-from trainer.networks.uncertainty import Uncertainty
-from trainer.planning.plan import Plan, plan_images
-from trainer.planning.trajectories import plan_trajectories
-from trainer.ranks import Ranks
-from trainer.runs.checkpoints import Checkpoints, Found
-from trainer.runs.place import RECORD, Place
-from trainer.runs.record import RunRecord, check_place, earlier_run, new_record, only_fit, where
+from limbeck.diffusion.denoiser import Denoiser
+from limbeck.diffusion.flow_map import FlowMap
+from limbeck.diffusion.models.activations import checkpoint_activations
+from limbeck.diffusion.models.checkpoint import Checkpoint, check_size, widened
+from limbeck.diffusion.models.spec import model_from_spec
+from limbeck.diffusion.models.teachers import Teacher
+from limbeck.storage_schemas.dataset import latest_manifest
+from limbeck.storage_schemas.errors import ManifestMismatch, UsageError, without_credentials
+from limbeck.storage_schemas.store import Store
+from limbeck.trainer.config import FitConfig
+from limbeck.trainer.networks.critic import Critic, FrozenTeacher, frozen_teacher, make_critic
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.networks.student import with_dropout
+from limbeck.trainer.networks.uncertainty import Uncertainty
+from limbeck.trainer.planning.plan import Plan, plan_images
+from limbeck.trainer.planning.trajectories import plan_trajectories
+from limbeck.trainer.ranks import Ranks
+from limbeck.trainer.runs.checkpoints import Checkpoints, Found
+from limbeck.trainer.runs.place import RECORD, Place
+from limbeck.trainer.runs.record import RunRecord, check_place, earlier_run, new_record, only_fit, where
 
 # Seconds that a restarted run waits for its processes elsewhere to end, which notice when their collectives fail.
 _PATIENCE = 60.0
@@ -84,7 +84,7 @@ def check_launch(config: FitConfig, ranks: Ranks) -> None:
     """Refuse --parallel without processes, and --no-resume where torchrun would start over at each restart."""
     if config.parallel != "auto" and ranks.objects is None:
         problem = f"parallel {config.parallel} spreads a fit over processes"
-        raise ValueError(f"{problem}; start it by torchrun -m trainer fit, or leave --parallel out")
+        raise ValueError(f"{problem}; start it by torchrun -m limbeck.trainer fit, or leave --parallel out")
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     if restarts and not config.resume:
         raise ValueError(

@@ -8,30 +8,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.flow_map import FlowMap
-from diffusion.models.checkpoint import Checkpoint
-from diffusion.models.description import check_model
-from diffusion.models.teachers import Teacher
-from diffusion.process import Process
-from diffusion.recipes.grid import recipe_process
-from diffusion.recipes.teacher import NoTeacher, TeacherSource
-from storage_schemas.dataset import Dataset, open_dataset
-from storage_schemas.errors import ManifestMismatch, UsageError
-from storage_schemas.recipe import Recipe
-from storage_schemas.record import Split
-from storage_schemas.store import Store
-from trainer.config import FitConfig
-from trainer.networks.networks import Networks
-from trainer.networks.student import Shape, check_few_steps, check_fits, saved_model
-from trainer.objectives.conditioning import student_labels
-from trainer.objectives.kind import Given, Stage
-from trainer.objectives.progressive import Progressive, ProgressiveSegments, progressive_target, rounding_error
-from trainer.objectives.table import make_stages
-from trainer.planning.plan import Plan, fresh
-from trainer.reading.chunks import Reading
-from trainer.reading.rows import gathered
-from trainer.reading.shards import ShardSource
-from trainer.stream import Batch
+from limbeck.diffusion.flow_map import FlowMap
+from limbeck.diffusion.models.checkpoint import Checkpoint
+from limbeck.diffusion.models.description import check_model
+from limbeck.diffusion.models.teachers import Teacher
+from limbeck.diffusion.process import Process
+from limbeck.diffusion.recipes.grid import recipe_process
+from limbeck.diffusion.recipes.teacher import NoTeacher, TeacherSource
+from limbeck.storage_schemas.dataset import Dataset, open_dataset
+from limbeck.storage_schemas.errors import ManifestMismatch, UsageError
+from limbeck.storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.record import Split
+from limbeck.storage_schemas.store import Store
+from limbeck.trainer.config import FitConfig
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.networks.student import Shape, check_few_steps, check_fits, saved_model
+from limbeck.trainer.objectives.conditioning import student_labels
+from limbeck.trainer.objectives.kind import Given, Stage
+from limbeck.trainer.objectives.progressive import Progressive, ProgressiveSegments, progressive_target, rounding_error
+from limbeck.trainer.objectives.table import make_stages
+from limbeck.trainer.planning.plan import Plan, fresh
+from limbeck.trainer.reading.chunks import Reading
+from limbeck.trainer.reading.rows import gathered
+from limbeck.trainer.reading.shards import ShardSource
+from limbeck.trainer.stream import Batch
 
 # Rounding in the targets, as a share of the data's rms.
 _WARN, _REFUSE = 0.05, 0.5

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from storage_schemas.record import Field
+from limbeck.storage_schemas.record import Field
 
 _TORCH_DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "int64", "int32")}
 

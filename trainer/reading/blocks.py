@@ -6,8 +6,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from storage_schemas.ids import IdSet, id_set, merge_ranges
-from trainer.reading.permutation import Permutation
+from limbeck.storage_schemas.ids import IdSet, id_set, merge_ranges
+from limbeck.trainer.reading.permutation import Permutation
 
 Ints = NDArray[np.int64]
 

@@ -17,9 +17,9 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from storage_schemas.backends import FULL
-from storage_schemas.ranges import checksum
-from trainer.reading.mapped import Maps
+from limbeck.storage_schemas.backends import FULL
+from limbeck.storage_schemas.ranges import checksum
+from limbeck.trainer.reading.mapped import Maps
 
 PATIENCE = 60.0
 """Seconds to wait for a process that fetches the same; then it is fetched twice."""

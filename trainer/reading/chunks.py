@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from storage_schemas.commit import Chunk, Commit
-from storage_schemas.errors import CorruptShard, StoreError
-from storage_schemas.ranges import check_chunk, checksum, fetch_ranges, other_size
-from storage_schemas.store import MissingFile, Store
-from trainer.reading.cache import Cache, default_folder
-from trainer.reading.mapped import Maps
+from limbeck.storage_schemas.commit import Chunk, Commit
+from limbeck.storage_schemas.errors import CorruptShard, StoreError
+from limbeck.storage_schemas.ranges import check_chunk, checksum, fetch_ranges, other_size
+from limbeck.storage_schemas.store import MissingFile, Store
+from limbeck.trainer.reading.cache import Cache, default_folder
+from limbeck.trainer.reading.mapped import Maps
 
 THREADS = 16
 """Regions at a time of a store on a network."""

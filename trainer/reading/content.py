@@ -7,11 +7,11 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from storage_schemas.errors import ManifestMismatch
-from storage_schemas.ids import IdSet, id_set
-from storage_schemas.record import Field
-from trainer.reading.order import WINDOW, Ints, Lanes, default_block, default_lanes, default_window
-from trainer.reading.rows import Rows
+from limbeck.storage_schemas.errors import ManifestMismatch
+from limbeck.storage_schemas.ids import IdSet, id_set
+from limbeck.storage_schemas.record import Field
+from limbeck.trainer.reading.order import WINDOW, Ints, Lanes, default_block, default_lanes, default_window
+from limbeck.trainer.reading.rows import Rows
 
 
 class Source(Protocol):

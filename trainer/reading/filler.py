@@ -9,12 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion import noise
-from trainer.reading.ahead import Ahead
-from trainer.reading.batch import DeviceRing, Packed, Ring
-from trainer.reading.content import Cursor, Source
-from trainer.reading.order import Ints
-from trainer.reading.rows import copy_rows
+from limbeck.diffusion import noise
+from limbeck.trainer.reading.ahead import Ahead
+from limbeck.trainer.reading.batch import DeviceRing, Packed, Ring
+from limbeck.trainer.reading.content import Cursor, Source
+from limbeck.trainer.reading.order import Ints
+from limbeck.trainer.reading.rows import copy_rows
 
 Follow = Callable[[int], Source | None]
 

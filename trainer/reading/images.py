@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from storage_schemas.images import ImageSplit, read_images
+from limbeck.storage_schemas.images import ImageSplit, read_images
 
 __all__ = ["ImageSplit", "load_images"]
 

@@ -9,7 +9,7 @@ import weakref
 import numpy as np
 from numpy.typing import NDArray
 
-from storage_schemas.cuts import watch
+from limbeck.storage_schemas.cuts import watch
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p

@@ -24,8 +24,8 @@ from functools import cached_property, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from storage_schemas.ids import IdSet
-from trainer.reading.blocks import Blocks, LaidOut
+from limbeck.storage_schemas.ids import IdSet
+from limbeck.trainer.reading.blocks import Blocks, LaidOut
 
 BATCH = 256
 BLOCK = 512

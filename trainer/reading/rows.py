@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from storage_schemas.record import Field
-from trainer.reading.order import Ints
+from limbeck.storage_schemas.record import Field
+from limbeck.trainer.reading.order import Ints
 
 _ITEM = 16 << 10
 """Bytes copied at once, at most: torch hands pieces of less than 32 KiB straight to memcpy."""

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from diffusion.recipes.samples import draw_scales
-from storage_schemas.dataset import Dataset, Pruned
-from storage_schemas.errors import CorruptShard, ManifestMismatch
-from storage_schemas.record import Split
-from trainer.reading.chunks import Chunks, Reading
-from trainer.reading.order import Ints
-from trainer.reading.recent import Recent
-from trainer.reading.rows import Rows, copy_rows
-from trainer.reading.substitutes import Substitutes
-from trainer.reading.views import Part, Viewer, Views, split_parts
+from limbeck.diffusion.recipes.samples import draw_scales
+from limbeck.storage_schemas.dataset import Dataset, Pruned
+from limbeck.storage_schemas.errors import CorruptShard, ManifestMismatch
+from limbeck.storage_schemas.record import Split
+from limbeck.trainer.reading.chunks import Chunks, Reading
+from limbeck.trainer.reading.order import Ints
+from limbeck.trainer.reading.recent import Recent
+from limbeck.trainer.reading.rows import Rows, copy_rows
+from limbeck.trainer.reading.substitutes import Substitutes
+from limbeck.trainer.reading.views import Part, Viewer, Views, split_parts
 
 _READERS = 16
 _REMEMBERED = 1 << 14  # parts of shards, some KiB each

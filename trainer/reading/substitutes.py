@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage_schemas.errors import CorruptShard
-from storage_schemas.ids import IdSet, id_set, merge_ranges
-from trainer.reading.order import Ints
+from limbeck.storage_schemas.errors import CorruptShard
+from limbeck.storage_schemas.ids import IdSet, id_set, merge_ranges
+from limbeck.trainer.reading.order import Ints
 
 _VERSION = "limbeck substitutes 1"
 
@@ -50,7 +50,7 @@ class Substitutes:
 
     def _too_many(self, readable: IdSet) -> str:
         problem = f"{self._ids.count - readable.count} of {self._ids.count} samples can't be read, more than half"
-        return f"{problem}: `python -m pipeline verify` names what to restore or to generate anew"
+        return f"{problem}: `limbeck verify` names what to restore or to generate anew"
 
     def chosen(self, ids: Ints) -> Ints:
         """The ids, each that can't be read replaced."""

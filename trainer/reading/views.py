@@ -10,14 +10,14 @@ from functools import cache, partial
 
 import numpy as np
 
-from storage_schemas import parquet, webdataset
-from storage_schemas.claims import check_integers, ids_of
-from storage_schemas.commit import ALL_COLUMNS, Chunk, Commit
-from storage_schemas.errors import CorruptShard
-from storage_schemas.recipe import Recipe
-from storage_schemas.record import Columns, Field
-from trainer.reading.chunks import Chunks, Found
-from trainer.reading.recent import Recent
+from limbeck.storage_schemas import parquet, webdataset
+from limbeck.storage_schemas.claims import check_integers, ids_of
+from limbeck.storage_schemas.commit import ALL_COLUMNS, Chunk, Commit
+from limbeck.storage_schemas.errors import CorruptShard
+from limbeck.storage_schemas.recipe import Recipe
+from limbeck.storage_schemas.record import Columns, Field
+from limbeck.trainer.reading.chunks import Chunks, Found
+from limbeck.trainer.reading.recent import Recent
 
 _DECODERS = 4
 _PARSED = 16 << 20  # bytes

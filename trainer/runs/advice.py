@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.runs.place import METRICS, lines_of
+from limbeck.trainer.runs.place import METRICS, lines_of
 
 _GAP = 1.25
 _FALLING = 0.95

@@ -23,15 +23,15 @@ import xxhash
 from pydantic import Field, field_validator, model_validator
 from safetensors import SafetensorError
 
-from storage_schemas import paths
-from storage_schemas.backends import sync_path
-from storage_schemas.documents import Document
-from storage_schemas.errors import StoreError, UserError
-from storage_schemas.names import Count, Positive, Xxh3
-from storage_schemas.store import Store
-from trainer.ranks import Ranks
-from trainer.runs.shards import NAME
-from trainer.runs.trees import TENSORS, TREE, count_tensors, read_plain, read_tree, write_tree
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.backends import sync_path
+from limbeck.storage_schemas.documents import Document
+from limbeck.storage_schemas.errors import StoreError, UserError
+from limbeck.storage_schemas.names import Count, Positive, Xxh3
+from limbeck.storage_schemas.store import Store
+from limbeck.trainer.ranks import Ranks
+from limbeck.trainer.runs.shards import NAME
+from limbeck.trainer.runs.trees import TENSORS, TREE, count_tensors, read_plain, read_tree, write_tree
 
 FOLDER = "checkpoints"
 _PIECE = 64 << 20  # bytes of a file that are read at a time

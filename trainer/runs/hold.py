@@ -20,11 +20,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
-from storage_schemas import paths
-from storage_schemas.documents import Document
-from storage_schemas.errors import StoreError, UsageError, UserError, shown
-from storage_schemas.names import Attempt, Count
-from storage_schemas.store import Store
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.documents import Document
+from limbeck.storage_schemas.errors import StoreError, UsageError, UserError, shown
+from limbeck.storage_schemas.names import Attempt, Count
+from limbeck.storage_schemas.store import Store
 
 FITS = "fits"
 _NAME = re.compile(r"[0-9]{6,18}\.json")

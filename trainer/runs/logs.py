@@ -11,8 +11,8 @@ from typing import Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from storage_schemas.errors import shown
-from trainer.runs.place import METRICS, lines_of, write_whole
+from limbeck.storage_schemas.errors import shown
+from limbeck.trainer.runs.place import METRICS, lines_of, write_whole
 
 Figures = Mapping[str, float | int | str]
 

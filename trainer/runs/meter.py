@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from trainer.stream import Stream
+from limbeck.trainer.stream import Stream
 
 Figures = dict[str, float | int | str]
 

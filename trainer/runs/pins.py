@@ -2,11 +2,11 @@
 
 from datetime import datetime, timedelta
 
-from storage_schemas import paths
-from storage_schemas.clock import check_clock, utc
-from storage_schemas.errors import StoreError
-from storage_schemas.job import Pin
-from storage_schemas.store import Store
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.clock import check_clock, utc
+from limbeck.storage_schemas.errors import StoreError
+from limbeck.storage_schemas.job import Pin
+from limbeck.storage_schemas.store import Store
 
 _LASTS = timedelta(days=7)
 _RENEWED = timedelta(hours=6)

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusion.models.checkpoint import MODEL_FILE, WEIGHTS_FILE
-from storage_schemas.locks import only_one
-from storage_schemas.store import Store
-from trainer.runs.checkpoints import FOLDER, remove_folder
-from trainer.runs.hold import Hold
+from limbeck.diffusion.models.checkpoint import MODEL_FILE, WEIGHTS_FILE
+from limbeck.storage_schemas.locks import only_one
+from limbeck.storage_schemas.store import Store
+from limbeck.trainer.runs.checkpoints import FOLDER, remove_folder
+from limbeck.trainer.runs.hold import Hold
 
 RECORD, METRICS, LOCK = "run.json", "metrics.jsonl", ".lock"
 MODEL, BEST, STAGES = "model", "best", "stages"

@@ -9,13 +9,13 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
-from diffusion.models.description import LONGEST
-from storage_schemas.errors import UsageError, without_credentials
-from storage_schemas.locks import only_one
-from storage_schemas.store import Store
-from trainer.config import FitConfig
-from trainer.reading.order import default_lanes
-from trainer.runs.place import LOCK, RECORD, Place, write_whole
+from limbeck.diffusion.models.description import LONGEST
+from limbeck.storage_schemas.errors import UsageError, without_credentials
+from limbeck.storage_schemas.locks import only_one
+from limbeck.storage_schemas.store import Store
+from limbeck.trainer.config import FitConfig
+from limbeck.trainer.reading.order import default_lanes
+from limbeck.trainer.runs.place import LOCK, RECORD, Place, write_whole
 
 _NAME = r"^[^/\\\x00-\x1f\x7f]+\z"  # which names pins, too
 # Where, how and how often, not what: these may differ when a run goes on. That `data` is still the same samples, maybe

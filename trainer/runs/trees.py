@@ -19,8 +19,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from storage_schemas.errors import StoreError
-from trainer.runs import shards
+from limbeck.storage_schemas.errors import StoreError
+from limbeck.trainer.runs import shards
 
 Tensors = dict[str, Tensor]
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from limbeck.trainer.reading.chunks import Reading
+from limbeck.trainer.reading.content import start
+from limbeck.trainer.reading.rows import Rows
+from limbeck.trainer.reading.shards import ShardSource
 from tests.benchmarks.samples import SHAPE, every_shard, opened
-from trainer.reading.chunks import Reading
-from trainer.reading.content import start
-from trainer.reading.rows import Rows
-from trainer.reading.shards import ShardSource
 
 NAME = "limit"
 _C = """

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from limbeck.trainer.reading.chunks import Reading
+from limbeck.trainer.reading.shards import ShardSource
+from limbeck.trainer.stream import Stream, TrajectoryStream
 from tests.benchmarks.samples import opened
-from trainer.reading.chunks import Reading
-from trainer.reading.shards import ShardSource
-from trainer.stream import Stream, TrajectoryStream
 
 NAME = "ours"
 

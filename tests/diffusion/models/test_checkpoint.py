@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffusion.models import checkpoint
-from diffusion.models.spec import model_from_spec, process_from_spec, process_spec
-from diffusion.models.teachers import load_teacher
-from diffusion.process import VE, CosineVP, DiscreteVP, LinearVP, RectifiedFlow
+from limbeck.diffusion.models import checkpoint
+from limbeck.diffusion.models.spec import model_from_spec, process_from_spec, process_spec
+from limbeck.diffusion.models.teachers import load_teacher
+from limbeck.diffusion.process import VE, CosineVP, DiscreteVP, LinearVP, RectifiedFlow
 
 SPEC = {
     "kind": "network",
@@ -117,8 +117,8 @@ def test_an_unknown_builtin_lists_what_there_is():
 
 def test_a_factory_is_a_teacher(tmp_path, monkeypatch):
     (tmp_path / "my_teacher.py").write_text(
-        "from diffusion.gaussian import GaussianTeacher\n"
-        "from diffusion.process import VE\n"
+        "from limbeck.diffusion.gaussian import GaussianTeacher\n"
+        "from limbeck.diffusion.process import VE\n"
         "def make():\n"
         "    teacher = GaussianTeacher(VE(), mean=0.0, variance=1.0)\n"
         "    teacher.sample_shape = (2, 3)\n"

@@ -5,9 +5,9 @@ import shutil
 import pytest
 import torch
 
-from diffusion.grids import karras
-from diffusion.models.teachers import load_teacher
-from diffusion.solvers import solve
+from limbeck.diffusion.grids import karras
+from limbeck.diffusion.models.teachers import load_teacher
+from limbeck.diffusion.solvers import solve
 
 diffusers = pytest.importorskip("diffusers")
 

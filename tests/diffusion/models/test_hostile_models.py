@@ -15,9 +15,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from diffusion.models import checkpoint
-from diffusion.models.checkpoint import Checkpoint
-from diffusion.models.spec import model_from_spec
+from limbeck.diffusion.models import checkpoint
+from limbeck.diffusion.models.checkpoint import Checkpoint
+from limbeck.diffusion.models.spec import model_from_spec
 from tests.diffusion.models.test_checkpoint import SPEC, answer, save_random
 
 UNET = {
@@ -282,8 +282,8 @@ def test_holding_a_description_against_the_weights_draws_no_numbers():
 
 def test_holding_a_description_against_the_weights_imports_no_compiler(tmp_path):
     save_random(tmp_path)
-    code = f"import sys; from diffusion.models.checkpoint import load; load({str(tmp_path)!r}).build()"
+    code = f"import sys; from limbeck.diffusion.models.checkpoint import load; load({str(tmp_path)!r}).build()"
     words = [sys.executable, "-c", f"{code}; print(*sys.modules)"]
     told = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
-    assert "diffusion.models.networks" in told
+    assert "limbeck.diffusion.models.networks" in told
     assert not {"torch._dynamo", "sympy"} & set(told)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from diffusion.denoiser import Denoiser
-from diffusion.models.activations import checkpoint_activations
-from diffusion.models.checkpoint import Checkpoint, pack, widened
-from diffusion.models.networks import Affine, ResidualMLP
-from diffusion.models.spec import model_from_spec
-from diffusion.models.unet import unet_spec
+from limbeck.diffusion.denoiser import Denoiser
+from limbeck.diffusion.models.activations import checkpoint_activations
+from limbeck.diffusion.models.checkpoint import Checkpoint, pack, widened
+from limbeck.diffusion.models.networks import Affine, ResidualMLP
+from limbeck.diffusion.models.spec import model_from_spec
+from limbeck.diffusion.models.unet import unet_spec
 
 UNET = unet_spec((1, 8, 8), width=8, depth=1, time_scale=250.0)
 NETWORKS = {

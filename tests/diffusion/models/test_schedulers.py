@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from diffusion.models.schedulers import TABLES_OF_BETAS, check_class, check_fields
-from diffusion.models.teachers import load_teacher
+from limbeck.diffusion.models.schedulers import TABLES_OF_BETAS, check_class, check_fields
+from limbeck.diffusion.models.teachers import load_teacher
 
 diffusers = pytest.importorskip("diffusers")
 

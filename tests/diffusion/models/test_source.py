@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from diffusion.models.source import source_digest
+from limbeck.diffusion.models.source import source_digest
 
 FILES = {
-    "alone.py": "import json, torch\nfrom diffusion.process import VE\nmake = VE\n",
+    "alone.py": "import json, torch\nfrom limbeck.diffusion.process import VE\nmake = VE\n",
     "teacher.py": "import net\ndef make():\n    from pack import inner\n    return net, inner\n",
     "net.py": "from deeper import SCALE\n",
     "deeper.py": "import teacher\nSCALE = 1\n",  # a circle

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from diffusion.models.teachers import load_teacher
-from diffusion.recipes.teacher import NoTeacher, TeacherSource
-from pipeline.config import GenerateConfig
-from pipeline.producer import Producer, WorkOrder
-from pipeline.recipe import build_layout, build_recipe
-from storage_schemas.errors import UserError
-from storage_schemas.store import Store
+from limbeck.diffusion.models.teachers import load_teacher
+from limbeck.diffusion.recipes.teacher import NoTeacher, TeacherSource
+from limbeck.pipeline.config import GenerateConfig
+from limbeck.pipeline.producer import Producer, WorkOrder
+from limbeck.pipeline.recipe import build_layout, build_recipe
+from limbeck.storage_schemas.errors import UserError
+from limbeck.storage_schemas.store import Store
 
 OTHERS = {
     "description": {"model": {"kind": "gaussian", "sample_shape": [2], "num_classes": None, "mean": 1.5}},

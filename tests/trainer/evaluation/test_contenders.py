@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import noise
-from diffusion.flow_map import FlowMap
-from diffusion.models import checkpoint
-from diffusion.models.checkpoint import Checkpoint, pack, widened
-from diffusion.models.spec import model_from_spec
-from diffusion.models.teachers import builtin_checkpoint
-from storage_schemas.dataset import open_dataset
-from storage_schemas.errors import ManifestMismatch
-from trainer.evaluation.contenders import student
-from trainer.evaluation.holdout import read_pairs
+from limbeck.diffusion import noise
+from limbeck.diffusion.flow_map import FlowMap
+from limbeck.diffusion.models import checkpoint
+from limbeck.diffusion.models.checkpoint import Checkpoint, pack, widened
+from limbeck.diffusion.models.spec import model_from_spec
+from limbeck.diffusion.models.teachers import builtin_checkpoint
+from limbeck.storage_schemas.dataset import open_dataset
+from limbeck.storage_schemas.errors import ManifestMismatch
+from limbeck.trainer.evaluation.contenders import student
+from limbeck.trainer.evaluation.holdout import read_pairs
 
 CPU = torch.device("cpu")
 GRIDS = {1: (80.0, 0.0), 2: (80.0, 1.5, 0.0)}

@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 
-from diffusion.models import checkpoint
-from diffusion.models.teachers import builtin_checkpoint
-from storage_schemas.dataset import open_dataset, seal
-from storage_schemas.manifest import ManifestDraft, Window
+from limbeck.diffusion.models import checkpoint
+from limbeck.diffusion.models.teachers import builtin_checkpoint
+from limbeck.storage_schemas.dataset import open_dataset, seal
+from limbeck.storage_schemas.manifest import ManifestDraft, Window
+from limbeck.trainer.evaluate import evaluate
+from limbeck.trainer.evaluation.costs import student_costs
+from limbeck.trainer.runs.record import RunRecord
 from tests.trainer.test_evaluate import config, make_recipe, make_store, rows_of, save_student
-from trainer.evaluate import evaluate
-from trainer.evaluation.costs import student_costs
-from trainer.runs.record import RunRecord
 
 BATCH = 32
 

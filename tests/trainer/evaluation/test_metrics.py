@@ -7,8 +7,8 @@ import scipy.stats
 import torch
 from torch import nn
 
-from trainer.classifier import shipped_classifier
-from trainer.evaluation.metrics import (
+from limbeck.trainer.classifier import shipped_classifier
+from limbeck.trainer.evaluation.metrics import (
     Frechet,
     Neighbours,
     holdout_error,
@@ -16,7 +16,7 @@ from trainer.evaluation.metrics import (
     variance,
     wasserstein_squared,
 )
-from trainer.reading.images import load_images
+from limbeck.trainer.reading.images import load_images
 
 
 class Pixels(nn.Module):

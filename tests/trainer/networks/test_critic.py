@@ -13,27 +13,27 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion.denoiser import Guided
-from diffusion.flow_map import FlowMap
-from diffusion.models.checkpoint import Checkpoint, pack
-from diffusion.models.spec import model_from_spec
-from diffusion.models.teachers import Teacher, from_checkpoint, load_teacher
-from storage_schemas.errors import UsageError
-from trainer.config import FitConfig
-from trainer.loop import Stepper, step_seed
-from trainer.networks.critic import FrozenTeacher
-from trainer.networks.lora import with_low_rank
-from trainer.networks.networks import Networks
-from trainer.networks.student import Shape
-from trainer.objectives.dmd import DistributionMatching
-from trainer.objectives.randomness import normal
-from trainer.objectives.sid import ScoreIdentity
-from trainer.objectives.vsd import VariationalScore
-from trainer.planning.plan import fresh
-from trainer.planning.start import critic_of, gather, real_score
-from trainer.ranks import alone
-from trainer.runs.trees import read_tree, write_tree
-from trainer.stream import Batch, objective_uniforms
+from limbeck.diffusion.denoiser import Guided
+from limbeck.diffusion.flow_map import FlowMap
+from limbeck.diffusion.models.checkpoint import Checkpoint, pack
+from limbeck.diffusion.models.spec import model_from_spec
+from limbeck.diffusion.models.teachers import Teacher, from_checkpoint, load_teacher
+from limbeck.storage_schemas.errors import UsageError
+from limbeck.trainer.config import FitConfig
+from limbeck.trainer.loop import Stepper, step_seed
+from limbeck.trainer.networks.critic import FrozenTeacher
+from limbeck.trainer.networks.lora import with_low_rank
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.networks.student import Shape
+from limbeck.trainer.objectives.dmd import DistributionMatching
+from limbeck.trainer.objectives.randomness import normal
+from limbeck.trainer.objectives.sid import ScoreIdentity
+from limbeck.trainer.objectives.vsd import VariationalScore
+from limbeck.trainer.planning.plan import fresh
+from limbeck.trainer.planning.start import critic_of, gather, real_score
+from limbeck.trainer.ranks import alone
+from limbeck.trainer.runs.trees import read_tree, write_tree
+from limbeck.trainer.stream import Batch, objective_uniforms
 
 REPOSITORY = Path(__file__).parents[3]
 CPU, ROWS = torch.device("cpu"), 16

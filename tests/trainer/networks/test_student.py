@@ -3,17 +3,17 @@ import json
 import pytest
 import torch
 
-from diffusion.models import checkpoint
-from diffusion.models.checkpoint import Checkpoint, pack
-from diffusion.models.spec import model_from_spec
-from diffusion.recipes.grid import recipe_process
-from diffusion.recipes.teacher import NoTeacher, TeacherSource
-from storage_schemas import paths
-from storage_schemas.dataset import open_dataset
-from storage_schemas.errors import ManifestMismatch
-from trainer.config import FitConfig
-from trainer.networks.options import NetworkConfig
-from trainer.networks.student import (
+from limbeck.diffusion.models import checkpoint
+from limbeck.diffusion.models.checkpoint import Checkpoint, pack
+from limbeck.diffusion.models.spec import model_from_spec
+from limbeck.diffusion.recipes.grid import recipe_process
+from limbeck.diffusion.recipes.teacher import NoTeacher, TeacherSource
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.dataset import open_dataset
+from limbeck.storage_schemas.errors import ManifestMismatch
+from limbeck.trainer.config import FitConfig
+from limbeck.trainer.networks.options import NetworkConfig
+from limbeck.trainer.networks.student import (
     Shape,
     check_few_steps,
     check_fits,
@@ -22,8 +22,8 @@ from trainer.networks.student import (
     student_steps,
     with_dropout,
 )
-from trainer.planning.plan import fresh
-from trainer.planning.trajectories import start_student
+from limbeck.trainer.planning.plan import fresh
+from limbeck.trainer.planning.trajectories import start_student
 
 VE = {"name": "ve", "sigma_max": 80.0}
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffusion.flow_map import FlowMap, jump_coefficients
-from diffusion.process import VE, CosineVP, LinearVP, RectifiedFlow
+from limbeck.diffusion.flow_map import FlowMap, jump_coefficients
+from limbeck.diffusion.process import VE, CosineVP, LinearVP, RectifiedFlow
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.objectives.consistency import Consistency
+from limbeck.trainer.objectives.distances import PseudoHuber, l2
+from limbeck.trainer.objectives.weights import Weighting
 from tests.trainer.flows import minimise, names, perfect_student, shuffled, table_student, trajectories
-from trainer.networks.networks import Networks
-from trainer.objectives.consistency import Consistency
-from trainer.objectives.distances import PseudoHuber, l2
-from trainer.objectives.weights import Weighting
 
 GRIDS = {
     VE(): (80.0, 8.0, 1.0, 0.0),

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.objectives.distances import DistanceOptions, Lpips, PseudoHuber, l1, l2
-from trainer.objectives.options import ObjectiveConfig
+from limbeck.trainer.objectives.distances import DistanceOptions, Lpips, PseudoHuber, l1, l2
+from limbeck.trainer.objectives.options import ObjectiveConfig
 
 A = torch.tensor([[[3.0, -4.0]], [[0.0, 0.0]], [[1.0, 1.0]]])
 B = torch.tensor([[[0.0, 0.0]], [[0.0, 0.0]], [[1.0, 3.0]]])

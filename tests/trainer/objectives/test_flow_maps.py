@@ -6,11 +6,17 @@ import itertools
 import pytest
 import torch
 
-from diffusion.flow_map import FlowMap, jump_coefficients
-from diffusion.grids import karras
-from diffusion.models.checkpoint import Checkpoint, pack, widened
-from diffusion.models.spec import model_from_spec
-from diffusion.process import VE, CosineVP, LinearVP, RectifiedFlow
+from limbeck.diffusion.flow_map import FlowMap, jump_coefficients
+from limbeck.diffusion.grids import karras
+from limbeck.diffusion.models.checkpoint import Checkpoint, pack, widened
+from limbeck.diffusion.models.spec import model_from_spec
+from limbeck.diffusion.process import VE, CosineVP, LinearVP, RectifiedFlow
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.objectives.ctm import ConsistencyTrajectory
+from limbeck.trainer.objectives.distances import PseudoHuber, l1, l2
+from limbeck.trainer.objectives.flow_map import FlowMapOracle
+from limbeck.trainer.objectives.stored import drawn
+from limbeck.trainer.objectives.weights import Weighting
 from tests.trainer.flows import (
     MEAN,
     VARIANCE,
@@ -23,12 +29,6 @@ from tests.trainer.flows import (
     table_student,
     trajectories,
 )
-from trainer.networks.networks import Networks
-from trainer.objectives.ctm import ConsistencyTrajectory
-from trainer.objectives.distances import PseudoHuber, l1, l2
-from trainer.objectives.flow_map import FlowMapOracle
-from trainer.objectives.stored import drawn
-from trainer.objectives.weights import Weighting
 
 GRIDS = {
     VE(): (80.0, 8.0, 1.0, 0.0),

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from diffusion.flow_map import FlowMap
-from diffusion.gaussian import GaussianTeacher
-from diffusion.process import VE, CosineVP, LinearVP, RectifiedFlow
-from trainer.networks.networks import Networks
-from trainer.objectives.dmd import DistributionMatching, RealImages
-from trainer.objectives.matching import noise_level
-from trainer.objectives.randomness import normal
-from trainer.objectives.sid import ScoreIdentity
-from trainer.objectives.vsd import VariationalScore
-from trainer.stream import Batch, objective_uniforms
+from limbeck.diffusion.flow_map import FlowMap
+from limbeck.diffusion.gaussian import GaussianTeacher
+from limbeck.diffusion.process import VE, CosineVP, LinearVP, RectifiedFlow
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.objectives.dmd import DistributionMatching, RealImages
+from limbeck.trainer.objectives.matching import noise_level
+from limbeck.trainer.objectives.randomness import normal
+from limbeck.trainer.objectives.sid import ScoreIdentity
+from limbeck.trainer.objectives.vsd import VariationalScore
+from limbeck.trainer.stream import Batch, objective_uniforms
 
 MEAN, VARIANCE = 0.5, 0.25
 PROCESSES = [VE(), LinearVP(), RectifiedFlow()]

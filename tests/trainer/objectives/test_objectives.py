@@ -6,19 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion.denoiser import Denoiser
-from diffusion.flow_map import FlowMap
-from diffusion.gaussian import GaussianTeacher
-from diffusion.grids import karras, uniform_time
-from diffusion.models.networks import ResidualMLP
-from diffusion.prediction import EDM, Sample
-from diffusion.process import VE, CosineVP, LinearVP, RectifiedFlow
-from trainer.networks.networks import Networks
-from trainer.objectives.denoising import Denoising
-from trainer.objectives.distances import PseudoHuber, l2
-from trainer.objectives.knowledge import Knowledge
-from trainer.objectives.progressive import Progressive, progressive_target, rounding_error
-from trainer.stream import Batch, objective_uniforms
+from limbeck.diffusion.denoiser import Denoiser
+from limbeck.diffusion.flow_map import FlowMap
+from limbeck.diffusion.gaussian import GaussianTeacher
+from limbeck.diffusion.grids import karras, uniform_time
+from limbeck.diffusion.models.networks import ResidualMLP
+from limbeck.diffusion.prediction import EDM, Sample
+from limbeck.diffusion.process import VE, CosineVP, LinearVP, RectifiedFlow
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.objectives.denoising import Denoising
+from limbeck.trainer.objectives.distances import PseudoHuber, l2
+from limbeck.trainer.objectives.knowledge import Knowledge
+from limbeck.trainer.objectives.progressive import Progressive, progressive_target, rounding_error
+from limbeck.trainer.stream import Batch, objective_uniforms
 
 MEAN, VARIANCE = 0.5, 0.25
 PROCESSES = [VE(), LinearVP(), CosineVP(), RectifiedFlow()]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy import stats
 
-from trainer.objectives.randomness import normal, philox, uniform
+from limbeck.trainer.objectives.randomness import normal, philox, uniform
 
 ONES = 0xFFFFFFFF
 

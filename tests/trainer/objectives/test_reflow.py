@@ -4,17 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion.denoiser import Denoiser
-from diffusion.flow_map import FlowMap
-from diffusion.prediction import EDM, Sample, Velocity, VPrediction
-from diffusion.process import RectifiedFlow
+from limbeck.diffusion.denoiser import Denoiser
+from limbeck.diffusion.flow_map import FlowMap
+from limbeck.diffusion.prediction import EDM, Sample, Velocity, VPrediction
+from limbeck.diffusion.process import RectifiedFlow
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.networks.uncertainty import Uncertainty
+from limbeck.trainer.objectives.distances import l1, l2
+from limbeck.trainer.objectives.options import ObjectiveConfig
+from limbeck.trainer.objectives.reflow import Reflow
+from limbeck.trainer.objectives.weights import Weighting
 from tests.trainer.flows import MEAN, VARIANCE, batch_of, minimise, perfect_student, shuffled, table_student
-from trainer.networks.networks import Networks
-from trainer.networks.uncertainty import Uncertainty
-from trainer.objectives.distances import l1, l2
-from trainer.objectives.options import ObjectiveConfig
-from trainer.objectives.reflow import Reflow
-from trainer.objectives.weights import Weighting
 
 SCALE, C = 80.0, 0.4
 TAUS = (1.0, 0.5, 0.25)

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from diffusion.process import VE, CosineVP, LinearVP, RectifiedFlow
+from limbeck.diffusion.process import VE, CosineVP, LinearVP, RectifiedFlow
+from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.networks.uncertainty import Uncertainty
+from limbeck.trainer.objectives.distances import l2
+from limbeck.trainer.objectives.flow_map import FlowMapOracle
+from limbeck.trainer.objectives.weights import Weighting, time_weight
 from tests.trainer.flows import minimise, names, shuffled, table_student, trajectories
-from trainer.networks.networks import Networks
-from trainer.networks.uncertainty import Uncertainty
-from trainer.objectives.distances import l2
-from trainer.objectives.flow_map import FlowMapOracle
-from trainer.objectives.weights import Weighting, time_weight
 
 PROCESSES = [VE(), LinearVP(), CosineVP(), RectifiedFlow()]
 GRID = (80.0, 8.0, 1.0, 0.0)

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from storage_schemas.ranges import checksum
-from trainer.reading import cache as cache_module
-from trainer.reading.cache import TOUCH, Cache
-from trainer.reading.mapped import Maps
+from limbeck.storage_schemas.ranges import checksum
+from limbeck.trainer.reading import cache as cache_module
+from limbeck.trainer.reading.cache import TOUCH, Cache
+from limbeck.trainer.reading.mapped import Maps
 
 
 def open_cache(folder: Path, limit: int = 1 << 30) -> Cache:
@@ -138,9 +138,9 @@ def test_a_cache_that_is_deleted_under_us_begins_again(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from trainer.reading import cache as module
-from trainer.reading.cache import Cache
-from trainer.reading.mapped import Maps
+from limbeck.trainer.reading import cache as module
+from limbeck.trainer.reading.cache import Cache
+from limbeck.trainer.reading.mapped import Maps
 
 def die(*args, **options):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -335,9 +335,9 @@ def test_on_a_real_disk_that_is_full(small_disk, capsys):
 BUSY = """
 import random, sys, threading, time
 from pathlib import Path
-from storage_schemas.ranges import checksum
-from trainer.reading.cache import Cache
-from trainer.reading.mapped import Maps
+from limbeck.storage_schemas.ranges import checksum
+from limbeck.trainer.reading.cache import Cache
+from limbeck.trainer.reading.mapped import Maps
 
 folder, limit, seconds, seed = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
 cache = Cache(folder, limit, Maps())

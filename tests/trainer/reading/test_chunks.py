@@ -16,16 +16,16 @@ import fsspec
 import numpy as np
 import pytest
 
-from storage_schemas.commit import Chunk, Commit
-from storage_schemas.errors import CorruptShard, StoreError
-from storage_schemas.ranges import checksum
-from storage_schemas.store import Store
+from limbeck.storage_schemas.commit import Chunk, Commit
+from limbeck.storage_schemas.errors import CorruptShard, StoreError
+from limbeck.storage_schemas.ranges import checksum
+from limbeck.storage_schemas.store import Store
+from limbeck.trainer.reading import chunks as chunks_module
+from limbeck.trainer.reading.cache import default_folder
+from limbeck.trainer.reading.chunks import GAP, REGION, Chunks, Reading
+from limbeck.trainer.reading.mapped import Maps
 from tests import servers
 from tests.proxy import Proxy
-from trainer.reading import chunks as chunks_module
-from trainer.reading.cache import default_folder
-from trainer.reading.chunks import GAP, REGION, Chunks, Reading
-from trainer.reading.mapped import Maps
 
 MODES = ("always", "first", "never")
 
@@ -395,7 +395,7 @@ def test_a_map_is_readable_until_the_process_is_gone(tmp_path):
     program = f"""
 import atexit
 atexit.register(lambda: print(view[4999]))
-from trainer.reading.mapped import Maps
+from limbeck.trainer.reading.mapped import Maps
 view = Maps().open({str(tmp_path / "a")!r})
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

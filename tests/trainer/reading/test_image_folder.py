@@ -12,13 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion.models import checkpoint
-from storage_schemas.command_line import Command, main
-from storage_schemas.images import images_digest, summary
-from trainer.classifier import ClassifierConfig, run_classifier
-from trainer.config import FitConfig
-from trainer.fit import run_fit
-from trainer.reading.images import load_images
+from limbeck.diffusion.models import checkpoint
+from limbeck.storage_schemas.command_line import main
+from limbeck.storage_schemas.images import images_digest, summary
+from limbeck.storage_schemas.program import COMMANDS
+from limbeck.trainer.reading.images import load_images
 
 
 def grey(value, size=(16, 16)):
@@ -240,7 +238,7 @@ FIT = (
 
 
 def fit(*words):
-    return main("trainer", {"fit": Command(FitConfig, run_fit)}, ["fit", *FIT, *map(str, words)])
+    return main(COMMANDS, ["fit", *FIT, *map(str, words)])
 
 
 @pytest.mark.parametrize(("names", "classes"), [(("cat/1.png", "dog/2.png"), 2), (("1.png", "2.png"), None)])
@@ -261,5 +259,5 @@ def test_a_teacher_is_fitted_on_a_folder_that_stays_the_same(tmp_path, capsys, n
 def test_a_classifier_needs_labels(tmp_path, capsys):
     uri = write(tmp_path / "set", {f"{place}.png": grey(place * 90) for place in range(3)})
     words = ["classifier", "--images", uri, "--out", str(tmp_path / "out")]
-    assert main("trainer", {"classifier": Command(ClassifierConfig, run_classifier)}, words) == 2
+    assert main(COMMANDS, words) == 2
     assert "has no labels to tell apart; name images with a class each" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.reading.images import load_images
+from limbeck.trainer.reading.images import load_images
 
 
 def test_digits_are_the_pixels_of_scikit_learn_in_two_halves():

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from storage_schemas.ids import IdSet, id_set
-from trainer.reading.order import (
+from limbeck.storage_schemas.ids import IdSet, id_set
+from limbeck.trainer.reading.order import (
     BLOCK,
     START,
     WINDOW,
@@ -22,7 +22,7 @@ from trainer.reading.order import (
     default_lanes,
     default_window,
 )
-from trainer.reading.permutation import Permutation
+from limbeck.trainer.reading.permutation import Permutation
 
 HUGE = id_set(0, 10**10, [(5, 7), (10**9, 10**9 + 10**6)])
 GAPPY = id_set(700, 20000, [(1000, 1003), (5000, 9000)])

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from storage_schemas.record import Field, to_storage
-from trainer.reading.rows import Rows, as_tensor, copy_rows, gathered
+from limbeck.storage_schemas.record import Field, to_storage
+from limbeck.trainer.reading.rows import Rows, as_tensor, copy_rows, gathered
 
 
 def raw(array: np.ndarray) -> np.ndarray:

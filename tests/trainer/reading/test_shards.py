@@ -10,22 +10,22 @@ import fsspec
 import numpy as np
 import pytest
 
-from storage_schemas import formats, parquet, webdataset
-from storage_schemas.commit import ALL_COLUMNS, Chunk
-from storage_schemas.dataset import Pruned, latest_manifest, open_dataset, seal_floor
-from storage_schemas.errors import CorruptShard, ManifestMismatch
-from storage_schemas.ids import id_set
-from storage_schemas.manifest import Floor
-from storage_schemas.ranges import checksum
-from storage_schemas.recipe import UniformLabels
-from storage_schemas.record import Columns, Field
-from storage_schemas.store import Store
+from limbeck.storage_schemas import formats, parquet, webdataset
+from limbeck.storage_schemas.commit import ALL_COLUMNS, Chunk
+from limbeck.storage_schemas.dataset import Pruned, latest_manifest, open_dataset, seal_floor
+from limbeck.storage_schemas.errors import CorruptShard, ManifestMismatch
+from limbeck.storage_schemas.ids import id_set
+from limbeck.storage_schemas.manifest import Floor
+from limbeck.storage_schemas.ranges import checksum
+from limbeck.storage_schemas.recipe import UniformLabels
+from limbeck.storage_schemas.record import Columns, Field
+from limbeck.storage_schemas.store import Store
+from limbeck.trainer.reading.chunks import Chunks, Reading
+from limbeck.trainer.reading.rows import Rows, copy_rows
+from limbeck.trainer.reading.shards import ShardSource
+from limbeck.trainer.reading.substitutes import Substitutes
 from tests.forged import forget_digests
 from tests.trainer import conftest
-from trainer.reading.chunks import Chunks, Reading
-from trainer.reading.rows import Rows, copy_rows
-from trainer.reading.shards import ShardSource
-from trainer.reading.substitutes import Substitutes
 
 COLUMNS = ("noise", "state_004", "output")
 PART = 16  # rows of a row group and of a tar's block

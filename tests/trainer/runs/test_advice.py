@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from trainer.runs.advice import advice, advice_of
+from limbeck.trainer.runs.advice import advice, advice_of
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ import struct
 import pytest
 import torch
 
-from storage_schemas.errors import StoreError
-from storage_schemas.store import Store
+from limbeck.storage_schemas.errors import StoreError
+from limbeck.storage_schemas.store import Store
+from limbeck.trainer.ranks import alone
+from limbeck.trainer.runs.checkpoints import FOLDER, Checkpoints
+from limbeck.trainer.runs.place import Place
+from limbeck.trainer.runs.trees import TENSORS, read_tree, write_tree
 from tests.servers import moto, seaweed
-from trainer.ranks import alone
-from trainer.runs.checkpoints import FOLDER, Checkpoints
-from trainer.runs.place import Place
-from trainer.runs.trees import TENSORS, read_tree, write_tree
 
 ALONE = alone(torch.device("cpu"))
 
@@ -176,8 +176,8 @@ def test_a_sharded_one_that_finds_no_room_is_told_in_a_line_and_leaves_nothing(t
         raise OSError(errno.ENOSPC, "No space left on device")
 
     saved(tmp_path, 1)
-    monkeypatch.setattr("trainer.runs.shards.is_sharded", lambda tensors: True)
-    monkeypatch.setattr("trainer.runs.shards.write", full)
+    monkeypatch.setattr("limbeck.trainer.runs.shards.is_sharded", lambda tensors: True)
+    monkeypatch.setattr("limbeck.trainer.runs.shards.write", full)
     with pytest.raises(StoreError, match=r"checkpoint can't be written: .*No space left on device$"):
         saved(tmp_path, 2)
     assert markers(tmp_path) == folders(tmp_path) == [1]

@@ -10,16 +10,15 @@ from datetime import timedelta
 
 import pytest
 
-from storage_schemas.command_line import Command, main
-from storage_schemas.errors import UsageError
-from storage_schemas.store import Store
+from limbeck.storage_schemas.command_line import main
+from limbeck.storage_schemas.errors import UsageError
+from limbeck.storage_schemas.program import COMMANDS
+from limbeck.storage_schemas.store import Store
+from limbeck.trainer.runs import hold
+from limbeck.trainer.runs.hold import FITS, Claim, Hold, TakenOver
+from limbeck.trainer.runs.place import Place
 from tests.servers import moto
 from tests.trainer.test_fits_on_ranks import TINY
-from trainer.config import FitConfig
-from trainer.fit import run_fit
-from trainer.runs import hold
-from trainer.runs.hold import FITS, Claim, Hold, TakenOver
-from trainer.runs.place import Place
 
 LAPSES = 1.0
 
@@ -162,7 +161,7 @@ def test_of_many_who_come_at_once_one_holds(place):
 
 def fit(store, out, place, *options) -> int:
     words = ["fit", "--data", store.uri, "--out", str(out), *TINY, "--steps", "4", "--checkpoints", place, *options]
-    return main("trainer", {"fit": Command(FitConfig, run_fit)}, words)
+    return main(COMMANDS, words)
 
 
 @pytest.mark.parametrize("where", ["memory://fits{}", "{}/place"])
@@ -176,7 +175,7 @@ def test_a_fit_refuses_a_place_where_another_is_at_work(make_store, tmp_path, mo
     with Place(tmp_path / "first", uri).held():
         assert fit(store, tmp_path / "second", uri, option) == 2
     told = capsys.readouterr().err.strip().splitlines()[-1]
-    assert told.startswith(f"trainer: another fit keeps its checkpoints in {uri}; wait for it, or choose another")
+    assert told.startswith(f"limbeck: another fit keeps its checkpoints in {uri}; wait for it, or choose another")
     assert not (tmp_path / "second/run.json").exists()
     assert Store(uri).list("checkpoints") == names
     assert fit(store, tmp_path / "second", uri) == 0
@@ -192,7 +191,7 @@ def test_a_fit_that_was_taken_over_ends_in_a_line(make_store, tmp_path, monkeypa
 
     monkeypatch.setattr(Place, "put", put)
     assert fit(make_store(), tmp_path / "out", uri) == 1
-    assert "trainer: another fit goes on in memory://taken/" in capsys.readouterr().err
+    assert "limbeck: another fit goes on in memory://taken/" in capsys.readouterr().err
     assert Store(uri).list("checkpoints") == []
 
 

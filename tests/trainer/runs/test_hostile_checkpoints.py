@@ -10,12 +10,12 @@ import safetensors.torch
 import torch
 import xxhash
 
-from storage_schemas.errors import StoreError, UserError
-from storage_schemas.store import Store
+from limbeck.storage_schemas.errors import StoreError, UserError
+from limbeck.storage_schemas.store import Store
+from limbeck.trainer.runs.checkpoints import FOLDER, remove_folder
+from limbeck.trainer.runs.place import Place
+from limbeck.trainer.runs.trees import read_tree
 from tests.trainer.runs.test_checkpoints import checkpoints, folders, last, markers, saved
-from trainer.runs.checkpoints import FOLDER, remove_folder
-from trainer.runs.place import Place
-from trainer.runs.trees import read_tree
 
 ATTEMPT = "0123456789abcdef"
 
