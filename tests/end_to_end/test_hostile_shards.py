@@ -7,6 +7,7 @@ import copy
 import hashlib
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -362,6 +363,18 @@ def test_everybody_reads_an_unchanged_store(target):
     assert {name: outcome(target, read) == target.rows for name, read in readers.items()} == dict.fromkeys(
         readers, True
     )
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("what", ["fifo", "folder", "device"])
+def test_a_shard_that_is_no_file_is_refused_by_everybody(target, what):
+    """Nobody waits for a pipe's other end, or reads a device to its end."""
+    shard = target.folder / open_dataset(target.store).shards("train")[1].path
+    shard.unlink()
+    {"fifo": os.mkfifo, "folder": os.mkdir, "device": lambda it: it.symlink_to("/dev/zero")}[what](shard)
+    found = {name: outcome(target, read) for name, read in READERS.items()}
+    assert {name for name, it in found.items() if not isinstance(it, str)} == set()
+    assert outcome(target, check_dataset, opened=find_dataset) != []
 
 
 @settings(max_examples=25, phases=[Phase.explicit, Phase.generate], **HURRIED)

@@ -9,6 +9,7 @@ import weakref
 import numpy as np
 from numpy.typing import NDArray
 
+from limbeck.storage_schemas.backends import open_regular
 from limbeck.storage_schemas.cuts import watch
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -25,22 +26,19 @@ class Maps:
         self._held: weakref.WeakValueDictionary[tuple[int, int, int], NDArray[np.uint8]] = weakref.WeakValueDictionary()
 
     def open(self, path: str, *, size: int | None = None) -> memoryview | None:
-        """The file's bytes, uint8; None if its size is not `size`. FileNotFoundError, OSError.
+        """The file's bytes, uint8; None if its size is not `size`. FileNotFoundError, OSError; StoreError for no file.
 
         The size is asked for every time, so that a file that was cut is noticed. Cut later it ends the process.
         """
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            found = os.fstat(handle)
+        with open_regular(path) as file:
+            found = os.fstat(file.fileno())
             if size is not None and found.st_size != size:
                 return None
             key = (found.st_dev, found.st_ino, found.st_size)  # an inode that is mapped is not given away
             array = self._held.get(key)
             if array is None:
-                array = self._held[key] = _map(handle, found.st_size, path)
+                array = self._held[key] = _map(file.fileno(), found.st_size, path)
             return array.data.toreadonly()
-        finally:
-            os.close(handle)
 
 
 def _map(handle: int, size: int, path: str) -> NDArray[np.uint8]:
