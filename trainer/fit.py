@@ -15,7 +15,7 @@ from limbeck.trainer.objectives.kind import Stage
 from limbeck.trainer.planning.follow import Following
 from limbeck.trainer.planning.models import Models
 from limbeck.trainer.planning.plan import Plan
-from limbeck.trainer.planning.start import Claim, check_launch, gather, make_plan, start_or_go_on
+from limbeck.trainer.planning.start import RunLocks, check_launch, gather, make_plan, start_or_go_on
 from limbeck.trainer.ranks import Ranks, join_ranks
 from limbeck.trainer.reading.content import check_division
 from limbeck.trainer.reading.order import default_lanes
@@ -55,15 +55,15 @@ def _fit(config: FitConfig, ranks: Ranks, held: ExitStack) -> int:
     checkpoints = Checkpoints(
         place.store, ranks, keep_last=config.keep_last, keep_best=config.keeps_best, check=place.check
     )
-    claim = Claim(config, place, held if ranks.is_first else None)
-    earlier = ranks.broadcast(claim.earlier(checkpoints))
+    locks = RunLocks(config, place, held if ranks.is_first else None)
+    earlier = ranks.broadcast(locks.earlier(checkpoints))
     config = as_begun(config, earlier)
     with checkpoints.newest() if earlier else nullcontext() as found:
         with usage_errors():
             plan = make_plan(config, ranks, earlier, found)
             record, denoiser = start_or_go_on(config, plan, place, earlier, found)
         record = ranks.broadcast(record)
-        claim.make(record, goes_on=earlier is not None)
+        locks.make(record, goes_on=earlier is not None)
         stop = held.enter_context(stop_on_signals())
         fit = Fit(config, plan, record, ranks, stop, place, checkpoints)
         fit.begin(FlowMap(denoiser.to(ranks.device)), found)

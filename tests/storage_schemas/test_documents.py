@@ -25,7 +25,7 @@ from limbeck.storage_schemas.reading import read_all, read_document
 from limbeck.storage_schemas.recipe import Recipe
 from limbeck.storage_schemas.store import Store, StoreDocument
 from limbeck.trainer.runs.checkpoints import File, Marker
-from limbeck.trainer.runs.hold import Claim
+from limbeck.trainer.runs.claim import FitAtWork
 
 AT, SHA = "2026-01-31T23:59:59+00:00", "ab" * 32
 LAYOUT = Layout(samples_per_shard=16)
@@ -44,7 +44,7 @@ FREE = {
     "Job": {"runner"},
     "Failure": {"error", "traceback", "machine"},
     "Prune": {"machine"},
-    "Claim": {"process"},
+    "FitAtWork": {"process"},
 }
 """Texts for people, and what is compared before it is used: any string, which is shown without controls."""
 
@@ -94,7 +94,7 @@ def documents(recipe: Recipe, commit: Commit) -> dict[str, Document]:
         paths.prune_path(1): Prune(run="prune-1", machine="m", at=AT),
         paths.calibration_path(recipe.id, SHA): calibration,
         "checkpoints/step-00000003.json": marker,
-        "fits/000001.json": Claim(attempt="0" * 16, process="p"),
+        "fits/000001.json": FitAtWork(attempt="0" * 16, process="p"),
     }
 
 

@@ -32,7 +32,7 @@ from limbeck.trainer.runs.record import RunRecord, check_place, earlier_run, new
 _PATIENCE = 60.0
 
 
-class Claim:
+class RunLocks:
     """Locks a run's folder and checkpoint place. Only rank 0 has a `held` for its locks; others' methods do nothing.
 
     Nothing is written before `make`, so that what is refused until then leaves no trace.

@@ -16,7 +16,7 @@ from limbeck.diffusion.models.checkpoint import MODEL_FILE, WEIGHTS_FILE
 from limbeck.storage_schemas.locks import only_one
 from limbeck.storage_schemas.store import Store
 from limbeck.trainer.runs.checkpoints import FOLDER, remove_folder
-from limbeck.trainer.runs.hold import Hold
+from limbeck.trainer.runs.claim import Claim
 
 RECORD, METRICS, LOCK = "run.json", "metrics.jsonl", ".lock"
 MODEL, BEST, STAGES = "model", "best", "stages"
@@ -29,7 +29,7 @@ class Place:
         self.folder, own = folder, Store(str(folder))
         self.store = Store(uri) if uri is not None else own
         self.elsewhere = self.store.uri != own.uri
-        self._hold: Hold | None = None
+        self._claim: Claim | None = None
 
     @contextmanager
     def held(self, *, patience: float = 0.0) -> Iterator[None]:
@@ -44,15 +44,15 @@ class Place:
             with only_one(Path(local), refused=refused, patience=patience):
                 yield
         elif self.elsewhere:
-            with Hold(self.store) as self._hold:
+            with Claim(self.store) as self._claim:
                 yield
         else:
             yield
 
     def check(self) -> None:
         """TakenOver where another fit goes on in the place, since this one was away for too long."""
-        if self._hold:
-            self._hold.check()
+        if self._claim:
+            self._claim.check()
 
     def put(self, name: str) -> None:
         """Copy a file of the folder, or a model's folder; what another fit has taken over is left to it."""

@@ -14,8 +14,8 @@ from limbeck.storage_schemas.command_line import main
 from limbeck.storage_schemas.errors import UsageError
 from limbeck.storage_schemas.program import COMMANDS
 from limbeck.storage_schemas.store import Store
-from limbeck.trainer.runs import hold
-from limbeck.trainer.runs.hold import FITS, Claim, Hold, TakenOver
+from limbeck.trainer.runs import claim
+from limbeck.trainer.runs.claim import FITS, Claim, FitAtWork, TakenOver
 from limbeck.trainer.runs.place import Place
 from tests.servers import moto
 from tests.trainer.test_fits_on_ranks import TINY
@@ -27,24 +27,24 @@ LAPSES = 1.0
 def place(request, tmp_path, monkeypatch):
     """A bucket in memory, and a fit's times a sixtieth of what they are."""
     for name, seconds in (("_RENEWED", LAPSES / 6), ("_LAPSES", LAPSES), ("_LOOKS", LAPSES / 60)):
-        monkeypatch.setattr(hold, name, seconds)
-    return Store(f"memory://hold/{tmp_path.name}")
+        monkeypatch.setattr(claim, name, seconds)
+    return Store(f"memory://claim/{tmp_path.name}")
 
 
 def left(place: Store, *, process: str = "", number: int = 1, **more) -> None:
     """The claim of a fit that was killed; on another machine unless told of a process."""
-    place.write(f"{FITS}/{number:06d}.json", Claim(attempt="0" * 16, process=process, **more).to_bytes())
+    place.write(f"{FITS}/{number:06d}.json", FitAtWork(attempt="0" * 16, process=process, **more).to_bytes())
 
 
 def taken(place: Store) -> tuple[int, float]:
     """(number of the claim, seconds until it was had)."""
     began = time.monotonic()
-    with Hold(place) as held:
+    with Claim(place) as held:
         return held._number, time.monotonic() - began
 
 
 def test_a_second_is_refused_while_the_first_is_at_work_and_not_after_it(place):
-    with Hold(place) as first:
+    with Claim(place) as first:
         for _ in range(2):
             with pytest.raises(UsageError, match=r"another fit keeps its checkpoints in .*; wait for it, or choose"):
                 taken(place)
@@ -60,8 +60,8 @@ def test_a_second_is_refused_while_the_first_is_at_work_and_not_after_it(place):
 def gone() -> str:
     """A process of this machine that was there."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    process = hold._process(child.pid)
-    assert not hold._is_gone(process)
+    process = claim._process(child.pid)
+    assert not claim._is_gone(process)
     child.kill()
     child.wait()
     return process
@@ -74,14 +74,14 @@ def test_one_whose_process_is_gone_is_taken_over_at_once(place):
 
 
 def test_a_process_number_that_another_has_now_is_not_the_one(place):
-    *here, _ = hold._this_process().split("/")
-    assert hold._is_gone("/".join([*here, "1"]))
-    assert not hold._is_gone(hold._this_process())
+    *here, _ = claim._this_process().split("/")
+    assert claim._is_gone("/".join([*here, "1"]))
+    assert not claim._is_gone(claim._this_process())
 
 
 @pytest.mark.parametrize("process", ["", "x", "a/b/1/2", "a/b/../2", "a/b/c/d/e"])
 def test_what_cannot_be_told_of_another_machine_is_not_taken_for_gone(process):
-    assert not hold._is_gone(process)
+    assert not claim._is_gone(process)
 
 
 def test_one_of_another_machine_is_waited_for_until_it_lapses(place, capsys):
@@ -121,15 +121,15 @@ def test_other_names_are_left_alone(place, name):
 
 def test_one_that_slept_stops_before_it_writes_and_never_takes_back(place):
     with ExitStack() as held:
-        slept = held.enter_context(Hold(place))
+        slept = held.enter_context(Claim(place))
         slept._ended.set()  # no renewal, as where all of a process is stopped
         slept._renewal.join()
         slept._process = ""
         left(place)
-        other = held.enter_context(Hold(place))
-        with pytest.raises(TakenOver, match=r"another fit goes on in memory://hold/.*; nothing is written any more"):
+        other = held.enter_context(Claim(place))
+        with pytest.raises(TakenOver, match=r"another fit goes on in memory://claim/.*; nothing is written any more"):
             slept.check()
-        place.write(hold._path(slept._number), slept._claim(beats=9).to_bytes())  # a renewal that was under way
+        place.write(claim._path(slept._number), slept._document(beats=9).to_bytes())  # a renewal that was under way
         other.check()
     assert max(place.list(FITS)) == "000002.json"
 
@@ -141,7 +141,7 @@ def test_of_many_who_come_at_once_one_holds(place):
     def come() -> None:
         barrier.wait()
         try:
-            with Hold(place) as one:
+            with Claim(place) as one:
                 won.append(one)
                 done.wait(20)
         except UsageError as error:
@@ -167,8 +167,8 @@ def fit(store, out, place, *options) -> int:
 @pytest.mark.parametrize("where", ["memory://fits{}", "{}/place"])
 @pytest.mark.parametrize("option", ["--resume", "--no-resume"])
 def test_a_fit_refuses_a_place_where_another_is_at_work(make_store, tmp_path, monkeypatch, capsys, where, option):
-    monkeypatch.setattr(hold, "_RENEWED", 0.1)
-    monkeypatch.setattr(hold, "_LOOKS", 0.05)
+    monkeypatch.setattr(claim, "_RENEWED", 0.1)
+    monkeypatch.setattr(claim, "_LOOKS", 0.05)
     store, uri = make_store(), where.format(tmp_path)
     assert fit(store, tmp_path / "first", uri) == 0
     names = Store(uri).list("checkpoints")
@@ -197,9 +197,9 @@ def test_a_fit_that_was_taken_over_ends_in_a_line(make_store, tmp_path, monkeypa
 
 @pytest.mark.parametrize("bucket", [moto], indirect=True)
 def test_on_s3_it_is_the_same(bucket, monkeypatch):
-    monkeypatch.setattr(hold, "_RENEWED", 0.3)
-    monkeypatch.setattr(hold, "_LOOKS", 0.1)
+    monkeypatch.setattr(claim, "_RENEWED", 0.3)
+    monkeypatch.setattr(claim, "_LOOKS", 0.1)
     place = Store(f"{bucket}/runs/held-{os.getpid()}")
-    with Hold(place), pytest.raises(UsageError, match="another fit keeps its checkpoints in s3://"):
+    with Claim(place), pytest.raises(UsageError, match="another fit keeps its checkpoints in s3://"):
         taken(place)
     assert taken(place)[0] == 2

@@ -37,7 +37,7 @@ class TakenOver(UserError):
     """Another fit goes on in this one's place."""
 
 
-class Claim(Document):
+class FitAtWork(Document):
     """A fit at work. process: on which machine, and which process there; beats: how often it was renewed."""
 
     format: Literal[1] = 1
@@ -47,20 +47,20 @@ class Claim(Document):
     ended: bool = False
 
 
-class Hold:
-    """A fit's hold on a place, for as long as it lasts. UsageError where another fit is at work there."""
+class Claim:
+    """A fit's claim on a place, for as long as it lasts. UsageError where another fit is at work there."""
 
     def __init__(self, place: Store) -> None:
         self._place, self._attempt, self._process = place, paths.new_attempt(), _this_process()
         self._number, self._ended = 0, threading.Event()
-        self._renewal = threading.Thread(target=self._renew, daemon=True, name="hold")
+        self._renewal = threading.Thread(target=self._renew, daemon=True, name="claim")
 
     def __enter__(self) -> Self:
         for _ in range(_TRIES):
             last = max(self._numbers(), default=0)
             if last:
                 self._outwait(last)
-            ours = self._claim().to_bytes()
+            ours = self._document().to_bytes()
             if self._place.put_if_absent(_path(last + 1), ours) == ours:
                 break
         else:
@@ -76,7 +76,7 @@ class Hold:
         self._ended.set()
         self._renewal.join()
         try:
-            self._place.write(_path(self._number), self._claim(ended=True).to_bytes())
+            self._place.write(_path(self._number), self._document(ended=True).to_bytes())
         except StoreError:
             return  # it lapses
 
@@ -91,12 +91,12 @@ class Hold:
         while not self._ended.wait(_RENEWED):
             beats += 1
             try:
-                self._place.write(_path(self._number), self._claim(beats=beats).to_bytes())
+                self._place.write(_path(self._number), self._document(beats=beats).to_bytes())
             except StoreError:
                 continue  # the next one may get through
 
-    def _claim(self, *, beats: int = 0, ended: bool = False) -> Claim:
-        return Claim(attempt=self._attempt, process=self._process, beats=beats, ended=ended)
+    def _document(self, *, beats: int = 0, ended: bool = False) -> FitAtWork:
+        return FitAtWork(attempt=self._attempt, process=self._process, beats=beats, ended=ended)
 
     def _numbers(self) -> list[int]:
         return [int(name[:-5]) for name in self._place.list(FITS) if _NAME.fullmatch(name)]
@@ -141,10 +141,10 @@ def _path(number: int) -> str:
 def _is_over(data: bytes) -> bool:
     """Whether a claim's fit has ended, or its process is gone from this machine. What is no claim lapses, too."""
     try:
-        claim = Claim.from_bytes(data, FITS)
+        fit = FitAtWork.from_bytes(data, FITS)
     except StoreError:
         return False
-    return claim.ended or _is_gone(claim.process)
+    return fit.ended or _is_gone(fit.process)
 
 
 def _this_process() -> str:
