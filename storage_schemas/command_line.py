@@ -34,6 +34,10 @@ class _PassedOn:
 PassedOn = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], _PassedOn()]
 """Another program's options: --fit.steps 100, or in YAML fit: {steps: 100}, is the words --steps 100 of field `fit`."""
 
+GroupT = TypeVar("GroupT")
+Unprefixed = Annotated[GroupT, tyro.conf.OmitArgPrefixes]
+"""A group of options whose flags and YAML keys are the options' own names: --steps, not --optimization.steps."""
+
 
 class Config(BaseModel):
     """A typed, frozen group of options that is valid by construction."""
@@ -121,6 +125,31 @@ def spelled_out(config: type[Config], arguments: Sequence[str]) -> list[str]:
     return [*words, *arguments[len(own) :]]
 
 
+def ungrouped(config: type[Config], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a user writes them: the options of unprefixed groups beside the others."""
+    flat = dict[str, Any]()
+    for name, value in settings.items():
+        flat |= dict(value) if name in _unprefixed(config) and isinstance(value, Mapping | Config) else {name: value}
+    return flat
+
+
+def grouped(config: type[Config], flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a config takes them: every option of an unprefixed group in its group."""
+    owner = {option: name for name, group in _unprefixed(config).items() for option in group.model_fields}
+    settings = dict[str, Any]()
+    for name, value in flat.items():
+        if name in owner:
+            settings.setdefault(owner[name], {})[name] = value
+        else:
+            settings[name] = value
+    return settings
+
+
+def _unprefixed(config: type[Config]) -> dict[str, Any]:
+    fields = config.model_fields.items()
+    return {name: field.annotation for name, field in fields if tyro.conf.OmitArgPrefixes in field.metadata}
+
+
 def _passed_on(words: Sequence[str], field: str) -> list[str]:
     """--fit.steps 100 as --fit=--steps --fit=100: a flag of another program, and what follows it up to the next."""
     found, inside = list[str](), False
@@ -161,9 +190,10 @@ def _positionals(config: type[Config]) -> set[str]:
 
 
 def _renamed(config: type[Config]) -> dict[str, str]:
-    """Fields whose flag has another name."""
+    """Fields whose flag has another name; "" for a group whose name no flag bears."""
     marks = [(name, mark) for name, field in config.model_fields.items() for mark in field.metadata]
-    return {name: mark.name for name, mark in marks if getattr(mark, "name", None)}
+    renamed = {name: mark.name for name, mark in marks if getattr(mark, "name", None)}
+    return renamed | dict.fromkeys(_unprefixed(config), "")
 
 
 def _with_yaml(arguments: list[str], positionals: set[str]) -> list[str]:
@@ -231,13 +261,15 @@ def _one_line(complaint: str, renamed: Mapping[str, str]) -> str:
 
 def _refused(lines: Sequence[str], what: str, renamed: Mapping[str, str]) -> str:
     """Pydantic's lines, a field's name before each complaint, as `--solver.steps: should be greater than 0, got 0`."""
-    prefix = "" if what[0].isupper() else f"{what}."  # a group of options, else the whole configuration
+    # A group of options, else the whole configuration.
+    prefix = "" if what[0].isupper() or not renamed.get(what, what) else f"{what}."
     said: list[str] = []
     flag = ""
     for line in lines:
-        field = re.fullmatch(r"([a-z_]+)(\.\S+)?", line)
+        field = re.fullmatch(r"([a-z_]+)(?:\.(\S+))?", line)
         if field:
-            flag = f"--{prefix}{renamed.get(field[1], field[1])}: ".replace("_", "-")
+            name = renamed.get(field[1], field[1]) or field[2]
+            flag = f"--{prefix}{name}: ".replace("_", "-") if name else ""
             continue
         line = re.sub(r" \[type=value_error, .*\]$", "", line)
         line = re.sub(r" \[type=\w+, input_value=(.*?), input_type=\w+\]", r", got \1", line)

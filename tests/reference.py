@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
+import tyro
 from pydantic.fields import FieldInfo
 
 from limbeck.storage_schemas.command_line import Command, Config
@@ -49,7 +50,7 @@ def _rows(config: type[Config], prefix: str = "") -> Iterator[tuple[str, str, st
     for name, field in config.model_fields.items():
         group = next((kind for kind in (field.annotation, *get_args(field.annotation)) if _is_config(kind)), None)
         if group is not None:
-            yield from _rows(group, prefix=f"{prefix}{name}.")
+            yield from _rows(group, prefix if tyro.conf.OmitArgPrefixes in field.metadata else f"{prefix}{name}.")
         else:
             yield _flag(prefix + name, field), _default(field), (field.description or "").replace("|", "/")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.storage_schemas.command_line import parse
+from limbeck.storage_schemas.command_line import parse, ungrouped
 from limbeck.storage_schemas.errors import UsageError
 from limbeck.storage_schemas.program import COMMANDS
 
@@ -68,8 +68,10 @@ LOCAL = [
 def read(line, option, value):
     name, *words = line.split()
     given = [f"{option}={value}", *words] if option.startswith("--") else [value, *words]
-    found = parse(COMMANDS[name].config, given, program=name)
-    for part in option.removeprefix("--").replace("-", "_").split("."):
+    config = parse(COMMANDS[name].config, given, program=name)
+    first, *inner = option.removeprefix("--").replace("-", "_").split(".")
+    found = ungrouped(type(config), dict(config))[first]
+    for part in inner:
         found = getattr(found, part)
     return found
 

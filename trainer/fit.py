@@ -18,7 +18,6 @@ from limbeck.trainer.planning.plan import Plan
 from limbeck.trainer.planning.start import RunLocks, check_launch, gather, make_plan, start_or_go_on
 from limbeck.trainer.ranks import Ranks, join_ranks
 from limbeck.trainer.reading.content import check_division
-from limbeck.trainer.reading.order import default_lanes
 from limbeck.trainer.runs.advice import advice_of
 from limbeck.trainer.runs.checkpoints import Checkpoints, Found
 from limbeck.trainer.runs.logs import NoLog, RunLog
@@ -37,24 +36,21 @@ class Diverged(UserError):
 
 def run_fit(config: FitConfig) -> int:
     """Fit to the end, or to a signal: 0, or 128 + the signal after saving. Every process of torchrun's calls it."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    if config.compute.threads:
+        torch.set_num_threads(config.compute.threads)
     with ExitStack() as held:
         with usage_errors():
-            ranks = held.enter_context(join_ranks(config.device))
-            check_device(config, ranks.device)
-            check_division(
-                config.samples_a_step, config.lanes or default_lanes(config.samples_a_step), ranks.world_size
-            )
-            check_launch(config, ranks)
+            ranks = held.enter_context(join_ranks(config.compute.device))
+            check_device(config.compute, ranks.device)
+            check_division(config.batch.size, config.batch.num_lanes, ranks.world_size)
+            check_launch(config.compute, ranks, resume=config.saving.resume)
         return _fit(config, ranks, held)
 
 
 def _fit(config: FitConfig, ranks: Ranks, held: ExitStack) -> int:
-    place = Place(config.out, config.checkpoints)
-    checkpoints = Checkpoints(
-        place.store, ranks, keep_last=config.keep_last, keep_best=config.keeps_best, check=place.check
-    )
+    keep_last, keep_best = config.saving.keep_last, config.keeps_best
+    place = Place(config.out, config.saving.checkpoints)
+    checkpoints = Checkpoints(place.store, ranks, keep_last=keep_last, keep_best=keep_best, check=place.check)
     locks = RunLocks(config, place, held if ranks.is_first else None)
     earlier = ranks.broadcast(locks.earlier(checkpoints))
     config = as_begun(config, earlier)
@@ -86,14 +82,15 @@ class Fit:
         self.config, self.plan, self.ranks, self.stop = config, plan, ranks, stop
         self.place, self.checkpoints = place, checkpoints
         self.models = Models(config, record, place)
-        self.total = config.steps * len(plan.stages)
+        self.steps = config.optimization.steps
+        self.total = self.steps * len(plan.stages)
         self.pins = None
         if plan.store is not None and ranks.is_first:
             self.pins = Pins(plan.store, run=record.name, dataset=plan.reads["dataset"])
 
     def begin(self, student: FlowMap, found: Found | None) -> None:
         """Initialise, or restore from a checkpoint."""
-        sharded = self.config.parallel == "fsdp"
+        sharded = self.config.compute.parallel == "fsdp"
         with usage_errors():
             networks = gather(self.config, self.plan, student)
             self.stepper = Stepper(networks, self.config, self.ranks, sharded=sharded)
@@ -110,7 +107,7 @@ class Fit:
     @property
     def done(self) -> int:
         """Steps done of the whole run."""
-        return self.stage * self.config.steps + self.step
+        return self.stage * self.steps + self.step
 
     def run(self) -> int:
         """Run to the end or to a signal; the exit code."""
@@ -151,11 +148,11 @@ class Fit:
         """Steps up to the stage's end; whether a signal came, on any rank."""
         config, stage = self.config, self.plan.stages[self.stage]
         following = None
-        if config.follow_latest:
+        if config.store.follow_latest:
             following = Following(config, self.plan, stage, ranks=self.ranks, pins=self.pins, say=self.log.say)
         with self._stream(stage, following) as stream, following or nullcontext():
             meter, stopped = Meter(stream, self.ranks.device), self.ranks.any(bool(self.stop))
-            while self.step < config.steps and not stopped:
+            while self.step < self.steps and not stopped:
                 batch = next(stream)
                 meter.note_batch()
                 if following:
@@ -163,10 +160,10 @@ class Fit:
                 seed = step_seed(config.seed, self.done)
                 found = self.stepper.step(stage.objective, batch, seed=seed, number=self.step)
                 self.step += 1
-                meter.add(found, config.samples_a_step)
+                meter.add(found, config.batch.size)
                 error = self._report(stage, meter, stream)
                 stopped = self.ranks.any(bool(self.stop))  # agreed, so that all ranks end after the same step
-                if self.step % config.checkpoint_every == 0 or self.step == config.steps or stopped:
+                if self.step % config.saving.checkpoint_every == 0 or self.step == self.steps or stopped:
                     self._check_finite(meter)
                     self._checkpoint(stream, error)
             self.stream_state = stream.state_dict(self.ranks.gather)
@@ -176,13 +173,13 @@ class Fit:
         config = self.config
         return Stream(
             self.plan.source(stage.objective.columns),
-            batch_size=config.samples_a_step,
+            batch_size=config.batch.size,
             seed=config.seed,
-            lanes=config.lanes or default_lanes(config.samples_a_step),
+            lanes=config.batch.num_lanes,
             num_uniforms=stage.objective.num_uniforms,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
-            ahead_bytes=config.ahead_mib << 20,
+            ahead_bytes=config.batch.ahead_mib << 20,
             device=self.ranks.device,
             follow=following,
             state=self.stream_state,
@@ -199,13 +196,13 @@ class Fit:
 
     def _report(self, stage: Stage, meter: Meter, stream: Stream) -> float | None:
         """The line of metrics that is due after a step, if one is; its error on the holdout split, if that was due."""
-        config, figures, last = self.config, Figures(), self.step == self.config.steps
-        if self.done % config.log_every == 0 or last:
+        saving, figures, last = self.config.saving, Figures(), self.step == self.steps
+        if self.done % saving.log_every == 0 or last:
             self._check_finite(meter)
             lr = float(self.stepper.student.scheduler.get_last_lr()[0])
             figures = {"stage": stage.name, **meter.take(), "lr": lr, **self._counts(stream)}
         error = None
-        if config.validate_every and (self.step % config.validate_every == 0 or last) and self.plan.holdout_error:
+        if saving.validate_every and (self.step % saving.validate_every == 0 or last) and self.plan.holdout_error:
             with self.stepper.evaluating() as served:
                 error = figures["holdout_error"] = self.plan.holdout_error(FlowMap(served), stage)
                 if last and self.plan.train_error:
@@ -217,11 +214,11 @@ class Fit:
     def _counts(self, stream: Stream) -> Figures:
         state = stream.state_dict(self.ranks.gather)
         counts: Figures = {name: state[name] for name in ("substituted", "left_out") if state[name]}
-        return counts | ({"manifest": state["place"]["manifest"]} if self.config.follow_latest else {})
+        return counts | ({"manifest": state["place"]["manifest"]} if self.config.store.follow_latest else {})
 
     def _check_finite(self, meter: Meter) -> None:
         # float16 steps whose gradient overflows are skipped by the scaler: only its loss tells.
-        if not meter.finite(norms=self.config.autocast != "float16"):
+        if not meter.finite(norms=self.config.compute.autocast != "float16"):
             problem = f"{self.config.out} has diverged by step {self.done}: its loss or gradient is not finite"
             raise Diverged(f"{problem}; start it anew by --no-resume with a smaller --lr or a longer --warmup")
 
@@ -233,7 +230,7 @@ class Fit:
         if self.ranks.is_first:
             self.place.put(METRICS)
         state = stream.state_dict(self.ranks.gather)
-        reads = {**where(self.config), **state["place"], "content_digest": state["content_digest"]}
+        reads = {**where(self.config.store), **state["place"], "content_digest": state["content_digest"]}
         tree = {
             "stage": self.stage,
             "step": self.step,

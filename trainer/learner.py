@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from limbeck.trainer.config import FitConfig
 from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.options import ComputeConfig, OptimizationConfig
 from limbeck.trainer.ranks import Loss, Ranks, held_back, replicated
 from limbeck.trainer.stream import Batch
 
@@ -21,13 +21,14 @@ LossOf = Callable[[Networks, Batch], Tensor]
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def lr_factor(step: int, config: FitConfig) -> float:
-    """Share of the peak learning rate at `step`: linear warm-up, then the decay to 0 at config.steps."""
-    warmup = config.num_warmup
+def lr_factor(step: int, optimization: OptimizationConfig) -> float:
+    """Share of the peak learning rate at `step`: linear warm-up, then the decay to 0 at the last one."""
+    warmup = optimization.num_warmup
     if step < warmup:
         return (step + 1) / warmup
-    share = min(1.0, (step - warmup) / max(1, config.steps - warmup))
-    return {"cosine": (1 + math.cos(math.pi * share)) / 2, "linear": 1 - share, "none": 1.0}[config.decay or "none"]
+    share = min(1.0, (step - warmup) / max(1, optimization.steps - warmup))
+    left = {"cosine": (1 + math.cos(math.pi * share)) / 2, "linear": 1 - share, "none": 1.0}
+    return left[optimization.decay or "none"]
 
 
 class Learner:
@@ -39,32 +40,42 @@ class Learner:
     """
 
     def __init__(
-        self, module: nn.Module, config: FitConfig, ranks: Ranks, *, lr: float, every: int = 1, sharded: bool = False
+        self,
+        module: nn.Module,
+        optimization: OptimizationConfig,
+        compute: ComputeConfig,
+        ranks: Ranks,
+        *,
+        lr: float,
+        micro_batch: int | None,
+        every: int = 1,
+        sharded: bool = False,
     ) -> None:
-        self.module, self.config, self.ranks = module, config, ranks
-        self._lr, self._every, self._sharded = lr, every, sharded
+        self.module, self.ranks = module, ranks
+        self._optimization, self._compute = optimization, compute
+        self._lr, self._micro_batch, self._every, self._sharded = lr, micro_batch, every, sharded
         self._loss = Loss(module) if sharded else replicated(module, ranks)
         self.begin()
 
     def begin(self) -> None:
         """Reset optimizer, schedule and scaler; keep the weights."""
-        config, every = self.config, self._every
+        optimization, every = self._optimization, self._every
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(),
             lr=self._lr,
-            betas=(config.beta1 or 0.0, 0.999),
-            weight_decay=config.weight_decay,
+            betas=(optimization.beta1 or 0.0, 0.999),
+            weight_decay=optimization.weight_decay,
             fused=True,
         )
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda n: lr_factor(n * every, config))
-        self.scaler = torch.amp.GradScaler(self.ranks.device.type, enabled=config.autocast == "float16")
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda n: lr_factor(n * every, optimization))
+        self.scaler = torch.amp.GradScaler(self.ranks.device.type, enabled=self._compute.autocast == "float16")
 
     def update(self, loss_of: LossOf, networks: Networks, batch: Batch) -> tuple[Tensor, Tensor]:
         """One optimizer step; (loss, norm of the gradient before clipping) of the global batch, on the device."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._gradient(loss_of, networks, batch)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._optimization.clip or math.inf)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
@@ -74,7 +85,7 @@ class Learner:
         """The loss of this rank's part; leaves the mean gradient over ranks in the parameters."""
         loss = torch.zeros((), device=self.ranks.device)
         done = 0
-        for part in batch.split(self.config.micro_batch or len(batch)):
+        for part in batch.split(self._micro_batch or len(batch)):
             done += len(part)
             with held_back(self._loss, last=done == len(batch)):
                 with self._autocast():
@@ -84,7 +95,7 @@ class Learner:
         return loss
 
     def _autocast(self) -> torch.autocast:
-        dtype = _AUTOCAST.get(self.config.autocast)
+        dtype = _AUTOCAST.get(self._compute.autocast)
         # Before PyTorch 2.11 its cache gives weights that were cast without a gradient to calls that want one.
         return torch.autocast(self.ranks.device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
 

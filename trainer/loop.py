@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -19,6 +20,7 @@ from limbeck.trainer.config import FitConfig
 from limbeck.trainer.learner import Average, Learner, frozen
 from limbeck.trainer.networks.networks import Networks
 from limbeck.trainer.objectives.kind import AlternatingObjective, Objective
+from limbeck.trainer.options import ComputeConfig
 from limbeck.trainer.ranks import Ranks, send_first, share_out
 from limbeck.trainer.stream import Batch
 
@@ -28,12 +30,12 @@ def step_seed(seed: int, step: int) -> int:
     return int.from_bytes(hashlib.sha256(f"limbeck step|{seed}|{step}".encode()).digest()[:7])
 
 
-def check_device(config: FitConfig, device: torch.device) -> None:
+def check_device(compute: ComputeConfig, device: torch.device) -> None:
     """Refuse a precision that the device does not have."""
-    if config.autocast == "float16" and device.type == "cpu":
+    if compute.autocast == "float16" and device.type == "cpu":
         raise ValueError("autocast float16 needs a GPU; use bfloat16 or none on the CPU")
     on_gpu = device.type == "cuda"
-    if config.autocast == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if compute.autocast == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ValueError(f"autocast bfloat16: {torch.cuda.get_device_name(device)} lacks it; use float16 or none")
 
 
@@ -52,21 +54,30 @@ class Stepper:
         if networks.critic is not None:
             send_first(networks.critic, ranks)
         denoiser, options = networks.student.denoiser, config.options
-        self.average = Average(denoiser, config.ema) if config.ema else None
+        ema, lr = config.optimization.ema, config.optimization.lr
+        self.average = Average(denoiser, ema) if ema else None
         self.target = None if options.target_decay is None else Average(denoiser, options.target_decay)
         critic_ema = config.critic.ema if networks.critic else 0.0
         self.critic_average = Average(networks.critic, critic_ema) if networks.critic and critic_ema else None
         if self.target is not None:
             networks.target = FlowMap(self.target.module).eval()
-        if config.compile:
+        if config.compute.compile:
             denoiser.network.compile()
         if sharded:
             self._share_out()
-        assert config.lr is not None
-        self.student = Learner(fitted, config, ranks, lr=config.lr, every=options.student_every, sharded=sharded)
+        assert lr is not None  # filled
+        learner = partial(
+            Learner,
+            optimization=config.optimization,
+            compute=config.compute,
+            ranks=ranks,
+            micro_batch=config.batch.micro_batch,
+            sharded=sharded,
+        )
+        self.student = learner(fitted, lr=lr, every=options.student_every)
         self.critic: Learner | None = None
         if networks.critic:
-            self.critic = Learner(networks.critic, config, ranks, lr=config.critic.lr or config.lr, sharded=sharded)
+            self.critic = learner(networks.critic, lr=config.critic.lr or lr)
 
     def _share_out(self) -> None:
         averages = [average.module for average in (self.average, self.target) if average]

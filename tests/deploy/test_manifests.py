@@ -10,7 +10,6 @@ import yaml
 
 from limbeck.pipeline.workers.ray_runner import _Worker
 from limbeck.trainer.config import FitConfig
-from limbeck.trainer.reading.order import default_lanes
 from tests.deploy.kubectl import find
 from tests.deploy.manifests import (
     CONFIG,
@@ -289,7 +288,7 @@ def test_a_trainers_processes_are_its_gpus_and_divide_the_batch(overlay):
     gpus = int(pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
     config = FitConfig(**fit)
     for nodes in range(1, documents["Job"]["spec"].get("completions", 1) + 1):
-        assert (config.lanes or default_lanes(config.batch_size)) % (nodes * gpus) == 0
+        assert config.batch.num_lanes % (nodes * gpus) == 0
 
 
 @needs_kubectl

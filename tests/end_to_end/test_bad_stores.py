@@ -116,9 +116,9 @@ def test_a_secret_in_a_uri_works_and_is_nowhere(s3_environment, jobs, monkeypatc
 
 def test_a_run_of_the_trainer_keeps_no_secret_of_its_stores(tmp_path):
     config = FitConfig(out=tmp_path, data=f"s3://AKIA:{SLASHED}@bucket/x", checkpoints=f"s3://AKIA:{SLASHED}@bucket/y")
-    assert where(config)["data"] == "s3://***@bucket/x"
-    place = Place(tmp_path, config.checkpoints)
-    RunRecord("run", plain(config), where(config), {}, place.store.uri).save(tmp_path)
+    assert where(config.store)["data"] == "s3://***@bucket/x"
+    place = Place(tmp_path, config.saving.checkpoints)
+    RunRecord("run", plain(config), where(config.store), {}, place.store.uri).save(tmp_path)
     kept = (tmp_path / RECORD).read_text()
     assert "s3://bucket/y" in kept
     assert SLASHED not in kept

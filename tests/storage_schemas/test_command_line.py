@@ -8,7 +8,7 @@ import pytest
 import tyro
 from pydantic import Field, model_validator
 
-from limbeck.storage_schemas.command_line import Command, Config, main, parse
+from limbeck.storage_schemas.command_line import Command, Config, Unprefixed, grouped, main, parse, ungrouped
 from limbeck.storage_schemas.errors import StoreError, UsageError
 
 
@@ -17,6 +17,19 @@ class Solver(Config):
 
     name: Literal["ddim", "heun"] = Field("heun", description="The solver.")
     steps: int = Field(16, gt=0, description="Steps of the grid.")
+
+
+class Pace(Config):
+    """How fast."""
+
+    workers: int = Field(2, gt=0, description="Workers at a time.")
+    low_power: bool = Field(False, description="Save power.")
+
+    @model_validator(mode="after")
+    def _low_power_is_one_worker(self):
+        if self.low_power and self.workers > 1:
+            raise ValueError(f"low_power is for 1 worker, not {self.workers}")
+        return self
 
 
 class Job(Config):
@@ -28,6 +41,7 @@ class Job(Config):
     store: tyro.conf.Positional[str] = Field(description="Where to.")
     states: tuple[int, ...] = Field((), description="Grid indices to keep.")
     solver: Solver = Solver()
+    pace: Unprefixed[Pace] = Pace()
     with_weights: bool = Field(False, description="Keep the weights.")
     max_missing: int = Field(0, description="How many may be missing.")
     as_few: Annotated[int, tyro.conf.arg(name="few")] = Field(0, ge=0, description="How few may be there.")
@@ -67,6 +81,16 @@ def test_yaml_is_flags(yaml_file):
     assert read("s", "--config", yaml_file) == flags == read(f"--config={yaml_file}", "s")
 
 
+def test_the_options_of_an_unprefixed_group_have_their_own_names(tmp_path):
+    (tmp_path / "job.yaml").write_text("workers: 1\nlow_power: true\n")
+    job = read("s", "--workers", "1", "--low-power")
+    assert job.pace == Pace(workers=1, low_power=True)
+    assert read("s", "--config", str(tmp_path / "job.yaml")) == job
+    flat = ungrouped(Job, dict(job))
+    assert (flat["store"], flat["workers"], flat["solver"], "pace" in flat) == ("s", 1, Solver(), False)
+    assert Job.model_validate(grouped(Job, flat)) == job
+
+
 def test_flags_win_over_yaml(yaml_file):
     job = read(
         "s", "--config", yaml_file, "--states", "6", "--solver.steps=9", "--no-with-weights", "--max_missing", "1"
@@ -88,6 +112,9 @@ def test_yaml_may_fill_a_place(tmp_path):
         (["s", "--solver.name", "euler"], "--solver.name"),
         (["s", "--solver.steps", "0"], "--solver.steps: should be greater than 0, got 0"),
         (["s", "--solver.steps", "many"], "'many'"),
+        (["s", "--workers", "0"], "--workers: should be greater than 0, got 0; python -m job --help"),
+        (["s", "--low-power"], "low_power is for 1 worker, not 2; python -m job --help"),
+        (["s", "--pace.workers", "1"], "Unrecognized options: --pace.workers"),
         (["s", "--few", "-1"], "--few: should be greater than or equal to 0, got -1; python -m job --help"),
         (["s", "--states", "20"], "state 20 is past the 16 steps; leave it out"),
         ([], "STR"),

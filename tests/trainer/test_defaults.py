@@ -62,7 +62,7 @@ def config(**given):
     ("steps", "expected"), [(1, 0), (9, 0), (10, 1), (20, 2), (300, 30), (1000, 100), (3000, 100), (10**6, 100)]
 )
 def test_the_default_warm_up_is_a_tenth_of_the_steps(steps, expected):
-    assert config(steps=steps).num_warmup == expected
+    assert config(steps=steps).optimization.num_warmup == expected
 
 
 def test_a_warm_up_that_is_given_may_be_refused():
@@ -83,7 +83,7 @@ def test_a_warm_up_that_is_given_may_be_refused():
     ],
 )
 def test_the_default_batch_is_of_whole_parts(given, expected):
-    assert config(**given).batch_size == expected
+    assert config(**given).batch.size == expected
 
 
 def test_a_batch_of_few_rows_is_no_larger_than_they_are():
@@ -101,9 +101,20 @@ def record_of(began, tmp_path):
 def test_a_run_that_began_with_another_default_goes_on_with_it(tmp_path):
     place, _ = record_of(config(out=tmp_path, steps=500, warmup=100), tmp_path)
     now = config(out=tmp_path, steps=500)
-    assert (now.num_warmup, as_begun(now, earlier_run(now, place)).num_warmup) == (50, 100)
+    begun = as_begun(now, earlier_run(now, place))
+    assert (now.optimization.num_warmup, begun.optimization.num_warmup) == (50, 100)
     with pytest.raises(UsageError, match="holds a run with warmup 100, not 40"):
         earlier_run(config(out=tmp_path, steps=500, warmup=40), place)
+
+
+def test_a_record_names_options_as_a_user_does_whatever_group_has_them(tmp_path):
+    _, record = record_of(config(out=tmp_path, steps=500, lr=0.5, objective={"name": "dmd"}), tmp_path)
+    assert record.config.keys() == {
+        "images", "seed", "objective", "init", "told_guidance", "process", "prediction", "sigma_data", "network",
+        "critic", "teacher", "batch_size", "lanes", "steps", "lr", "beta1", "warmup", "decay", "clip", "weight_decay",
+        "ema", "autocast", "compile",
+    }  # fmt: skip
+    assert (record.config["steps"], record.config["lr"], record.config["beta1"]) == (500, 0.5, 0.0)
 
 
 def test_the_record_says_the_warm_up_that_is_used(tmp_path):

@@ -192,14 +192,20 @@ def test_impossible_configs_are_refused():
 
 def test_defaults_follow_the_objective():
     few = FitConfig(out="run", data="pairs", objective={"name": "progressive"})
-    assert (few.init, few.decay, few.ema, few.objective.schedule) == ("teacher", "linear", 0.0, (8, 4, 2, 1))
+    assert (few.student.init, few.optimization.decay, few.optimization.ema) == ("teacher", "linear", 0.0)
+    assert few.objective.schedule == (8, 4, 2, 1)
     one = FitConfig(out="run", data="pairs")
-    assert (one.init, one.decay, one.ema, one.objective.distance) == ("teacher", "cosine", 0.999, "l2")
+    assert (one.student.init, one.optimization.decay, one.optimization.ema) == ("teacher", "cosine", 0.999)
+    assert one.objective.distance == "l2"
     matching = FitConfig(out="run", data="pairs", images="sklearn:digits", objective={"name": "dmd", "gan": 0.1})
-    assert (matching.beta1, matching.objective.regression, matching.objective.critic_steps) == (0.0, 0.25, 1)
-    assert FitConfig(out="run", data="pairs", objective={"name": "reflow"}).init == "scratch"
+    assert (matching.optimization.beta1, matching.objective.regression, matching.objective.critic_steps) == (
+        0.0,
+        0.25,
+        1,
+    )
+    assert FitConfig(out="run", data="pairs", objective={"name": "reflow"}).student.init == "scratch"
     real = FitConfig(out="run", **{**IMAGES, "objective": {"name": "denoising"}})
-    assert (real.process, real.objective.p_mean, real.objective.p_std) == ("ve", -1.2, 1.2)
+    assert (real.student.process, real.objective.p_mean, real.objective.p_std) == ("ve", -1.2, 1.2)
     other = FitConfig(out="run", **{**IMAGES, "process": "linear_vp", "objective": {"name": "denoising"}})
     assert other.objective.p_mean is None
     for config in (few, one, matching, real, other):

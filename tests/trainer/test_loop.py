@@ -11,6 +11,7 @@ from limbeck.trainer.loop import Stepper, check_device, step_seed, stop_on_signa
 from limbeck.trainer.networks.networks import Networks
 from limbeck.trainer.networks.student import Shape, with_dropout
 from limbeck.trainer.objectives.knowledge import Knowledge
+from limbeck.trainer.options import ComputeConfig, OptimizationConfig
 from limbeck.trainer.planning.plan import fresh
 from limbeck.trainer.ranks import alone
 from limbeck.trainer.runs.trees import read_tree, write_tree
@@ -55,16 +56,16 @@ def weights(stepper: Stepper) -> list[torch.Tensor]:
 
 
 def test_learning_rate_schedule():
-    linear = config(decay="linear", steps=105, warmup=5)
+    linear = OptimizationConfig(decay="linear", steps=105, warmup=5)
     assert [lr_factor(step, linear) for step in (0, 4, 5, 55, 105)] == [0.2, 1.0, 1.0, 0.5, 0.0]
-    cosine = config(decay="cosine", steps=105, warmup=5)
+    cosine = OptimizationConfig(decay="cosine", steps=105, warmup=5)
     assert [round(lr_factor(step, cosine), 12) for step in (5, 30, 55, 105)] == [
         1.0,
         round((1 + 0.5**0.5) / 2, 12),
         0.5,
         0.0,
     ]
-    assert lr_factor(1000, config(decay="none")) == 1.0
+    assert lr_factor(1000, OptimizationConfig(decay="none")) == 1.0
 
 
 def test_resume_from_a_state_dict_on_disk_is_bit_identical(tmp_path):
@@ -137,7 +138,7 @@ def test_bfloat16_autocast_fits_and_float16_on_a_cpu_is_refused():
     )
     assert cached == [False]  # else PyTorch before 2.11 loses gradients of weights that were asked without one before
     with pytest.raises(ValueError, match="float16 needs a GPU"):
-        check_device(config(autocast="float16"), CPU)
+        check_device(ComputeConfig(autocast="float16"), CPU)
 
 
 def test_signals_are_noted_and_handlers_put_back():

@@ -180,5 +180,5 @@ def test_what_can_not_be_sharded_or_shared_is_refused():
 def test_their_learning_rate_is_lower():
     for name, lr, beta1 in (("dmd", 1e-4, 0.0), ("knowledge", 1e-3, 0.9)):
         config = FitConfig(out="run", data="pairs", objective={"name": name})
-        assert (config.lr, config.beta1) == (lr, beta1)
-    assert FitConfig(out="run", data="pairs", objective={"name": "sid"}, lr=0.5, beta1=0.5).lr == 0.5
+        assert (config.optimization.lr, config.optimization.beta1) == (lr, beta1)
+    assert FitConfig(out="run", data="pairs", objective={"name": "sid"}, lr=0.5, beta1=0.5).optimization.lr == 0.5

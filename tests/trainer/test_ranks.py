@@ -12,10 +12,11 @@ import torch
 from torch import distributed as dist
 
 from limbeck.storage_schemas.errors import UsageError
+from limbeck.trainer.options import ComputeConfig
 from limbeck.trainer.planning.start import check_launch
 from limbeck.trainer.ranks import LostRank, _report_once, alone, join_ranks
 from limbeck.trainer.runs.trees import read_tree, write_tree
-from tests.trainer.on_ranks import ROWS, config, run_case, student, tensors
+from tests.trainer.on_ranks import ROWS, run_case, student, tensors
 
 REPOSITORY = Path(__file__).parents[2]
 ALONE = alone(torch.device("cpu"))
@@ -188,7 +189,7 @@ def test_restarts_that_may_hang_are_refused(monkeypatch):
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_to_be_spread_without_torchrun_is_refused(way):
     with pytest.raises(ValueError, match=f"parallel {way} spreads a fit over processes; start it by torchrun"):
-        check_launch(config(parallel=way), ALONE)
+        check_launch(ComputeConfig(parallel=way), ALONE, resume=True)
 
 
 def test_an_error_is_told_once_and_a_lost_rank_where_nobody_has_said_why():

@@ -2,13 +2,34 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from limbeck.storage_schemas.command_line import Config
 from limbeck.storage_schemas.places import Source
 
+ProcessName = Literal["ve", "linear_vp", "cosine_vp", "rectified_flow"]
 PredictionName = Literal["edm", "sample", "v_prediction", "velocity", "epsilon"]
 DtypeName = Literal["float32", "float16", "bfloat16"]
+
+
+class StudentConfig(Config):
+    """What the student starts from. `init` is None until a FitConfig fills in the objective's default."""
+
+    init: Source | None = Field(
+        None,
+        description="What the student starts from: teacher, scratch or the folder of a saved model; default: scratch "
+        "for reflow and denoising, else teacher.",
+    )
+    told_guidance: bool = Field(
+        False, description="Give the student each sample's guidance scale, for data of several scales."
+    )
+    process: ProcessName | None = Field(None, description="For denoising: the forward process; default: ve.")
+    prediction: PredictionName | None = Field(
+        None, description="For --init scratch: what the network predicts; default: by the process (ve: edm)."
+    )
+    sigma_data: float | None = Field(
+        None, gt=0, description="For --init scratch and edm: rms of the data; default: measured."
+    )
 
 
 class CriticConfig(Config):
@@ -45,3 +66,10 @@ class NetworkConfig(Config):
         None, ge=1, description="Blocks of the residual MLP (default: 4), or of each level of the UNet (2)."
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout while fitting, whatever the student starts from.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "NetworkConfig":
+        for name in ("width", "depth", "dropout"):
+            if self.name == "affine" and getattr(self, name):
+                raise ValueError(f"network.{name} means nothing to affine; it belongs to residual_mlp, unet")
+        return self

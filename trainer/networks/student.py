@@ -19,7 +19,7 @@ from limbeck.diffusion.models.spec import model_from_spec, process_from_spec
 from limbeck.diffusion.models.unet import unet_spec
 from limbeck.diffusion.prediction import Epsilon
 from limbeck.storage_schemas.errors import ManifestMismatch
-from limbeck.trainer.networks.options import NetworkConfig
+from limbeck.trainer.networks.options import NetworkConfig, StudentConfig
 
 # Prediction by process: one step from pure noise needs one that says something of x_0 there.
 _PREDICTIONS = {"ve": "edm", "linear_vp": "v_prediction", "cosine_vp": "v_prediction", "rectified_flow": "velocity"}
@@ -36,26 +36,21 @@ class Shape:
     rms: float
 
 
-def scratch(
-    shape: Shape, options: NetworkConfig, *, prediction: str | None, sigma_data: float | None, seed: int
-) -> Checkpoint:
-    """A fresh network for data of this shape; its weights follow from the seed.
-
-    prediction: default: by the process. sigma_data: default: the rms of the data.
-    """
-    name = prediction or _PREDICTIONS.get(shape.process["name"], "v_prediction")
+def scratch(shape: Shape, student: StudentConfig, network: NetworkConfig, *, seed: int) -> Checkpoint:
+    """A fresh network for data of this shape; its weights follow from the seed."""
+    name = student.prediction or _PREDICTIONS.get(shape.process["name"], "v_prediction")
     predicts: dict[str, Any] = {"name": name}
     if name == "edm":
-        predicts["sigma_data"] = sigma_data or round(shape.rms, 4)
-    elif sigma_data is not None:
-        raise ValueError(f"sigma_data {sigma_data} means nothing to prediction {name}; it belongs to edm")
+        predicts["sigma_data"] = student.sigma_data or round(shape.rms, 4)
+    elif student.sigma_data is not None:
+        raise ValueError(f"sigma_data {student.sigma_data} means nothing to prediction {name}; it belongs to edm")
     spec = {
         "kind": "network",
         "sample_shape": list(shape.sample_shape),
         "num_classes": shape.num_classes,
         "process": shape.process,
         "prediction": predicts,
-        "network": _network(options, shape, prediction=name),
+        "network": _network(network, shape, prediction=name),
     }
     torch.manual_seed(seed)
     return Checkpoint(spec, checkpoint.pack(model_from_spec(spec)))

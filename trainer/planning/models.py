@@ -29,7 +29,7 @@ class Models:
         module.load_state_dict(weights)
         saved = Checkpoint(
             model=self._model,
-            weights=pack(module, dtype=getattr(torch, self._config.save_dtype)),
+            weights=pack(module, dtype=getattr(torch, self._config.saving.save_dtype)),
             grids=stage.served,
             about={
                 "objective": self._config.objective.model_dump(mode="json", exclude_none=True),
@@ -37,7 +37,7 @@ class Models:
                 "columns": list(stage.objective.columns),
                 "sampling": stage.sampling,
                 "steps": steps,
-                "batch_size": self._config.batch_size,
+                "batch_size": self._config.batch.size,
                 "seed": self._config.seed,
                 "reads": plan.reads,
                 "labels": plan.labels,

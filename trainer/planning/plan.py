@@ -61,7 +61,7 @@ def plan_images(config: FitConfig) -> Plan:
     shape = Shape(
         sample_shape=tuple(images.shape[1:]),
         num_classes=num_classes(labels.numpy()),
-        process=_PROCESSES[config.process or "ve"],
+        process=_PROCESSES[config.student.process or "ve"],
         rms=float(images.double().square().mean().sqrt()),
     )
     digest = images_digest(images.numpy(), labels.numpy())
@@ -78,14 +78,15 @@ def plan_images(config: FitConfig) -> Plan:
 
 def _start(config: FitConfig, shape: Shape) -> Checkpoint:
     """A fresh network, or a saved model that fits the images."""
-    start = fresh(config, shape) if config.init == "scratch" else saved_model(config.init or "")
-    check_fits(start, shape, name=str(config.init))
+    init = config.student.init or ""
+    start = fresh(config, shape) if init == "scratch" else saved_model(init)
+    check_fits(start, shape, name=init)
     return start
 
 
 def fresh(config: FitConfig, shape: Shape) -> Checkpoint:
     """The fresh network that --init scratch starts from."""
-    return scratch(shape, config.network, prediction=config.prediction, sigma_data=config.sigma_data, seed=config.seed)
+    return scratch(shape, config.student, config.network, seed=config.seed)
 
 
 _PROCESSES: dict[str, dict[str, Any]] = {

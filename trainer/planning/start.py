@@ -21,9 +21,11 @@ from limbeck.trainer.networks.critic import Critic, FrozenTeacher, frozen_teache
 from limbeck.trainer.networks.networks import Networks
 from limbeck.trainer.networks.student import with_dropout
 from limbeck.trainer.networks.uncertainty import Uncertainty
+from limbeck.trainer.options import ComputeConfig
 from limbeck.trainer.planning.plan import Plan, plan_images
 from limbeck.trainer.planning.trajectories import plan_trajectories
 from limbeck.trainer.ranks import Ranks
+from limbeck.trainer.reading.options import StoreConfig
 from limbeck.trainer.runs.checkpoints import Checkpoints, Found
 from limbeck.trainer.runs.place import RECORD, Place
 from limbeck.trainer.runs.record import RunRecord, check_place, earlier_run, new_record, only_fit, where
@@ -72,7 +74,7 @@ class RunLocks:
             self._held.enter_context(place.held())
             if place.elsewhere and place.store.exists(RECORD):
                 raise UsageError(f"another fit has begun in {place.store.uri} since; choose another --checkpoints")
-        if not config.resume:
+        if not config.saving.resume:
             place.clear()
         if goes_on:
             place.fetch()
@@ -80,13 +82,13 @@ class RunLocks:
         place.put(RECORD)
 
 
-def check_launch(config: FitConfig, ranks: Ranks) -> None:
+def check_launch(compute: ComputeConfig, ranks: Ranks, *, resume: bool) -> None:
     """Refuse --parallel without processes, and --no-resume where torchrun would start over at each restart."""
-    if config.parallel != "auto" and ranks.objects is None:
-        problem = f"parallel {config.parallel} spreads a fit over processes"
+    if compute.parallel != "auto" and ranks.objects is None:
+        problem = f"parallel {compute.parallel} spreads a fit over processes"
         raise ValueError(f"{problem}; start it by torchrun -m limbeck.trainer fit, or leave --parallel out")
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    if restarts and not config.resume:
+    if restarts and not resume:
         raise ValueError(
             f"--no-resume with --max-restarts={restarts} would start anew each time; leave one of them out"
         )
@@ -95,14 +97,15 @@ def check_launch(config: FitConfig, ranks: Ranks) -> None:
 def make_plan(config: FitConfig, ranks: Ranks, earlier: RunRecord | None, found: Found | None) -> Plan:
     """The plan of a new run, or of an earlier one on the samples that it reads: on every rank the same."""
     tree = found.plain if found else None
-    if tree and tree["sharded"] != (config.parallel == "fsdp"):
+    if tree and tree["sharded"] != (config.compute.parallel == "fsdp"):
         problem = f"{config.out} was saved {'with' if tree['sharded'] else 'without'} --parallel fsdp"
         raise UsageError(f"{problem}; go on in the same way, or start anew by --no-resume")
     reads = tree["reads"] if tree else earlier.reads if earlier else {}
     if config.kind.reads_images:
         plan = plan_images(config)
     else:
-        plan = plan_trajectories(config, number=ranks.broadcast(_manifest(config, reads) if ranks.is_first else None))
+        number = ranks.broadcast(_manifest(config.store, reads) if ranks.is_first else None)
+        plan = plan_trajectories(config, number=number)
     if reads and reads["content_digest"] != plan.reads["content_digest"]:
         problem = f"{config.out} was reading samples {reads['content_digest'][:12]}"
         raise ManifestMismatch(f"{problem}, now {plan.reads}: name those it read, or choose another --out")
@@ -121,13 +124,13 @@ def _check_beside(config: FitConfig, before: dict[str, Any], now: dict[str, Any]
             raise UsageError(f"{changed}; bring back what it held, or choose another --out")
 
 
-def _manifest(config: FitConfig, reads: dict[str, Any]) -> int | None:
+def _manifest(store: StoreConfig, reads: dict[str, Any]) -> int | None:
     """The manifest's number, or None: one rank finds it for all, as a newer one may be sealed meanwhile."""
-    if config.manifest:
-        return config.manifest
-    if reads and all(reads[name] == value for name, value in where(config).items()):
+    if store.manifest:
+        return store.manifest
+    if reads and all(reads[name] == value for name, value in where(store).items()):
         return int(reads["manifest"])
-    latest = latest_manifest(Store.open(config.data or ""), config.dataset)
+    latest = latest_manifest(Store.open(store.data or ""), store.dataset)
     return latest.number if latest else None
 
 
@@ -147,14 +150,14 @@ def start_or_go_on(
 def start(config: FitConfig, plan: Plan, place: Place) -> tuple[RunRecord, Denoiser]:
     """The record of a new run, and its student as --init says."""
     start = plan.start()
-    init = None if config.init in ("teacher", "scratch") else _known_of(start, uri=str(config.init))
+    init = None if config.student.init in ("teacher", "scratch") else _known_of(start, uri=str(config.student.init))
     torch.manual_seed(config.seed)  # for the inputs that its teacher lacks
-    start = widened(start, second_time=config.kind.takes_target_time, told_guidance=config.told_guidance)
+    start = widened(start, second_time=config.kind.takes_target_time, told_guidance=config.student.told_guidance)
     _check_scales(start, plan.guidance)
     model = with_dropout(start.model, config.network.dropout)
     denoiser = built(model)
     denoiser.load_state_dict(start.build().state_dict())
-    return new_record(config, place, reads={**where(config), **plan.reads}, model=model, init=init), denoiser
+    return new_record(config, place, reads={**where(config.store), **plan.reads}, model=model, init=init), denoiser
 
 
 def _known_of(saved: Checkpoint, *, uri: str) -> dict[str, Any]:
@@ -191,7 +194,7 @@ def gather(config: FitConfig, plan: Plan, student: FlowMap) -> Networks:
         # One that is offloaded answers again for them anyhow.
         if config.kind.through_teacher and not config.teacher.offload:
             with_gradients.append(teacher.denoiser)
-    if config.gradient_checkpointing:
+    if config.compute.gradient_checkpointing:
         for module in with_gradients:
             checkpoint_activations(module)
     return networks

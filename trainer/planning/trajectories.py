@@ -1,7 +1,8 @@
 """The plan of a fit on stored trajectories: checks the data against the objective, cuts the run into stages."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,17 +23,19 @@ from limbeck.storage_schemas.record import Split
 from limbeck.storage_schemas.store import Store
 from limbeck.trainer.config import FitConfig
 from limbeck.trainer.networks.networks import Networks
+from limbeck.trainer.networks.options import CriticConfig, TeacherConfig
 from limbeck.trainer.networks.student import Shape, check_few_steps, check_fits, saved_model
 from limbeck.trainer.objectives.conditioning import student_labels
 from limbeck.trainer.objectives.kind import Given, Stage
 from limbeck.trainer.objectives.progressive import Progressive, ProgressiveSegments, progressive_target, rounding_error
 from limbeck.trainer.objectives.table import make_stages
 from limbeck.trainer.planning.plan import Plan, fresh
-from limbeck.trainer.reading.chunks import Reading
 from limbeck.trainer.reading.rows import gathered
 from limbeck.trainer.reading.shards import ShardSource
 from limbeck.trainer.stream import Batch
 
+# Opens columns of a split of the fit's dataset.
+Read = Callable[[Split, Sequence[str]], ShardSource]
 # Rounding in the targets, as a share of the data's rms.
 _WARN, _REFUSE = 0.05, 0.5
 _HOLDOUT_ROWS = 1024
@@ -41,42 +44,43 @@ _RMS_ROWS = 2048
 
 def plan_trajectories(config: FitConfig, *, number: int | None) -> Plan:
     """The plan for one manifest: `number`, or the latest."""
-    store = Store.open(config.data or "")
-    dataset = open_dataset(store, config.dataset, number)
+    store = Store.open(config.store.data or "")
+    dataset = open_dataset(store, config.store.dataset, number)
     recipe = dataset.recipe
-    _check_teacher(recipe, config)
+    _check_teacher(recipe, config.critic)
     process = recipe_process(recipe)
     given = Given(recipe.sample_shape, config.seed, dataset, config.images)
     planned = make_stages(config.kind, config.options, given)
-    rms = _rms(config, dataset, process)
+    read = partial(ShardSource, dataset, reading=config.store.reading, seed=config.seed)
+    rms = _rms(read, dataset, process)
     theirs = dict(config.kind.process or recipe.teacher.model["process"])
     shape = Shape(recipe.sample_shape, recipe.teacher.model["num_classes"], theirs, rms)
     has_holdout, judged = dataset.ids("holdout").count > 0, config.kind.judged_by_holdout
     return Plan(
         start=lambda: start_student(config, dataset, shape, planned[0].times[0]),
         stages=planned,
-        source=lambda columns: _source(config, dataset, "train", columns),
+        source=lambda columns: read("train", columns),
         reads=_named(dataset) | planned[0].reads,
         shape=shape,
-        holdout_error=_error_on(config, dataset, "holdout") if has_holdout else None,
-        train_error=_error_on(config, dataset, "train") if has_holdout and judged else None,
+        holdout_error=_error_on(read, recipe, "holdout") if has_holdout else None,
+        train_error=_error_on(read, recipe, "train") if has_holdout and judged else None,
         notes=planned[0].notes,
         warnings=_rounding_warnings(recipe, process, planned, rms),
         store=store,
         labels=recipe.condition.kind != "none",
-        teacher=lambda device: _load_teacher(config, dataset, device),
+        teacher=lambda device: _load_teacher(config.teacher, dataset, device),
         made_by=recipe.teacher,
         guidance=recipe.guidance.scales,
     )
 
 
-def _load_teacher(config: FitConfig, dataset: Dataset, device: torch.device) -> Teacher:
+def _load_teacher(teacher: TeacherConfig, dataset: Dataset, device: torch.device) -> Teacher:
     with _to_be_named():
-        return _teacher_source(config, dataset).load(device=device)
+        return _teacher_source(teacher, dataset).load(device=device)
 
 
-def _teacher_source(config: FitConfig, dataset: Dataset) -> TeacherSource:
-    return TeacherSource(dataset.store, dataset.recipe, config.teacher.uri, flag="--teacher.uri")
+def _teacher_source(teacher: TeacherConfig, dataset: Dataset) -> TeacherSource:
+    return TeacherSource(dataset.store, dataset.recipe, teacher.uri, flag="--teacher.uri")
 
 
 @contextmanager
@@ -88,14 +92,14 @@ def _to_be_named() -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
-def _check_teacher(recipe: Recipe, config: FitConfig) -> None:
+def _check_teacher(recipe: Recipe, critic: CriticConfig) -> None:
     """Refuse a teacher that is described by other fields than ours, or that a critic can't be made from."""
     try:
         check_model(recipe.teacher.model)
     except ValueError as error:
         raise ManifestMismatch(f"recipe {recipe.id[:12]} describes no teacher of ours ({error}): restore it") from None
     kind = recipe.teacher.model["kind"]
-    if config.critic.kind == "lora" and kind != "network":
+    if critic.kind == "lora" and kind != "network":
         raise ValueError(f"critic.kind lora changes a network's weights, the teacher is a {kind}; use copy")
 
 
@@ -112,14 +116,14 @@ def _named(dataset: Dataset) -> dict[str, Any]:
 
 def start_student(config: FitConfig, dataset: Dataset, shape: Shape, first_time: float) -> Checkpoint:
     """The model of --init: the recipe's teacher, a fresh network, or a saved one; refused if it can't fit the data."""
-    if config.init == "scratch":
+    if config.student.init == "scratch":
         start = fresh(config, shape)
-    elif config.init == "teacher":
+    elif config.student.init == "teacher":
         with _to_be_named():
-            start = _teacher_source(config, dataset).checkpoint()
+            start = _teacher_source(config.teacher, dataset).checkpoint()
     else:
-        start = saved_model(config.init or "")
-    name = dataset.recipe.teacher.uri if config.init == "teacher" else str(config.init)
+        start = saved_model(config.student.init or "")
+    name = dataset.recipe.teacher.uri if config.student.init == "teacher" else str(config.student.init)
     whose = f"a {config.objective.name} student of this data" if config.kind.process else "the data"
     check_fits(start, shape, name=name, whose=whose)
     check_few_steps(start, first_time)
@@ -145,13 +149,13 @@ def _rounding_warnings(recipe: Recipe, process: Process, stages: Sequence[Stage]
     return tuple(lines)
 
 
-def _rms(config: FitConfig, dataset: Dataset, process: Process) -> float:
+def _rms(read: Read, dataset: Dataset, process: Process) -> float:
     """Root mean square of the teacher's first outputs; of segments that of x~, which is an output of two steps."""
     if not dataset.ids("train").count:
         raise ManifestMismatch(f"{dataset.store.uri} has no train samples: generate some with --count")
     segments = dataset.recipe.chain == "segment"
     columns = ProgressiveSegments.columns if segments else ("output",)
-    _, _, states = _first_rows(config, dataset, "train", columns, _RMS_ROWS)
+    _, _, states = _first_rows(read, "train", columns, _RMS_ROWS)
     if segments:
         start, x_t, x_s = (states[name] for name in columns)
         times = torch.tensor(dataset.recipe.times, dtype=torch.float64)
@@ -160,42 +164,28 @@ def _rms(config: FitConfig, dataset: Dataset, process: Process) -> float:
     return float(states["output"].double().square().mean().sqrt())
 
 
-def _source(config: FitConfig, dataset: Dataset, split: Split, columns: Sequence[str]) -> ShardSource:
-    return ShardSource(dataset, split, columns, reading=_reading(config), seed=config.seed)
-
-
-def _reading(config: FitConfig) -> Reading:
-    return Reading(
-        verify=config.verify,
-        on_corrupt=config.on_corrupt,
-        cache_folder=config.cache_folder,
-        cache_bytes=int(config.cache_gib * 2**30),
-        in_flight_bytes=config.in_flight_mib << 20,
-    )
-
-
 def _first_rows(
-    config: FitConfig, dataset: Dataset, split: Split, columns: Sequence[str], count: int
+    read: Read, split: Split, columns: Sequence[str], count: int
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(condition, guidance, states) of up to `count` first samples of a split."""
-    source = _source(config, dataset, split, columns)
+    source = read(split, columns)
     rows = source.load(source.ids.at(np.arange(min(count, source.ids.count))))
     return torch.from_numpy(rows.guidance), *gathered(rows, source.fields)
 
 
-def _error_on(config: FitConfig, dataset: Dataset, split: Split) -> "HoldoutError | SegmentError":
-    kind = SegmentError if dataset.recipe.chain == "segment" else HoldoutError
-    return kind(config, dataset, split)
+def _error_on(read: Read, recipe: Recipe, split: Split) -> "HoldoutError | SegmentError":
+    kind = SegmentError if recipe.chain == "segment" else HoldoutError
+    return kind(read, recipe, split)
 
 
 class HoldoutError:
     """Mean squared error per number of the student's samples against the teacher's, from a split's first noises."""
 
-    def __init__(self, config: FitConfig, dataset: Dataset, split: Split) -> None:
+    def __init__(self, read: Read, recipe: Recipe, split: Split) -> None:
         columns = ("noise", "output")
-        self._guidance, self._condition, states = _first_rows(config, dataset, split, columns, _HOLDOUT_ROWS)
+        self._guidance, self._condition, states = _first_rows(read, split, columns, _HOLDOUT_ROWS)
         self._noise, self._output = states["noise"].float(), states["output"].float()
-        self._noise_scale = dataset.recipe.sigmas[0]
+        self._noise_scale = recipe.sigmas[0]
 
     @torch.no_grad()
     def __call__(self, student: FlowMap, stage: Stage) -> float:
@@ -212,9 +202,9 @@ class HoldoutError:
 class SegmentError:
     """The objective itself on a split's first segments, which lead to no output that a sample could be held to."""
 
-    def __init__(self, config: FitConfig, dataset: Dataset, split: Split) -> None:
+    def __init__(self, read: Read, recipe: Recipe, split: Split) -> None:
         columns = ProgressiveSegments.columns
-        guidance, condition, states = _first_rows(config, dataset, split, columns, _HOLDOUT_ROWS)
+        guidance, condition, states = _first_rows(read, split, columns, _HOLDOUT_ROWS)
         rows = torch.arange(len(condition))
         self._batch = Batch(rows, rows, condition, states, torch.empty(len(rows), 0, dtype=torch.float64), guidance)
 

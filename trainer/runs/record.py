@@ -10,11 +10,12 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 
 from limbeck.diffusion.models.description import LONGEST
+from limbeck.storage_schemas.command_line import ungrouped
 from limbeck.storage_schemas.errors import UsageError, without_credentials
 from limbeck.storage_schemas.locks import only_one
 from limbeck.storage_schemas.store import Store
 from limbeck.trainer.config import FitConfig
-from limbeck.trainer.reading.order import default_lanes
+from limbeck.trainer.reading.options import StoreConfig
 from limbeck.trainer.runs.place import LOCK, RECORD, Place, write_whole
 
 _NAME = r"^[^/\\\x00-\x1f\x7f]+\z"  # which names pins, too
@@ -73,7 +74,7 @@ class RunRecord:
 
 def earlier_run(config: FitConfig, place: Place) -> RunRecord | None:
     """The run that `config` goes on with, None where it starts. The places of another run are refused."""
-    if not config.resume:
+    if not config.saving.resume:
         return None
     here = _own_record(config.out)
     there = RunRecord.from_bytes(place.store.read(RECORD), f"{place.store.uri}/{RECORD}")
@@ -89,9 +90,10 @@ def earlier_run(config: FitConfig, place: Place) -> RunRecord | None:
 
 def as_begun(config: FitConfig, record: RunRecord | None) -> FitConfig:
     """The config with the warm-up that the run began with, if none is given: defaults of a release may differ."""
-    if record is None or config.warmup is not None or "warmup" not in record.config:
+    if record is None or config.optimization.warmup is not None or "warmup" not in record.config:
         return config
-    return config.model_copy(update={"warmup": record.config["warmup"]})
+    optimization = config.optimization.model_copy(update={"warmup": record.config["warmup"]})
+    return config.model_copy(update={"optimization": optimization})
 
 
 def check_place(record: RunRecord, place: Place, out: Path) -> None:
@@ -118,9 +120,13 @@ def new_record(
 
 
 def plain(config: FitConfig) -> dict[str, Any]:
-    """The settings that identify a run, as JSON."""
-    settings = config.model_dump(mode="json")
-    derived = {"lanes": config.lanes or default_lanes(config.samples_a_step), "warmup": config.num_warmup}
+    """The settings that identify a run, as JSON, by the names that a user gives them."""
+    settings = ungrouped(FitConfig, config.model_dump(mode="json"))
+    derived = {
+        "warmup": config.optimization.num_warmup,
+        "lanes": config.batch.num_lanes,
+        "batch_size": config.batch.size,
+    }
     return _what(settings) | derived
 
 
@@ -130,9 +136,9 @@ def _what(settings: dict[str, Any], free: dict[str, Any] = _FREE) -> dict[str, A
     return {name: _what(value, free[name]) if name in free else value for name, value in kept.items()}
 
 
-def where(config: FitConfig) -> dict[str, Any]:
-    """The store and dataset that a config names. Credentials in the store's uri are no part of it."""
-    return {"data": config.data and without_credentials(config.data), "dataset": config.dataset}
+def where(store: StoreConfig) -> dict[str, Any]:
+    """The store and dataset that a fit reads. Credentials in the store's uri are no part of it."""
+    return {"data": store.data and without_credentials(store.data), "dataset": store.dataset}
 
 
 def _own_record(folder: Path) -> RunRecord | None:
