@@ -73,16 +73,16 @@ class ClassifierConfig(Config):
     """Fit the classifier in whose features evaluate measures the Frechet distance."""
 
     out: LocalPath = Field(description="Folder to write model.json and model.safetensors to.")
-    images: Source = Field("sklearn:digits", description=f"Image source: {KINDS}.")
+    images: Source = Field("sklearn:digits", description=f"Images to learn from: {KINDS}.")
     width: int = Field(32, ge=1, description="Channels of the first stage; the second has twice as many.")
     num_features: int = Field(64, ge=2, description="Size of the penultimate layer.")
-    steps: int = Field(1500, ge=1, description="Optimiser steps.")
-    batch_size: int = Field(128, ge=1, description="Images a step.")
-    lr: float = Field(2e-3, gt=0, description="AdamW's first learning rate; it falls to 0 as a cosine.")
-    weight_decay: float = Field(1e-2, ge=0, description="AdamW's weight decay.")
+    steps: int = Field(1500, ge=1, description="Optimizer steps.")
+    batch_size: int = Field(128, ge=1, description="Images of a step.")
+    lr: float = Field(2e-3, gt=0, description="First learning rate of AdamW; it falls to 0 as a cosine.")
+    weight_decay: float = Field(1e-2, ge=0, description="Weight decay of AdamW.")
     label_smoothing: float = Field(0.05, ge=0, lt=1, description="Probability spread over the other classes.")
     seed: int = Field(0, ge=0, description="Seed of the weights, the batches and the dropout.")
-    device: str = Field("cpu", description="cpu, cuda, cuda:1, ... or auto.")
+    device: str = Field("cpu", description="Device: auto, cpu, cuda, cuda:1, ...")
 
 
 def run_classifier(config: ClassifierConfig) -> int:

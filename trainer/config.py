@@ -9,7 +9,6 @@ from limbeck.storage_schemas.command_line import Config, Unprefixed, grouped, un
 from limbeck.storage_schemas.images import KINDS
 from limbeck.storage_schemas.places import LocalPath, Source
 from limbeck.trainer.networks.options import CriticConfig, NetworkConfig, StudentConfig, TeacherConfig
-from limbeck.trainer.objectives.kind import Kind, Options
 from limbeck.trainer.objectives.options import ObjectiveConfig
 from limbeck.trainer.objectives.table import WITH_CRITIC
 from limbeck.trainer.options import ComputeConfig, OptimizationConfig, SavingConfig
@@ -34,19 +33,9 @@ class FitConfig(Config):
     saving: Unprefixed[SavingConfig] = Field(SavingConfig(), description="What is reported and kept, and how often.")
 
     @property
-    def kind(self) -> Kind[Any]:
-        """The objective that is fitted, and what it wants of a fit."""
-        return self.objective.kind
-
-    @property
-    def options(self) -> Options:
-        """The objective's own options."""
-        return self.objective.options
-
-    @property
     def keeps_best(self) -> bool:
         """Whether a least holdout error makes a model the best."""
-        return self.saving.keep_best and not self.kind.has_critic
+        return self.saving.keep_best and not self.objective.kind.has_critic
 
     @model_validator(mode="before")
     @classmethod
@@ -59,37 +48,46 @@ class FitConfig(Config):
         filled = {**objective.kind.fit_defaults, **chosen, "objective": objective.filled()}
         if filled.get("process", "ve") != "ve":
             # The distribution of log sigma is that of process ve; the others draw their times uniformly.
-            for option in ("p_mean", "p_std"):
+            unused = {"p_mean": None, "p_std": None}
+            for option in unused:
                 if getattr(objective, option) is not None:
-                    raise ValueError(
-                        f"objective.{option} means nothing to process {filled['process']}; it belongs to ve"
-                    )
-            filled["objective"] = filled["objective"].model_copy(update={"p_mean": None, "p_std": None})
+                    means = f"objective.{option} means nothing to process {filled['process']}"
+                    raise ValueError(f"{means}; it belongs to ve")
+            filled["objective"] = filled["objective"].model_copy(update=unused)
         return grouped(cls, filled)
 
     @model_validator(mode="after")
     def _check(self) -> "FitConfig":
         self._check_input()
-        self._check_network()
-        self._check_others()
+        self._check_init()
+        if not self.objective.kind.has_critic:
+            self._check_alone()
+        if self.critic.kind == "lora":
+            self._check_lora()
+        options, steps = self.objective.options, self.optimization.steps
+        if options.student_every > steps:
+            late = f"objective.critic_steps {options.student_every} leaves the student no update"
+            raise ValueError(f"{late} in {steps} steps; give more --steps")
+        if options.has_discriminator and self.compute.parallel == "fsdp":
+            raise ValueError("objective.gan: its discriminator can't be sharded; use --parallel ddp")
         return self
 
     def _check_input(self) -> None:
-        real = self.kind.reads_images
-        wanted, other = ("images", "data") if real else ("data", "images")
+        """Check that the objective is given what it reads, and no more."""
+        name, real, process = self.objective.name, self.objective.kind.reads_images, self.student.process
         given = {"images": self.images, "data": self.store.data}
+        wanted, other = ("images", "data") if real else ("data", "images")
         if given[wanted] is None:
-            raise ValueError(f"objective {self.objective.name} needs --{wanted}")
-        if given[other] is not None and not self.options.has_discriminator:
-            raise ValueError(f"objective {self.objective.name} reads --{wanted}; leave --{other} out")
-        process = self.student.process
-        if not real and process is not None:
-            raise ValueError(f"process {process}: a student has its teacher's process; leave --process out")
+            raise ValueError(f"objective {name} needs --{wanted}")
+        if given[other] is not None and not self.objective.options.has_discriminator:
+            raise ValueError(f"objective {name} reads --{wanted}; leave --{other} out")
         if real:
             self._check_no_store()
+        elif process is not None:
+            raise ValueError(f"process {process}: a student has its teacher's process; leave --process out")
 
     def _check_no_store(self) -> None:
-        """Check a fit that reads images alone: nothing of it comes from a store."""
+        """Check a fit that reads images alone."""
         name = self.objective.name
         if self.student.init == "teacher":
             raise ValueError(f"init teacher: {name} makes a teacher; use scratch or the folder of a saved model")
@@ -99,44 +97,30 @@ class FitConfig(Config):
             if option not in ("data", "dataset") and value != StoreConfig.model_fields[option].default:
                 raise ValueError(f"{option} {value}: {name} reads images, no store; leave it out")
 
-    def _check_others(self) -> None:
-        """Check the options of the networks beside the student."""
-        if not self.kind.has_critic:
-            begins = self.student.init == "teacher" and self.teacher == TeacherConfig(uri=self.teacher.uri)
-            for name in ("critic",) if begins else ("critic", "teacher"):
-                if getattr(self, name) != FitConfig.model_fields[name].default:
-                    raise ValueError(
-                        f"{name}: {self.objective.name} has none; leave it out, or fit one of {WITH_CRITIC}"
-                    )
-        if self.options.student_every > self.optimization.steps:
-            late = f"objective.critic_steps {self.options.student_every} leaves the student no update"
-            raise ValueError(f"{late} in {self.optimization.steps} steps; give more --steps")
-        if self.critic.kind == "lora":
-            self._check_lora()
-        if self.compute.parallel == "fsdp" and self.options.has_discriminator:
-            raise ValueError("objective.gan: its discriminator can't be sharded; use --parallel ddp")
+    def _check_init(self) -> None:
+        """Check that a student that starts from another network is given nothing of what that has."""
+        network, student, init = self.network, self.student, self.student.init
+        described = {f"network.{name}": getattr(network, name) for name in ("name", "width", "depth")}
+        described |= {"prediction": student.prediction, "sigma_data": student.sigma_data}
+        for name, value in described.items():
+            if value is not None and init != "scratch":
+                raise ValueError(f"{name} {value}: --init {init} has its own; leave it out or use --init scratch")
+
+    def _check_alone(self) -> None:
+        """Check a student without a critic: of a teacher it is given what --init teacher loads, at most."""
+        uri = self.teacher.uri if self.student.init == "teacher" else None
+        for name, option, least in (
+            ("critic", self.critic, CriticConfig()),
+            ("teacher", self.teacher, TeacherConfig(uri=uri)),
+        ):
+            if option != least:
+                raise ValueError(f"{name}: {self.objective.name} has none; leave it out, or fit one of {WITH_CRITIC}")
 
     def _check_lora(self) -> None:
         if self.teacher.offload or self.teacher.dtype != "float32":
-            raise ValueError(
-                "critic.kind lora shares the teacher's weights; leave teacher.offload and teacher.dtype out"
-            )
+            problem = "critic.kind lora shares the teacher's weights"
+            raise ValueError(f"{problem}; leave teacher.offload and teacher.dtype out")
         if self.compute.parallel == "fsdp":
             raise ValueError("critic.kind lora: weights that it shares can't be sharded; use copy, or --parallel ddp")
         if self.student.told_guidance:
             raise ValueError("critic.kind lora: the teacher's weights take no guidance; use copy")
-
-    def _check_network(self) -> None:
-        if self.student.init == "scratch":
-            return
-        for name, value in (
-            ("network.name", self.network.name),
-            ("network.width", self.network.width),
-            ("network.depth", self.network.depth),
-            ("prediction", self.student.prediction),
-            ("sigma_data", self.student.sigma_data),
-        ):
-            if value is not None:
-                raise ValueError(
-                    f"{name} {value}: --init {self.student.init} has its own; leave it out or use --init scratch"
-                )

@@ -45,20 +45,22 @@ class EvaluateConfig(Config):
     manifest: int | None = Field(None, ge=1, description="Number of the manifest; default: the latest one.")
     nfe: tuple[int, ...] = Field((), description="Numbers of network calls; default: all that the runs serve.")
     count: int | None = Field(
-        None, ge=2, description=f"Samples of each contender; default: all of the holdout up to {_MOST}."
+        None, ge=2, description=f"Samples of each contender; default: all of the holdout split, up to {_MOST}."
     )
     sampling: Way | None = Field(
-        None, description="jump or renoise: how students make several steps; default: as each was fitted."
+        None, description="How students make several steps, jump or renoise; default: as each was fitted."
     )
     images: Source | None = Field(
         None, description=f"Real images to compare with: {KINDS}; default: by the sample shape."
     )
     classifier: LocalPath | None = Field(
-        None, description="Folder of a classifier (limbeck classifier); default: the shipped one."
+        None, description="Folder that limbeck classifier wrote; default: the classifier that is shipped."
     )
-    teacher: Source | None = Field(None, description="Teacher's URI; default: the store's own, or one that is shipped.")
+    teacher: Source | None = Field(
+        None, description="URI of the teacher; default: the store's, or one that is shipped."
+    )
     out: LocalPath | None = Field(None, description="Folder for evaluation.json and .png; default: the first run's.")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    device: str = Field("auto", description="Device: auto, cpu, cuda, cuda:1, ...")
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = Field(
         False, description="Print evaluation.json instead of a table."
     )

@@ -53,7 +53,7 @@ class Stepper:
         send_first(fitted, ranks)
         if networks.critic is not None:
             send_first(networks.critic, ranks)
-        denoiser, options = networks.student.denoiser, config.options
+        denoiser, options = networks.student.denoiser, config.objective.options
         ema, lr = config.optimization.ema, config.optimization.lr
         self.average = Average(denoiser, ema) if ema else None
         self.target = None if options.target_decay is None else Average(denoiser, options.target_decay)
@@ -66,18 +66,12 @@ class Stepper:
         if sharded:
             self._share_out()
         assert lr is not None  # filled
-        learner = partial(
-            Learner,
-            optimization=config.optimization,
-            compute=config.compute,
-            ranks=ranks,
-            micro_batch=config.batch.micro_batch,
-            sharded=sharded,
-        )
-        self.student = learner(fitted, lr=lr, every=options.student_every)
+        learner = partial(Learner, ranks=ranks, micro_batch=config.batch.micro_batch, sharded=sharded)
+        how = config.optimization, config.compute
+        self.student = learner(fitted, *how, lr=lr, every=options.student_every)
         self.critic: Learner | None = None
         if networks.critic:
-            self.critic = learner(networks.critic, lr=config.critic.lr or lr)
+            self.critic = learner(networks.critic, *how, lr=config.critic.lr or lr)
 
     def _share_out(self) -> None:
         averages = [average.module for average in (self.average, self.target) if average]

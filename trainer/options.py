@@ -37,8 +37,7 @@ class OptimizationConfig(Config):
         None,
         ge=0,
         lt=1,
-        description="Decay of the average of the weights, which is what is saved; 0 for no average; default: 0 for "
-        "progressive, else 0.999.",
+        description="Decay of the saved average of weights; default: 0 (none) for progressive, else 0.999.",
     )
 
     @property
@@ -61,13 +60,9 @@ class ComputeConfig(Config):
     device: str = Field("auto", description="Device to fit on: auto, cpu, cuda, cuda:1, ...")
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; default: torch's own choice.")
     parallel: Literal["auto", "ddp", "fsdp"] = Field(
-        "auto",
-        description="How torchrun's processes share the fit: ddp, which auto is; or fsdp, which shards weights and "
-        "their averages too.",
+        "auto", description="Under torchrun: ddp, which auto is, or fsdp, which shards weights and their averages too."
     )
-    autocast: Literal["none", "bfloat16", "float16"] = Field(
-        "none", description="Lower precision that the network computes in."
-    )
+    autocast: Literal["none", "bfloat16", "float16"] = Field("none", description="Lower precision to compute in.")
     compile: bool = Field(False, description="Compile the network with torch.compile.")
     gradient_checkpointing: bool = Field(
         False, description="Save memory: compute the activations inside of blocks again for the gradient."
@@ -91,7 +86,5 @@ class SavingConfig(Config):
     )
     resume: bool = Field(True, description="Go on from the run's last checkpoint; --no-resume starts it over.")
     log_every: int = Field(50, ge=1, description="Steps between lines of metrics.")
-    validate_every: int = Field(
-        500, ge=0, description="Steps between measurements of the error on the holdout split; 0 for none."
-    )
+    validate_every: int = Field(500, ge=0, description="Steps between errors on the holdout split; 0 for none.")
     save_dtype: DtypeName = Field("float32", description="Dtype of the final weights on disk.")

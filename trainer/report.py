@@ -27,9 +27,9 @@ class ReportConfig(Config):
     """Put evaluations together: mean and spread of each contender's figures, by the name of its run's folder."""
 
     evaluations: tyro.conf.Positional[tuple[LocalPath, ...]] = Field(
-        description=f"Files {_FILE} of evaluate, or folders that hold one; of one recipe and one reference."
+        description=f"Files {_FILE} of evaluate, or folders that hold one, all of one recipe and one reference."
     )
-    out: LocalPath = Field(description="Folder for report.json, .md and .png.")
+    out: LocalPath = Field(description="Folder to write report.json, .md and .png to.")
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = Field(
         False, description="Print report.json instead of a table."
     )

@@ -36,22 +36,22 @@ class SampleConfig(Config):
     run: tyro.conf.Positional[LocalPath] = Field(description="Folder of a fit, or of a saved model.")
     nfe: int = Field(ge=1, description="Network calls a sample: a number of steps that the student was fitted for.")
     count: int = Field(64, ge=1, description="Number of samples.")
-    out: LocalPath | None = Field(None, description="PNG file for a grid of the images.")
-    tensors: LocalPath | None = Field(None, description="Safetensors file for noise, output and condition.")
-    seed: int = Field(0, ge=0, lt=2**64, description="Seed of the noise; its holdout line is used.")
-    label: int | None = Field(None, ge=0, description="One class for all; default: every class in turn.")
+    out: LocalPath | None = Field(None, description="PNG file to write a grid of the images to.")
+    tensors: LocalPath | None = Field(None, description="Safetensors file to write noise, output and condition to.")
+    seed: int = Field(0, ge=0, lt=2**64, description="Seed of the noise, of which the holdout split's line is used.")
+    label: int | None = Field(None, ge=0, description="Class of all samples; default: every class in turn.")
     guidance: float | None = Field(
         None,
         ge=0,
         allow_inf_nan=False,
-        description="Scale for a student that takes it; default: the middle one of those it was fitted on.",
+        description="Guidance scale, for a student that takes one; default: the middle one of those it was fitted on.",
     )
     sampling: Way | None = Field(
         None,
-        description="jump: from each time of the grid to the next; renoise: to data each time, then fresh noise, as "
-        "consistency models do. Default: what the student was fitted for.",
+        description="How several steps are made: jump, from each time of the grid to the next; or renoise, to data "
+        "each time, then fresh noise, as consistency models do; default: what the student was fitted for.",
     )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    device: str = Field("auto", description="Device: auto, cpu, cuda, cuda:1, ...")
 
     @model_validator(mode="after")
     def _check(self) -> "SampleConfig":

@@ -27,13 +27,13 @@ class ShuffleConfig(Config):
     data: StorePlace | None = Field(None, description="Store whose train split is ordered: a folder or s3://... URI.")
     dataset: str = Field("main", description="Name of the dataset in the store.")
     manifest: int | None = Field(None, ge=1, description="Number of the manifest; default: the latest one.")
-    rows: int | None = Field(None, ge=1, le=10**15, description="Instead of a store: so many samples.")
-    samples_per_shard: int = Field(2048, ge=1, description="With --rows: samples in a shard.")
+    rows: int | None = Field(None, ge=1, le=10**15, description="Number of samples to order, instead of a store's.")
+    samples_per_shard: int = Field(2048, ge=1, description="Samples in a shard, with --rows.")
     batch_size: int | None = Field(
-        None, ge=1, description="Samples a step; default: 256, or whole lanes up to it, and no more than there are."
+        None, ge=1, description="Samples of a step; default: 256, or whole lanes up to it, and no more than there are."
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the order.")
-    lanes: int | None = Field(None, ge=1, description="Lanes of the order; default: gcd(batch_size, 8).")
+    lanes: int | None = Field(None, ge=1, description="Lanes of the order; default: gcd(batch size, 8).")
     block: int | None = Field(None, ge=1, description="Consecutive ids that stay near each other; default: by size.")
     count: int = Field(2_000_000, ge=1, description="Rows to look at; of a longer epoch, stretches all over it.")
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="Print JSON instead of a table.")

@@ -20,35 +20,31 @@ class StudentConfig(Config):
         description="What the student starts from: teacher, scratch or the folder of a saved model; default: scratch "
         "for reflow and denoising, else teacher.",
     )
-    told_guidance: bool = Field(
-        False, description="Give the student each sample's guidance scale, for data of several scales."
-    )
+    told_guidance: bool = Field(False, description="Give the student each sample's guidance scale.")
     process: ProcessName | None = Field(None, description="For denoising: the forward process; default: ve.")
     prediction: PredictionName | None = Field(
-        None, description="For --init scratch: what the network predicts; default: by the process (ve: edm)."
+        None, description="For scratch: what the network predicts; default: by the process (ve: edm)."
     )
-    sigma_data: float | None = Field(
-        None, gt=0, description="For --init scratch and edm: rms of the data; default: measured."
-    )
+    sigma_data: float | None = Field(None, gt=0, description="For scratch and edm: rms of the data; default: measured.")
 
 
 class CriticConfig(Config):
     """The network that learns the score of the student's samples, for an objective that has one."""
 
     kind: Literal["copy", "lora"] = Field(
-        "copy", description="A copy of the teacher, or low-rank changes of the teacher's own weights."
+        "copy", description="What is learned: a copy of the teacher, or low-rank changes of its own weights (lora)."
     )
-    rank: int = Field(16, ge=1, description="lora: rank of the changes.")
-    lr: float | None = Field(None, gt=0, description="Its peak learning rate; default: the student's.")
-    ema: float = Field(0.0, ge=0, lt=1, description="Decay of the average of it that the student learns from; 0: none.")
+    rank: int = Field(16, ge=1, description="Rank of the changes of lora.")
+    lr: float | None = Field(None, gt=0, description="Peak learning rate of the critic; default: the student's.")
+    ema: float = Field(0.0, ge=0, lt=1, description="Decay of the average that the student learns from; 0 for none.")
 
 
 class TeacherConfig(Config):
     """The teacher's network: what --init teacher starts from, and what is beside a student that has a critic."""
 
-    uri: Source | None = Field(None, description="Its uri, where neither the store keeps it nor this package.")
-    dtype: DtypeName = Field("float32", description="Its weights' dtype.")
-    offload: bool = Field(False, description="Keep its weights on the CPU between its calls.")
+    uri: Source | None = Field(None, description="URI of the teacher, where neither store nor package has it.")
+    dtype: DtypeName = Field("float32", description="Dtype of the teacher's weights.")
+    offload: bool = Field(False, description="Keep the teacher's weights on the CPU between its calls.")
 
 
 class NetworkConfig(Config):
@@ -56,16 +52,18 @@ class NetworkConfig(Config):
 
     name: Literal["residual_mlp", "affine", "unet"] | None = Field(
         None,
-        description="residual_mlp; unet, diffusers' UNet2DModel for images; affine: one line a coordinate and time, "
-        "whose best fit is known.",
+        description="Kind of network: residual_mlp; unet, diffusers' UNet2DModel for images; or affine, one line for "
+        "each coordinate and time, whose best fit is known; default: residual_mlp.",
     )
     width: int | None = Field(
-        None, ge=1, description="Width of the residual MLP (default: 256), or channels of the UNet's first level (64)."
+        None,
+        ge=1,
+        description="Width of a residual_mlp, default: 256; or channels of a unet's first level, default: 64.",
     )
     depth: int | None = Field(
-        None, ge=1, description="Blocks of the residual MLP (default: 4), or of each level of the UNet (2)."
+        None, ge=1, description="Blocks of a residual_mlp, default: 4; or of each level of a unet, default: 2."
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout while fitting, whatever the student starts from.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout during the fit, whatever the student starts from.")
 
     @model_validator(mode="after")
     def _check(self) -> "NetworkConfig":

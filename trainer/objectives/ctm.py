@@ -79,7 +79,7 @@ class CtmOptions(DistanceOptions, WeightingOptions, ScheduleOptions):
     """Options of ctm."""
 
     target_ema: float = Field(0.999, ge=0, lt=1, description="Decay of the average that makes targets.")
-    denoising_weight: float = Field(1.0, ge=0, description="Weight of its denoising term.")
+    denoising_weight: float = Field(1.0, ge=0, description="Weight of the denoising term.")
 
     @property
     def target_decay(self) -> float:

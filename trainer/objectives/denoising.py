@@ -64,8 +64,8 @@ class DenoisingOptions(Options):
     """Options of denoising. The distribution of log sigma is that of process ve; others draw t uniformly."""
 
     label_dropout: float = Field(0.1, ge=0, le=1, description="Share of labels replaced by the null label.")
-    p_mean: float = Field(-1.2, description="With process ve: mean of log sigma.")
-    p_std: float = Field(1.2, gt=0, description="With process ve: std of log sigma.")
+    p_mean: float = Field(-1.2, description="Mean of log sigma, with process ve.")
+    p_std: float = Field(1.2, gt=0, description="Standard deviation of log sigma, with process ve.")
 
 
 def _stages(options: DenoisingOptions, given: Given) -> tuple[Stage, ...]:

@@ -85,7 +85,7 @@ class DistanceOptions(Options):
     """An objective that compares x_0, or a state, with its target."""
 
     distance: Literal["l2", "l1", "pseudo_huber", "lpips"] = Field("l2", description="Distance to the target.")
-    c: float | None = Field(None, gt=0, description="The width c of pseudo_huber, sqrt(|u|^2 + c^2) - c.")
+    c: float | None = Field(None, gt=0, description="Width c of pseudo_huber, sqrt(norm(u)^2 + c^2) - c.")
     lpips: LocalPath | None = Field(
         None,
         description="TorchScript file, which is code that runs, of LPIPS, (a, b) in [-1, 1], [B, 3, H, W] -> one "

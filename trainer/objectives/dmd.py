@@ -127,8 +127,8 @@ def _logit(networks: Networks, batch: Batch, asked: Diffused) -> Tensor:
 class DmdOptions(MatchingOptions, DistanceOptions):
     """Options of dmd."""
 
-    regression: float = Field(0.25, ge=0, description="Weight of the distance to the stored outputs, 0 in DMD2.")
-    gan: float = Field(0.0, ge=0, description="Weight of DMD2's discriminator on the critic's features; 0: none.")
+    regression: float = Field(0.25, ge=0, description="Weight of the distance to the stored outputs; DMD2 has 0.")
+    gan: float = Field(0.0, ge=0, description="Weight of DMD2's discriminator on the critic's features; 0 for none.")
 
     @property
     def has_discriminator(self) -> bool:

@@ -31,7 +31,7 @@ class Diffused(NamedTuple):
 class MatchingOptions(Options):
     """Options of every objective with a critic."""
 
-    critic_steps: int = Field(1, ge=1, description="The critic's updates before each of the student's.")
+    critic_steps: int = Field(1, ge=1, description="Updates of the critic before each of the student's.")
     student_steps: int = Field(1, ge=1, description="Steps of the student, with fresh noise between them.")
     t_range: tuple[float, float] = Field((0.02, 0.98), description="Share of the noise levels that is drawn from.")
     guidance: float | None = Field(None, description="Guidance scale of the real score; default: the recipe's.")

@@ -72,7 +72,7 @@ def _flag(infos: dict[str, FieldInfo]) -> Any:
         annotation = Annotated[annotation, constraint]
     if type(None) not in get_args(annotation):
         annotation = annotation | None
-    return annotation, Field(None, description=f"{owners}: {info.description}{default}")
+    return annotation, Field(None, description=f"{info.description} For {owners}.{default}")
 
 
 def _word(value: object) -> str:
@@ -80,11 +80,11 @@ def _word(value: object) -> str:
 
 
 def _makes() -> str:
-    """knowledge makes a student of one step; denoising makes a teacher."""
+    """What to fit: a student of one step (knowledge), a teacher (denoising)."""
     found: dict[str, list[str]] = {}
     for name, kind in OBJECTIVES.items():
         found.setdefault(kind.makes, []).append(name)
-    return "; ".join(f"{', '.join(names)}: {makes}" for makes, names in found.items()) + "."
+    return "What to fit: " + "; ".join(f"{makes} ({', '.join(names)})" for makes, names in found.items()) + "."
 
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ class ScoreIdentity(Matching):
 class SidOptions(MatchingOptions):
     """Options of sid."""
 
-    a: float = Field(1.2, description="The alpha of its loss, 1.0 or 1.2.")
+    a: float = Field(1.2, description="Alpha of the loss, 1.0 or 1.2.")
 
 
 def _stages(options: SidOptions, given: Given) -> tuple[Stage, ...]:

@@ -31,7 +31,7 @@ class WeightingOptions(Options):
 
     weighting: WeightingName = Field(
         "uniform",
-        description="Weight of each time. reflow takes uniform or learned: the others are weights of errors of x_0.",
+        description="Weight of each time. Reflow takes uniform or learned: the others are weights of errors of x_0.",
     )
 
     @property

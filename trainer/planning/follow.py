@@ -103,7 +103,7 @@ class Following:
         source, before = new.source(self._columns), old.source(self._columns)
         if source.fields != before.fields:
             raise ManifestMismatch(f"{problem} in another storage dtype; start another run on them")
-        if self._config.kind.has_critic and _score(new) != _score(old):
+        if self._config.objective.kind.has_critic and _score(new) != _score(old):
             raise ManifestMismatch(f"{problem} of another teacher or guidance scale; start another run on their score")
         if isinstance(source, ShardSource) and isinstance(before, ShardSource):
             source.check_new(before)

@@ -42,7 +42,7 @@ class Models:
                 "reads": plan.reads,
                 "labels": plan.labels,
                 "guidance_scales": list(plan.guidance),
-                **({"from_noise": "scaled"} if self._config.kind.process else {}),
+                **({"from_noise": "scaled"} if self._config.objective.kind.process else {}),
                 **({"init": self._init} if self._init else {}),
             },
         )

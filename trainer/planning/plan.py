@@ -67,7 +67,7 @@ def plan_images(config: FitConfig) -> Plan:
     digest = images_digest(images.numpy(), labels.numpy())
     return Plan(
         start=lambda: _start(config, shape),
-        stages=make_stages(config.kind, config.options, Given(shape.sample_shape, config.seed)),
+        stages=make_stages(config.objective.kind, config.objective.options, Given(shape.sample_shape, config.seed)),
         source=lambda columns: ArraySource(images, labels, digest),
         reads={"images": config.images, "split": "train", "count": len(images), "content_digest": digest},
         shape=shape,

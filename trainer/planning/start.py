@@ -101,7 +101,7 @@ def make_plan(config: FitConfig, ranks: Ranks, earlier: RunRecord | None, found:
         problem = f"{config.out} was saved {'with' if tree['sharded'] else 'without'} --parallel fsdp"
         raise UsageError(f"{problem}; go on in the same way, or start anew by --no-resume")
     reads = tree["reads"] if tree else earlier.reads if earlier else {}
-    if config.kind.reads_images:
+    if config.objective.kind.reads_images:
         plan = plan_images(config)
     else:
         number = ranks.broadcast(_manifest(config.store, reads) if ranks.is_first else None)
@@ -117,7 +117,7 @@ def _check_beside(config: FitConfig, before: dict[str, Any], now: dict[str, Any]
     """Refuse files beside the store that hold something else than at the run's start."""
     for name, what in (
         ("images_digest", f"images {config.images}"),
-        ("lpips_sha256", f"{config.options.distance_file}"),
+        ("lpips_sha256", f"{config.objective.options.distance_file}"),
     ):
         if name in before and before[name] != now.get(name):
             changed = f"{what} has sha256 {str(now.get(name))[:12]}..., {config.out} began with {before[name][:12]}..."
@@ -150,9 +150,10 @@ def start_or_go_on(
 def start(config: FitConfig, plan: Plan, place: Place) -> tuple[RunRecord, Denoiser]:
     """The record of a new run, and its student as --init says."""
     start = plan.start()
-    init = None if config.student.init in ("teacher", "scratch") else _known_of(start, uri=str(config.student.init))
+    student, kind = config.student, config.objective.kind
+    init = None if student.init in ("teacher", "scratch") else _known_of(start, uri=str(student.init))
     torch.manual_seed(config.seed)  # for the inputs that its teacher lacks
-    start = widened(start, second_time=config.kind.takes_target_time, told_guidance=config.student.told_guidance)
+    start = widened(start, second_time=kind.takes_target_time, told_guidance=student.told_guidance)
     _check_scales(start, plan.guidance)
     model = with_dropout(start.model, config.network.dropout)
     denoiser = built(model)
@@ -181,18 +182,18 @@ def built(model: dict[str, Any]) -> Denoiser:
 
 def gather(config: FitConfig, plan: Plan, student: FlowMap) -> Networks:
     """The student, and the networks beside it that its objective needs."""
-    device = next(student.parameters()).device
-    weighting = Uncertainty(config.seed).to(device) if config.options.learns_weighting else None
+    device, objective = next(student.parameters()).device, config.objective
+    weighting = Uncertainty(config.seed).to(device) if objective.options.learns_weighting else None
     networks = Networks(student, weighting=weighting)
     with_gradients: list[nn.Module] = [student]
-    if config.kind.has_critic:
+    if objective.kind.has_critic:
         assert plan.teacher is not None
         teacher = plan.teacher(torch.device("cpu") if config.teacher.offload else device)
         networks.critic = critic_of(config, teacher, student.denoiser)  # first: it starts in float32
         networks.teacher = real_score(config, teacher, guidance=plan.guidance, device=device)
         with_gradients.append(networks.critic)
         # One that is offloaded answers again for them anyhow.
-        if config.kind.through_teacher and not config.teacher.offload:
+        if objective.kind.through_teacher and not config.teacher.offload:
             with_gradients.append(teacher.denoiser)
     if config.compute.gradient_checkpointing:
         for module in with_gradients:
@@ -202,7 +203,7 @@ def gather(config: FitConfig, plan: Plan, student: FlowMap) -> Networks:
 
 def critic_of(config: FitConfig, teacher: Teacher, student: Denoiser) -> Critic:
     """The critic as the config says."""
-    discriminates = config.options.has_discriminator
+    discriminates = config.objective.options.has_discriminator
     return make_critic(config.critic, teacher, student, seed=config.seed, discriminates=discriminates)
 
 
@@ -210,5 +211,5 @@ def real_score(
     config: FitConfig, teacher: Teacher, *, guidance: tuple[float, ...], device: torch.device
 ) -> FrozenTeacher:
     """The frozen teacher as the config says: guided by objective.guidance, default: by the data's scales."""
-    asked = config.options.real_guidance
+    asked = config.objective.options.real_guidance
     return frozen_teacher(config.teacher, teacher, asked=asked, guidance=guidance, device=device)

@@ -44,18 +44,18 @@ _RMS_ROWS = 2048
 
 def plan_trajectories(config: FitConfig, *, number: int | None) -> Plan:
     """The plan for one manifest: `number`, or the latest."""
-    store = Store.open(config.store.data or "")
+    store, objective = Store.open(config.store.data or ""), config.objective
     dataset = open_dataset(store, config.store.dataset, number)
     recipe = dataset.recipe
     _check_teacher(recipe, config.critic)
     process = recipe_process(recipe)
     given = Given(recipe.sample_shape, config.seed, dataset, config.images)
-    planned = make_stages(config.kind, config.options, given)
+    planned = make_stages(objective.kind, objective.options, given)
     read = partial(ShardSource, dataset, reading=config.store.reading, seed=config.seed)
     rms = _rms(read, dataset, process)
-    theirs = dict(config.kind.process or recipe.teacher.model["process"])
+    theirs = dict(objective.kind.process or recipe.teacher.model["process"])
     shape = Shape(recipe.sample_shape, recipe.teacher.model["num_classes"], theirs, rms)
-    has_holdout, judged = dataset.ids("holdout").count > 0, config.kind.judged_by_holdout
+    has_holdout, judged = dataset.ids("holdout").count > 0, objective.kind.judged_by_holdout
     return Plan(
         start=lambda: start_student(config, dataset, shape, planned[0].times[0]),
         stages=planned,
@@ -116,15 +116,16 @@ def _named(dataset: Dataset) -> dict[str, Any]:
 
 def start_student(config: FitConfig, dataset: Dataset, shape: Shape, first_time: float) -> Checkpoint:
     """The model of --init: the recipe's teacher, a fresh network, or a saved one; refused if it can't fit the data."""
-    if config.student.init == "scratch":
+    init = name = config.student.init or ""
+    if init == "scratch":
         start = fresh(config, shape)
-    elif config.student.init == "teacher":
+    elif init == "teacher":
+        name = dataset.recipe.teacher.uri
         with _to_be_named():
             start = _teacher_source(config.teacher, dataset).checkpoint()
     else:
-        start = saved_model(config.student.init or "")
-    name = dataset.recipe.teacher.uri if config.student.init == "teacher" else str(config.student.init)
-    whose = f"a {config.objective.name} student of this data" if config.kind.process else "the data"
+        start = saved_model(init)
+    whose = f"a {config.objective.name} student of this data" if config.objective.kind.process else "the data"
     check_fits(start, shape, name=name, whose=whose)
     check_few_steps(start, first_time)
     return start

@@ -23,13 +23,9 @@ class StoreConfig(Config):
     on_corrupt: Literal["fail", "substitute"] = Field(
         "fail", description="What happens at samples that can't be read: the fit ends, or takes others and counts them."
     )
-    cache_folder: LocalPath | None = Field(
-        None, description="Folder of the disk cache of remote stores; default: ~/.cache/limbeck."
-    )
+    cache_folder: LocalPath | None = Field(None, description="Disk cache of remote stores; default: ~/.cache/limbeck.")
     cache_gib: float = Field(32, gt=0, description="Largest size of the disk cache, GiB.")
-    in_flight_mib: int = Field(
-        256, ge=1, description="Most stored bytes that are fetched from a remote store at a time, MiB."
-    )
+    in_flight_mib: int = Field(256, ge=1, description="Most bytes being fetched from a remote store at a time, MiB.")
 
     @property
     def reading(self) -> Reading:
@@ -52,21 +48,13 @@ class BatchConfig(Config):
     """The batches of a fit."""
 
     batch_size: int | None = Field(
-        None,
-        ge=1,
-        description="Samples of a step, on all ranks together; default: 256, or the most whole micro-batches and "
-        "lanes up to it.",
+        None, ge=1, description="Samples of a step; default: 256, or whole micro-batches and lanes up to it."
     )
     micro_batch: int | None = Field(
-        None,
-        ge=1,
-        description="Samples on the device at a time, a divisor of the batch size; default: a rank's whole part.",
+        None, ge=1, description="Samples on the device at a time, which divides the batch size; default: all."
     )
     lanes: int | None = Field(
-        None,
-        ge=1,
-        description="Runs of rows that a batch is made of, which ranks divide among them; default: the greatest "
-        "common divisor of the batch size and 8.",
+        None, ge=1, description="Runs of rows that make a batch, divided by ranks; default: gcd(batch size, 8)."
     )
     ahead_mib: int = Field(64, ge=1, description="Batches made ahead of the step, MiB.")
 

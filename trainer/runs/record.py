@@ -122,12 +122,8 @@ def new_record(
 def plain(config: FitConfig) -> dict[str, Any]:
     """The settings that identify a run, as JSON, by the names that a user gives them."""
     settings = ungrouped(FitConfig, config.model_dump(mode="json"))
-    derived = {
-        "warmup": config.optimization.num_warmup,
-        "lanes": config.batch.num_lanes,
-        "batch_size": config.batch.size,
-    }
-    return _what(settings) | derived
+    batch, warmup = config.batch, config.optimization.num_warmup
+    return _what(settings) | {"batch_size": batch.size, "lanes": batch.num_lanes, "warmup": warmup}
 
 
 def _what(settings: dict[str, Any], free: dict[str, Any] = _FREE) -> dict[str, Any]:
