@@ -11,6 +11,7 @@ from limbeck.diffusion.models.schedulers import Ignorable
 from limbeck.diffusion.solvers import SOLVERS
 from limbeck.storage_schemas.command_line import Config
 from limbeck.storage_schemas.commit import MOST_QUARANTINED
+from limbeck.storage_schemas.layout import CompressionName, FormatName, check_compression
 from limbeck.storage_schemas.places import LocalName, Source, StorePlace, source
 
 DatasetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="name of the dataset in the store")]
@@ -176,10 +177,10 @@ class JobConfig(WorkerConfig):
         description="holdout samples that the window holds at least; default: an eighth of count, but 2 at least and "
         "2048 at most",
     )
-    format: Literal["parquet", "webdataset"] | None = Field(
+    format: FormatName | None = Field(
         None, description="file format of shards; default: as the dataset has them, else parquet"
     )
-    compression: Literal["none", "zstd"] | None = Field(
+    compression: CompressionName | None = Field(
         None, description="of parquet shards; default: as the dataset has them, else none"
     )
     samples_per_shard: int | None = Field(
@@ -235,8 +236,8 @@ class JobConfig(WorkerConfig):
 
     @model_validator(mode="after")
     def _options_fit_each_other(self) -> Self:
-        if self.format == "webdataset" and self.compression == "zstd":
-            raise ValueError("webdataset shards are not compressed: drop compression, or use format parquet")
+        if self.format and self.compression:
+            check_compression(self.format, self.compression)
         if self.store.startswith("memory://") and (self.runner, self.num_workers) != ("local", 1):
             raise ValueError("a memory:// store lives in one process: use runner local with 1 worker, or another store")
         return self
@@ -438,9 +439,9 @@ class ConvertConfig(Config):
     """Write a dataset's samples in another layout, and seal that as the next manifest: same recipe, same bits."""
 
     store: StoreArgument
-    to: Literal["parquet", "webdataset"] = Field(description="file format of the new shards")
+    to: FormatName = Field(description="file format of the new shards")
     samples_per_shard: int | None = Field(None, ge=1, description="samples in a new shard; as now if unset")
-    compression: Literal["none", "zstd"] = Field("none", description="of parquet shards")
+    compression: CompressionName = Field("none", description="of parquet shards")
     dataset: DatasetName = "main"
     as_dataset: Annotated[DatasetName | None, arg(name="as")] = Field(
         None, description="seal under this name, and leave the dataset as it is"
@@ -449,9 +450,8 @@ class ConvertConfig(Config):
     as_json: PrintJson = False
 
     @model_validator(mode="after")
-    def _tar_is_plain(self) -> Self:
-        if self.to == "webdataset" and self.compression != "none":
-            raise ValueError("webdataset shards are not compressed: drop compression, or convert to parquet")
+    def _format_has_compression(self) -> Self:
+        check_compression(self.to, self.compression, change="convert to")
         return self
 
 

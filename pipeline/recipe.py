@@ -92,11 +92,9 @@ def _most_that_divides(samples_per_shard: int) -> int:
 
 def build_layout(config: GenerateConfig, recipe: Recipe) -> Layout:
     """How the samples lie in the files of a new dataset."""
-    layout = Layout(
-        format=config.format or "parquet",
-        samples_per_shard=config.samples_per_shard or _whole_shard(recipe),
-        compression=config.compression or "none",
-    )
+    given = {"format": config.format, "compression": config.compression}
+    size = config.samples_per_shard or _whole_shard(recipe)
+    layout = Layout(samples_per_shard=size, **{name: value for name, value in given.items() if value})
     check_layout(recipe, layout)
     return layout
 

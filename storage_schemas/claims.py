@@ -5,21 +5,18 @@ before that number is held against what it counts.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
 
 from limbeck.storage_schemas import paths
-from limbeck.storage_schemas.commit import ALL_COLUMNS, FOOTER, Chunk, Commit
+from limbeck.storage_schemas.commit import Commit, ids_of
 from limbeck.storage_schemas.errors import CorruptShard
-from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.layout import FORMATS, Layout
 from limbeck.storage_schemas.recipe import NoCondition, Recipe
-from limbeck.storage_schemas.record import NO_CONDITION, NO_DATA, Columns, Field
+from limbeck.storage_schemas.record import NO_CONDITION, NO_DATA, Columns
 from limbeck.storage_schemas.shards import Shard
-
-_MAGIC = 4
-"""Bytes before the first column of a Parquet file."""
 
 
 def check_commit(shard: Shard, commit: Commit, recipe: Recipe, layout: Layout, *, name: str) -> None:
@@ -46,64 +43,8 @@ def _problem(commit: Commit, recipe: Recipe, layout: Layout) -> str | None:
         return f"says {commit.rows} rows of {task.samples_per_shard} samples with {len(lost)} quarantined"
     if not all(re.fullmatch(r"-?[0-9]{1,19}", label) for label in commit.labels):
         return "counts labels that are no integers"
-    covers = _cover_file if layout.format == "parquet" else _cover_tar
-    return None if covers(commit, recipe.fields) else f"has chunks that don't cover its {commit.rows} rows"
-
-
-def _cover_file(commit: Commit, fields: Sequence[Field]) -> bool:
-    """Whether each row group has one chunk a field, in order, and the footer ends the file."""
-    if not commit.chunks or len(commit.chunks) % len(fields) != 1:
-        return False
-    *chunks, footer = commit.chunks
-    groups = [chunks[at : at + len(fields)] for at in range(0, len(chunks), len(fields))]
-    return (
-        all([chunk.column for chunk in group] == [field.name for field in fields] for group in groups)
-        and all(len({(chunk.first_row, chunk.rows) for chunk in group}) == 1 for group in groups)
-        and _follow([group[0] for group in groups], commit.rows)
-        and all(before.offset + before.length <= after.offset for before, after in pairwise(commit.chunks))
-        and (commit.chunks[0].offset >= _MAGIC or not commit.rows)
-        and _ends(footer, commit)
-    )
-
-
-def _cover_tar(commit: Commit, _: Sequence[Field]) -> bool:
-    """Whether the blocks follow each other and cover the file; of somebody else's tar they may not say which rows."""
-    *blocks, last = commit.chunks or (None,)
-    if last is None:
-        return False
-    if last.column != FOOTER:
-        blocks.append(last)
-    known = [chunk for chunk in blocks if chunk is not None]
-    unsaid = commit.rows > 0 and not any(chunk.rows or chunk.first_row for chunk in known)
-    return (
-        all(chunk.column == ALL_COLUMNS for chunk in known)
-        and (unsaid or _follow(known, commit.rows))
-        and commit.chunks[0].offset == 0
-        and all(before.offset + before.length == after.offset for before, after in pairwise(commit.chunks))
-        and (_ends(last, commit) if last.column == FOOTER else last.offset + last.length == commit.bytes)
-    )
-
-
-def _follow(chunks: Sequence[Chunk], rows: int) -> bool:
-    """Whether they hold the rows one after another, none of them empty where there are any."""
-    ends = [0, *(chunk.first_row + chunk.rows for chunk in chunks)]
-    return (
-        [chunk.first_row for chunk in chunks] == ends[:-1]
-        and ends[-1] == rows
-        and all(chunk.rows > 0 and chunk.length > 0 for chunk in chunks if rows)
-    )
-
-
-def _ends(footer: Chunk, commit: Commit) -> bool:
-    placed = footer.column, footer.first_row, footer.rows, footer.offset + footer.length
-    return placed == (FOOTER, 0, 0, commit.bytes) and footer.length > 0
-
-
-def ids_of(commit: Commit, first: int = 0, rows: int | None = None) -> np.ndarray:
-    """The sample ids of some rows of a shard, all by default: its task's without the quarantined, int64."""
-    task = commit.task
-    ids = np.setdiff1d(np.arange(task.start, task.stop), np.asarray(commit.quarantined, dtype=np.int64))
-    return ids[first:] if rows is None else ids[first : first + rows]
+    covers = FORMATS[layout.format].covers(commit, recipe.fields)
+    return None if covers else f"has chunks that don't cover its {commit.rows} rows"
 
 
 def check_integers(recipe: Recipe, commit: Commit, columns: Columns, *, first_row: int = 0) -> None:

@@ -162,6 +162,13 @@ class Commit(Document):
         return self.commit_path, self.record_path
 
 
+def ids_of(commit: Commit, first: int = 0, rows: int | None = None) -> np.ndarray:
+    """The sample ids of some rows of a shard, all by default: its task's without the quarantined, int64."""
+    task = commit.task
+    ids = np.setdiff1d(np.arange(task.start, task.stop), np.asarray(commit.quarantined, dtype=np.int64))
+    return ids[first:] if rows is None else ids[first : first + rows]
+
+
 def is_sick(task: Task, quarantined: Collection[int], micro_batch: int) -> bool:
     """Whether so many of a task's samples are not finite that their worker should not be believed.
 

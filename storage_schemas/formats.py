@@ -1,37 +1,23 @@
-"""Both formats behind one table: the same records, the same commits, the same reader."""
+"""Shards are written, read and checked, in any format: the same records, the same commits, the same reader."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import xxhash
 
-from limbeck.storage_schemas import parquet, webdataset
 from limbeck.storage_schemas.claims import check_integers
 from limbeck.storage_schemas.commit import Chunk, Commit, Task
 from limbeck.storage_schemas.errors import CorruptShard
-from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.layout import FORMATS, Layout, format_of
 from limbeck.storage_schemas.ranges import check_chunk, fetch
 from limbeck.storage_schemas.recipe import Recipe
 from limbeck.storage_schemas.record import Columns, Field, check_columns
 from limbeck.storage_schemas.store import MissingFile, Store
 
 PIECE = 8 << 20
-
-
-class Codec(NamedTuple):
-    """How a format writes a local file, and reads columns out of a committed one."""
-
-    encode: Callable[..., tuple[Chunk, ...]]
-    decode: Callable[..., Columns]
-
-
-CODECS = {
-    "parquet": Codec(parquet.encode, parquet.decode),
-    "webdataset": Codec(webdataset.encode, webdataset.decode),
-}
 
 
 @dataclass(frozen=True)
@@ -50,7 +36,8 @@ def encode_shard(
 ) -> EncodedShard:
     """Writes the rows of a task to a local file; the same input gives the same bytes."""
     rows = check_columns(fields, columns)
-    chunks = CODECS[layout.format].encode(path, fields, columns, task=task, recipe_id=recipe_id, layout=layout)
+    encode = FORMATS[layout.format].encode
+    chunks = encode(path, fields, columns, task=task, recipe_id=recipe_id, compression=layout.compression)
     with open(path, "rb") as file:
         size, sha256 = _hash(file)
     return EncodedShard(Path(path), size, sha256, rows, chunks)
@@ -78,10 +65,9 @@ def read_shard(
     if unknown:
         have = [field.name for field in fields]
         raise ValueError(f"{sorted(unknown)} are not columns of {commit.path}: it has {have}")
-    suffix = "parquet" if commit.path.endswith(".parquet") else "webdataset"
     every = [field.name for field in fields if field.is_scalar or field.name in wanted]
     try:
-        found = CODECS[suffix].decode(store, commit, fields, every, verify=verify)
+        found = format_of(commit).decode(store, commit, fields, every, verify=verify)
     except MissingFile as error:
         raise CorruptShard(f"{error}: run `limbeck verify` to see what else is") from None
     check_integers(recipe, commit, found)

@@ -1,28 +1,42 @@
 """How samples are laid out in files. Not what they are: another layout of a recipe holds the same samples."""
 
-from typing import Literal, Self
+import re
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import model_validator
 
+from limbeck.storage_schemas import parquet, paths, webdataset
+from limbeck.storage_schemas.commit import Commit
 from limbeck.storage_schemas.documents import Document
-from limbeck.storage_schemas.errors import UsageError
+from limbeck.storage_schemas.errors import CorruptShard, UsageError
+from limbeck.storage_schemas.file_format import FileFormat
 from limbeck.storage_schemas.names import Samples
 from limbeck.storage_schemas.recipe import Recipe
 
-SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
+FORMATS: dict[str, FileFormat] = {"parquet": parquet, "webdataset": webdataset}
+"""Every file format by name: a new one is its module and its row here. A name has letters and digits only."""
+
+SHARD = re.compile(f"({paths.ATTEMPT_OF_TASK})(?:{'|'.join(re.escape(it.SUFFIX) for it in FORMATS.values())})")
+"""File names of shards."""
+
+if TYPE_CHECKING:
+    FormatName = str
+    CompressionName = str
+else:
+    FormatName = Literal[tuple(FORMATS)]
+    CompressionName = Literal[tuple(dict.fromkeys(name for it in FORMATS.values() for name in it.COMPRESSIONS))]
 
 
 class Layout(Document):
     """File format, samples per shard and compression, with an id that a person can read: parquet-2048."""
 
-    format: Literal["parquet", "webdataset"] = "parquet"
+    format: FormatName = "parquet"
     samples_per_shard: Samples = 2048
-    compression: Literal["none", "zstd"] = "none"
+    compression: CompressionName = "none"
 
     @model_validator(mode="after")
-    def _tar_is_plain(self) -> Self:
-        if self.format == "webdataset" and self.compression != "none":
-            raise ValueError("webdataset shards are not compressed: drop compression, or use format parquet")
+    def _format_has_compression(self) -> Self:
+        check_compression(self.format, self.compression)
         return self
 
     @property
@@ -34,7 +48,23 @@ class Layout(Document):
     @property
     def suffix(self) -> str:
         """File name ending of a shard."""
-        return SUFFIXES[self.format]
+        return FORMATS[self.format].SUFFIX
+
+
+def check_compression(format: FormatName, compression: CompressionName, *, change: str = "use format") -> None:
+    """ValueError where a format doesn't have a compression. change: words for choosing another format."""
+    if compression not in FORMATS[format].COMPRESSIONS:
+        others = " or ".join(name for name, it in FORMATS.items() if compression in it.COMPRESSIONS)
+        lacks = "compressed" if FORMATS[format].COMPRESSIONS == ("none",) else f"compressed by {compression}"
+        raise ValueError(f"{format} shards are not {lacks}: drop compression, or {change} {others}")
+
+
+def format_of(commit: Commit) -> FileFormat:
+    """The format of a committed shard, by its layout's id."""
+    name = commit.layout_id.partition("-")[0]
+    if name not in FORMATS:
+        raise CorruptShard(f"{commit.path} is in format {name!r}, which this release doesn't read: use a newer one")
+    return FORMATS[name]
 
 
 def check_layout(recipe: Recipe, layout: Layout) -> None:

@@ -47,7 +47,9 @@ def _is_inside(text: str) -> str:
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Attempt = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
-LayoutId = Annotated[str, Field(pattern=r"^(parquet|parquet-zstd|webdataset)-[1-9][0-9]{0,7}$")]
+LayoutId = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)?-[1-9][0-9]{0,7}$")]
+"""<format>-<samples per shard>, with the compression between them where there is one."""
+
 TaskName = Annotated[str, Field(pattern=rf"^(train|holdout)-{INDEX}$")]
 DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=_LONGEST)]
 JobName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=_LONGEST)]

@@ -2,8 +2,9 @@
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,21 @@ import pyarrow.parquet as pq
 
 from limbeck.storage_schemas.commit import FOOTER, Chunk, Commit, Task
 from limbeck.storage_schemas.errors import CorruptShard, shown
-from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.file_format import Part, Read, View, is_footer, rows_follow
 from limbeck.storage_schemas.pages import Page, find_pages
 from limbeck.storage_schemas.ranges import check_chunk, checksum, fetch
 from limbeck.storage_schemas.record import Columns, Field
 from limbeck.storage_schemas.store import Store
 
+SUFFIX = ".parquet"
+COMPRESSIONS = ("none", "zstd")
 ROWS_PER_GROUP = 512
+_MAGIC = 4
+"""Bytes before the first column."""
+
+_CHECKED = 512
+"""Bytes that it takes to remember of a row group that its integers are checked, about."""
+
 _PLAIN = {"PLAIN", "RLE"}
 """Encodings of a required column without a dictionary: RLE is that of levels, which it has none of."""
 
@@ -27,7 +36,7 @@ PAGE_BYTES = 64 << 20  # a page's size is an int32 in the format, so large sampl
 
 
 def encode(
-    path: str | Path, fields: Sequence[Field], columns: Columns, *, task: Task, recipe_id: str, layout: Layout
+    path: str | Path, fields: Sequence[Field], columns: Columns, *, task: Task, recipe_id: str, compression: str
 ) -> tuple[Chunk, ...]:
     """Writes a shard to a local file and returns the checksum of each column of each row group, and of the footer."""
     schema = arrow_schema(fields).with_metadata(_provenance(task, recipe_id))
@@ -36,7 +45,7 @@ def encode(
         table,
         path,
         row_group_size=ROWS_PER_GROUP,
-        compression=layout.compression,
+        compression=compression,
         use_dictionary=False,
         write_statistics=[field.name for field in fields if field.is_scalar],
         write_page_checksum=True,
@@ -146,6 +155,60 @@ def _other_groups(commit: Commit, metadata: pq.FileMetaData) -> str | None:
 
 def _is_compressed(commit: Commit) -> bool:
     return "-zstd-" in commit.layout_id
+
+
+def covers(commit: Commit, fields: Sequence[Field]) -> bool:
+    """Whether each row group has one chunk a field, in order, and the footer ends the file."""
+    if not commit.chunks or len(commit.chunks) % len(fields) != 1:
+        return False
+    footer, groups = commit.chunks[-1], _groups(commit, fields)
+    return (
+        all([chunk.column for chunk in group] == [field.name for field in fields] for group in groups)
+        and all(len({(chunk.first_row, chunk.rows) for chunk in group}) == 1 for group in groups)
+        and rows_follow([group[0] for group in groups], commit.rows)
+        and all(before.offset + before.length <= after.offset for before, after in pairwise(commit.chunks))
+        and (commit.chunks[0].offset >= _MAGIC or not commit.rows)
+        and is_footer(footer, commit)
+    )
+
+
+def _groups(commit: Commit, fields: Sequence[Field]) -> list[tuple[Chunk, ...]]:
+    """The chunks of each row group, without the footer."""
+    *chunks, _ = commit.chunks
+    return [tuple(chunks[at : at + len(fields)]) for at in range(0, len(chunks), len(fields))]
+
+
+def split(commit: Commit, every: Sequence[Field], fields: Sequence[Field], read: Read, *, decode: bool) -> list[Part]:
+    """The row groups, once the footer is found to describe them."""
+    check_footer(commit, every, *read(commit.chunks[-1:]))
+    wanted = {field.name for field in fields}
+    integers = {field.name for field in every if field.is_scalar}
+    return [
+        Part(
+            commit, group[0].first_row, group[0].rows, tuple(chunk for chunk in group if chunk.column in wanted),
+            decode, tuple(chunk for chunk in group if chunk.column in integers),
+        )
+        for group in _groups(commit, every)
+    ]  # fmt: skip
+
+
+def view(part: Part, fields: Sequence[Field], data: dict[str, memoryview], known: Any) -> View:
+    """The pages of a row group's columns."""
+    chunks = {chunk.column: chunk for chunk in (*part.integers, *part.chunks)}
+    columns = {field.name: view_chunk(part.commit, field, chunks[field.name], data[field.name]) for field in fields}
+    return View(columns, known=True, weight=_CHECKED)
+
+
+def decoder(part: Part, fields: Sequence[Field], read: Read) -> Callable[[Field], np.ndarray]:
+    """Each column is decoded by itself, with the footer."""
+    footer = part.commit.chunks[-1]
+    chunks = {chunk.column: chunk for chunk in (*part.integers, *part.chunks)}
+
+    def rows(field: Field) -> np.ndarray:
+        chunk = chunks[field.name]
+        return decode_chunk(part.commit, field, chunk, *read((chunk, footer)))
+
+    return rows
 
 
 def decode_chunk(commit: Commit, field: Field, chunk: Chunk, data: memoryview, footer: memoryview) -> np.ndarray:

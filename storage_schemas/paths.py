@@ -16,13 +16,13 @@ INDEX = "(?:[0-9]{8}|[1-9][0-9]{8,17})"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 RECIPES, DATASETS, JOBS, PINS, PRUNES = "recipes", "datasets", "jobs", "pins", "prunes"
 
-_TASK, _ATTEMPT = f"(?:train|holdout)-{INDEX}", "[0-9a-f]{16}"
+_TASK = f"(?:train|holdout)-{INDEX}"
+ATTEMPT_OF_TASK = f"{_TASK}-[0-9a-f]{{16}}"
 COMMIT = re.compile(rf"({_TASK})\.json")
-RECORD = re.compile(rf"({_TASK}-{_ATTEMPT})\.json")
-SHARD = re.compile(rf"({_TASK}-{_ATTEMPT})\.(?:parquet|tar)")
+RECORD = re.compile(rf"({ATTEMPT_OF_TASK})\.json")
 TABLE = re.compile(r"[0-9a-f]{64}\.parquet")
 UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
-"""Names of our own in a store's folders. A prune leaves every other file where it is."""
+"""Names of our own in a store's folders, as SHARD in layout.py. A prune leaves every other file where it is."""
 
 
 def new_attempt() -> str:

@@ -12,22 +12,24 @@ import math
 import re
 import tarfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from limbeck.storage_schemas.claims import ids_of
-from limbeck.storage_schemas.commit import ALL_COLUMNS, FOOTER, Chunk, Commit, Task
+from limbeck.storage_schemas.commit import ALL_COLUMNS, FOOTER, Chunk, Commit, Task, ids_of
 from limbeck.storage_schemas.errors import CorruptShard, shown
-from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.file_format import Part, Read, View, is_footer, rows_follow
 from limbeck.storage_schemas.ranges import check_chunk, checksum, fetch
 from limbeck.storage_schemas.record import Columns, Field
 from limbeck.storage_schemas.store import Store
 
+SUFFIX = ".tar"
+COMPRESSIONS = ("none",)
 ROWS_PER_BLOCK = 256
 BLOCK_BYTES = 64 << 20
 BLOCK = tarfile.BLOCKSIZE
@@ -48,7 +50,7 @@ _JSON = 1 << 20
 
 
 def encode(
-    path: str | Path, fields: Sequence[Field], columns: Columns, *, task: Task, recipe_id: str, layout: Layout
+    path: str | Path, fields: Sequence[Field], columns: Columns, *, task: Task, recipe_id: str, compression: str
 ) -> tuple[Chunk, ...]:
     """Writes a shard to a local file and returns the checksum of each block of rows, and of what ends the file."""
     writer = _RowWriter(fields, columns, task)
@@ -159,6 +161,76 @@ def decode(store: Store, commit: Commit, fields: Sequence[Field], columns: Seque
             check_chunk(store, commit, chunk, data[chunk.offset : chunk.offset + chunk.length])
     wanted = [field for field in fields if field.name in columns]
     return parse(data, wanted, sample_names(commit.split, ids_of(commit)), name=f"{store.uri}/{commit.path}")
+
+
+def covers(commit: Commit, fields: Sequence[Field]) -> bool:
+    """Whether the blocks follow each other and cover the file; of somebody else's tar they may not say which rows."""
+    if not commit.chunks:
+        return False
+    last = commit.chunks[-1]
+    blocks = commit.chunks[:-1] if last.column == FOOTER else commit.chunks
+    unsaid = commit.rows > 0 and not any(chunk.rows or chunk.first_row for chunk in blocks)
+    return (
+        all(chunk.column == ALL_COLUMNS for chunk in blocks)
+        and (unsaid or rows_follow(blocks, commit.rows))
+        and commit.chunks[0].offset == 0
+        and all(before.offset + before.length == after.offset for before, after in pairwise(commit.chunks))
+        and (is_footer(last, commit) if last.column == FOOTER else last.offset + last.length == commit.bytes)
+    )
+
+
+def split(commit: Commit, every: Sequence[Field], fields: Sequence[Field], read: Read, *, decode: bool) -> list[Part]:
+    """The blocks of rows; all of a tar that must be decoded, or doesn't say which rows its blocks hold."""
+    blocks = [chunk for chunk in commit.chunks if chunk.column == ALL_COLUMNS]
+    if decode or not all(block.rows for block in blocks):
+        return [Part(commit, 0, commit.rows, commit.chunks, decode=True)]
+    return [Part(commit, block.first_row, block.rows, (block,), decode=False) for block in blocks]
+
+
+def view(part: Part, fields: Sequence[Field], data: dict[str, memoryview], known: Any) -> View | None:
+    """States in a block of regular rows, and the integers out of their JSON; None for other rows.
+
+    known: what their layout is, and the integers.
+    """
+    try:
+        block = known or _read_block(part, fields, data[ALL_COLUMNS])
+        states = RegularRows(data[ALL_COLUMNS], part.rows, block.stride, block.members).states(fields)
+    except NOT_OURS:
+        return None
+    return View({name: [array] for name, array in (states | block.integers).items()}, block, block.weight)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A parsed block of a tar: the layout of its rows, and the integers in their JSON."""
+
+    stride: int
+    members: dict[str, tuple[int, int]]
+    integers: Columns
+
+    @cached_property
+    def weight(self) -> int:
+        return 1024 + sum(array.nbytes for array in self.integers.values())
+
+
+def _read_block(part: Part, fields: Sequence[Field], data: memoryview) -> _Block:
+    block = regular_block(data, part.rows)
+    if block is None or not block.holds(fields):
+        raise ValueError("not regular")
+    check_names(block.names, sample_names(part.commit.split, ids_of(part.commit, part.first_row, part.rows)))
+    return _Block(block.stride, block.members, block.scalars([field for field in fields if field.is_scalar]))
+
+
+def decoder(part: Part, fields: Sequence[Field], read: Read) -> Callable[[Field], np.ndarray]:
+    """The tar is parsed once for all its columns, when the first is asked for."""
+    commit = part.commit
+
+    @cache
+    def columns() -> Columns:
+        data = memoryview(b"".join(read(part.chunks)))
+        return parse(data, fields, sample_names(commit.split, ids_of(commit)), name=commit.path)
+
+    return lambda field: columns()[field.name]
 
 
 def parse(data: memoryview, fields: Sequence[Field], names: Sequence[str], *, name: str) -> Columns:

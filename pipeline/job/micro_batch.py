@@ -21,7 +21,7 @@ from limbeck.storage_schemas import paths
 from limbeck.storage_schemas.dataset import latest_manifest
 from limbeck.storage_schemas.errors import UserError, warn
 from limbeck.storage_schemas.job import Job
-from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.layout import FORMATS, Layout
 from limbeck.storage_schemas.reading import read_all, read_document
 from limbeck.storage_schemas.recipe import Recipe
 from limbeck.storage_schemas.store import Store
@@ -62,8 +62,8 @@ def _like(
     """The draft and its layout, with what the config leaves open as it was earlier."""
     recipe, there = earlier
     theirs = {name: getattr(there, name) for name in Layout.model_fields if getattr(config, name) is None}
-    if theirs.get("format") == "webdataset" and layout.compression != "none":
-        del theirs["format"]  # a tar can't be as compressed as is asked for
+    if "format" in theirs and layout.compression not in FORMATS[theirs["format"]].COMPRESSIONS:
+        del theirs["format"]  # which can't be as compressed as is asked for
     layout = layout.model_copy(update=theirs)
     if config.micro_batch == "auto":
         print(f"micro-batch {recipe.micro_batch}, as in what is in {store.uri} already", file=sys.stderr)

@@ -21,6 +21,7 @@ from limbeck.storage_schemas.commit import Commit, list_committed, list_records
 from limbeck.storage_schemas.dataset import list_numbers, read_manifest
 from limbeck.storage_schemas.documents import Document
 from limbeck.storage_schemas.job import Pin
+from limbeck.storage_schemas.layout import SHARD
 from limbeck.storage_schemas.manifest import Manifest
 from limbeck.storage_schemas.store import Listed, Store
 
@@ -93,7 +94,7 @@ class Sweep:
         """Old shard files that no commit names: of attempts that died, or lost against another."""
         folder = paths.shards_folder(*place)
         records = list_records(self.store, *place)
-        listing = ((paths.SHARD.fullmatch(file.name), file) for file in self.store.list_details(folder))
+        listing = ((SHARD.fullmatch(file.name), file) for file in self.store.list_details(folder))
         old = [(match[1], file) for match, file in listing if match and self._is_old(file)]
         self._each([pair for pair in old if pair[0] not in records], lambda pair: self._orphan(place, *pair))
 

@@ -2,6 +2,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from limbeck.storage_schemas import webdataset
+from limbeck.storage_schemas import layout as layout_module
+from limbeck.storage_schemas import parquet, webdataset
 from limbeck.storage_schemas.commit import Commit, Task, column_statistics
 from limbeck.storage_schemas.errors import CorruptShard
 from limbeck.storage_schemas.formats import check_shard, encode_shard, read_shard
-from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.layout import FORMATS, Layout
 from limbeck.storage_schemas.recipe import Recipe
 from limbeck.storage_schemas.record import Columns, Field, bfloat16_values, to_storage
 from limbeck.storage_schemas.store import Store
@@ -23,9 +25,9 @@ Make = Callable[..., Recipe]
 Rows = Callable[..., Columns]
 Committer = Callable[..., Commit]
 LAYOUTS = [
-    Layout(format="parquet", samples_per_shard=1100),
-    Layout(format="parquet", samples_per_shard=1100, compression="zstd"),
-    Layout(format="webdataset", samples_per_shard=1100),
+    Layout(format=name, samples_per_shard=1100, compression=compression)
+    for name, it in FORMATS.items()
+    for compression in it.COMPRESSIONS
 ]
 by_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.id)
 TASK = Task("train", 1, 1100)
@@ -365,3 +367,29 @@ def test_statistics_are_over_numbers_not_bits(make_recipe: Make) -> None:
     for bad in (np.inf, -np.inf, np.nan):  # of a shard that somebody else made
         columns["noise"] = to_storage(np.array([[1.0, bad]]), "bfloat16")
         assert column_statistics(recipe.fields, columns)["noise"].max is None
+
+
+def test_a_format_of_another_release_is_refused_in_one_line(
+    store: Store, make_recipe: Make, commit_task: Committer, tmp_path: Path
+) -> None:
+    recipe = make_recipe()
+    commit = commit_task(store, recipe, LAYOUTS[0], TASK, tmp_path)
+    newer = commit.model_copy(update={"layout_id": "arrow-1100"})
+    with pytest.raises(CorruptShard, match=r"is in format 'arrow', which this release doesn't read: use a newer one"):
+        read_shard(store, newer, recipe)
+
+
+def test_a_format_is_named_by_its_layouts_id() -> None:
+    assert [{"parquet": parquet, "webdataset": webdataset}[layout.format] for layout in LAYOUTS] == [
+        FORMATS[layout.id.partition("-")[0]] for layout in LAYOUTS
+    ]
+    assert all(name.isalnum() for name in FORMATS)
+
+
+def test_no_other_file_asks_for_a_format() -> None:
+    """Adding one is its module and its row."""
+    root = Path(layout_module.__file__).parents[1]
+    own = {"storage_schemas/parquet.py", "storage_schemas/webdataset.py", "storage_schemas/layout.py"}
+    asks = re.compile(r"""(==|!=|\bin\b) *\(?["'](parquet|webdataset)["']|endswith\(["']\.(parquet|tar)""")
+    files = [path for part in ("pipeline", "storage_schemas", "trainer") for path in (root / part).rglob("*.py")]
+    assert not [path for path in files if str(path.relative_to(root)) not in own and asks.search(path.read_text())]

@@ -1,6 +1,6 @@
 """Stored trajectories as a source: ids become rows in the mapped bytes of their shards, checked before they are used.
 
-Only the row groups (Parquet: of the needed columns) or blocks of rows (tar) that hold wanted rows are opened.
+Only the parts (Parquet: row groups of the needed columns; tars: blocks of rows) that hold wanted rows are opened.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,13 +12,14 @@ import numpy as np
 from limbeck.diffusion.recipes.samples import draw_scales
 from limbeck.storage_schemas.dataset import Dataset, Pruned
 from limbeck.storage_schemas.errors import CorruptShard, ManifestMismatch
+from limbeck.storage_schemas.file_format import Part, Views
 from limbeck.storage_schemas.record import Split
 from limbeck.trainer.reading.chunks import Chunks, Reading
 from limbeck.trainer.reading.order import Ints
 from limbeck.trainer.reading.recent import Recent
 from limbeck.trainer.reading.rows import Rows, copy_rows
 from limbeck.trainer.reading.substitutes import Substitutes
-from limbeck.trainer.reading.views import Part, Viewer, Views, split_parts
+from limbeck.trainer.reading.views import Viewer
 
 _READERS = 16
 _REMEMBERED = 1 << 14  # parts of shards, some KiB each
@@ -141,9 +142,7 @@ class ShardSource:
             return error
 
     def _split(self, index: int, decode: bool) -> list[Part]:
-        commit = self._dataset.commit(self._table[index])
-        self._viewer.check(commit)
-        return split_parts(commit, self._needed, self._dataset.recipe, decode=decode)
+        return self._viewer.split(self._dataset.commit(self._table[index]), decode=decode)
 
     def _shard(self, part: Part) -> int:
         return int(np.searchsorted(self._table.starts, part.commit.task.start))

@@ -10,7 +10,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from limbeck.storage_schemas import formats, parquet, webdataset
+from limbeck.storage_schemas import parquet, webdataset
 from limbeck.storage_schemas.commit import ALL_COLUMNS, Chunk
 from limbeck.storage_schemas.dataset import Pruned, latest_manifest, open_dataset, seal_floor
 from limbeck.storage_schemas.errors import CorruptShard, ManifestMismatch
@@ -208,7 +208,7 @@ def test_compressed_parquet_is_decoded_once(make, source, monkeypatch):
 def foreign_encode(whole_rows: bool, lose: int = 0):
     """Tars as webdataset's own writer makes them: PAX records, JSON of any length, no blocks of rows."""
 
-    def encode(path, fields, columns, *, task, recipe_id, layout):
+    def encode(path, fields, columns, *, task, recipe_id, compression):
         with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
             for row, sample in enumerate(columns["sample_id"].tolist()[lose:], lose):
                 integers = {field.name: int(columns[field.name][row]) for field in fields if field.is_scalar}
@@ -241,8 +241,7 @@ def npy(array: np.ndarray) -> bytes:
 
 @pytest.mark.parametrize("whole_rows", [True, False], ids=["one block", "no rows said"])
 def test_a_tar_of_somebody_else_is_parsed_once(make, source, monkeypatch, whole_rows):
-    codec = formats.Codec(foreign_encode(whole_rows), webdataset.decode)
-    monkeypatch.setitem(formats.CODECS, "webdataset", codec)
+    monkeypatch.setattr(webdataset, "encode", foreign_encode(whole_rows))
     store = make(format="webdataset", dtype="float16", quarantined=(70,))
     ours = source(store)
     assert_known(ours.load(shuffled(ours)), ours)
@@ -254,7 +253,7 @@ def test_a_tar_of_somebody_else_is_parsed_once(make, source, monkeypatch, whole_
 
 
 def test_a_tar_with_fewer_rows_than_its_commit_is_refused(make, source, monkeypatch):
-    monkeypatch.setitem(formats.CODECS, "webdataset", formats.Codec(foreign_encode(True, lose=1), webdataset.decode))
+    monkeypatch.setattr(webdataset, "encode", foreign_encode(True, lose=1))
     ours = source(make(format="webdataset", dtype="float16"))
     with pytest.raises(CorruptShard, match=r" is \w+\[63(, 2)?\], not \w+\[64(, 2)?\]"):
         ours.load(np.arange(10))
