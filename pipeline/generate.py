@@ -1,6 +1,5 @@
 """`generate`: make a window exist. Resolve, plan, run what is missing, seal; else end quickly."""
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,8 +18,9 @@ from limbeck.pipeline.windows import Aim, Goal, Nothing, Plans, Policy, Wanted, 
 from limbeck.pipeline.workers.signals import Stopped, stoppable
 from limbeck.storage_schemas.commit import Task
 from limbeck.storage_schemas.dataset import LostRace, Pruned, latest_manifest, read_shard_table, seal
-from limbeck.storage_schemas.errors import UsageError, UserError, shown, without_credentials
+from limbeck.storage_schemas.errors import UsageError, UserError, without_credentials
 from limbeck.storage_schemas.job import JobState
+from limbeck.storage_schemas.log import log
 from limbeck.storage_schemas.manifest import Manifest, Window
 from limbeck.storage_schemas.record import SPLITS
 from limbeck.storage_schemas.shards import ShardTable
@@ -95,7 +95,7 @@ def _settle(run: Run, aim: Aim, policy: Policy | None, pulse: Pulse) -> Outcome:
             why = str(gone)
         except Lapsed as lapsed:
             why = str(lapsed)
-        _say(f"{why}: planning again")
+        log.info(f"{why}: planning again")
 
 
 def _act(run: Run, parent: Manifest | None, wanted: Wanted | Nothing, pulse: Pulse) -> Outcome:
@@ -192,7 +192,3 @@ def _quarantined(table: ShardTable, window: Window) -> tuple[str, ...]:
     """Samples of the window that these shards lack because they were not finite: train 17, holdout 3, ..."""
     bounds = {split: range(*window.bounds(split)) for split in SPLITS}
     return tuple(f"{shard.split} {i}" for shard in table.lacking for i in shard.quarantined if i in bounds[shard.split])
-
-
-def _say(line: str) -> None:
-    print(shown(line), file=sys.stderr, flush=True)

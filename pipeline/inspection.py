@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from limbeck.storage_schemas.commit import ColumnStatistics, Commit
 from limbeck.storage_schemas.dataset import Dataset, latest_number, open_dataset
 from limbeck.storage_schemas.errors import UserError, shown
 from limbeck.storage_schemas.extras import need
+from limbeck.storage_schemas.log import log
 from limbeck.storage_schemas.notes import Calibration, check_calibration, read_calibrations
 from limbeck.storage_schemas.recipe import Recipe
 from limbeck.storage_schemas.record import SEGMENT_STATES, SPLITS, from_storage
@@ -174,7 +174,7 @@ def draw(dataset: Dataset, path: str) -> None:
     are_images = len(recipe.sample_shape) == 3 and recipe.sample_shape[0] in (1, 3)
     figure = _images(states) if are_images else _lines(states, recipe.states or range(SEGMENT_STATES))
     figure.savefig(path, dpi=120)
-    print(f"drew {len(states[0])} trajectories into {path}", file=sys.stderr)
+    log.info(f"drew {len(states[0])} trajectories into {path}")
 
 
 def _images(states: list[np.ndarray]) -> Any:

@@ -11,8 +11,9 @@ from limbeck.storage_schemas import paths
 from limbeck.storage_schemas.clock import age
 from limbeck.storage_schemas.commit import Commit, Task, list_committed, read_commits
 from limbeck.storage_schemas.dataset import Pruned, latest_number, read_manifest, read_shard_table
-from limbeck.storage_schemas.errors import StoreError, shown, warn
+from limbeck.storage_schemas.errors import StoreError, shown
 from limbeck.storage_schemas.job import Failure, Job
+from limbeck.storage_schemas.log import log
 from limbeck.storage_schemas.manifest import Manifest
 from limbeck.storage_schemas.reading import read_all
 from limbeck.storage_schemas.record import SPLITS
@@ -66,11 +67,11 @@ def find_job(store: Store, job: str | None) -> Target:
         except StoreError as error:
             if job:
                 raise
-            warn([f"{error}; it is left alone"])
+            log.warning(f"{error}; it is left alone")
             continue
         if target:
             return target
-        warn([f"{store.uri}/{paths.job_path(name)} is missing"])
+        log.warning(f"{store.uri}/{paths.job_path(name)} is missing")
     raise StoreError(f"{store.uri} has no job that can be read: restore one, or name another with --job")
 
 
@@ -104,7 +105,8 @@ def read_failures(store: Store, job: str) -> list[Failure]:
     """What the job has set aside."""
     folder = paths.failures_folder(job)
     found, unread = read_all(store, [f"{folder}/{name}" for name in store.list(folder)], Failure)
-    warn(unread.values())
+    for problem in unread.values():
+        log.warning(problem)
     return list(found.values())
 
 

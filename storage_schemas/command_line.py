@@ -24,6 +24,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from limbeck.storage_schemas.errors import UsageError, UserError, shown, without_credentials
+from limbeck.storage_schemas.log import log_to_stderr
 from limbeck.storage_schemas.places import local_path
 
 
@@ -74,6 +75,7 @@ class Command:
 
 def main(commands: Mapping[str, Command], arguments: Sequence[str]) -> int:
     """Run the command that `arguments` name, and return its exit code."""
+    log_to_stderr()
     words = list(arguments)
     own = _before_dashes(words)
     debug = "--debug" in own

@@ -1,8 +1,7 @@
 """Errors that a user reads: one line with the value, the rule and the way out."""
 
 import re
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -50,9 +49,3 @@ def without_credentials(text: str) -> str:
 def shown(text: object) -> str:
     """The text in one line, with each control character as its code: what a document says can't steer a terminal."""
     return CONTROLS.sub(lambda match: ascii(match[0])[1:-1], str(text))
-
-
-def warn(lines: Iterable[str]) -> None:
-    """Lines on stderr, such as what is wrong with a document that is left alone."""
-    for line in lines:
-        print(shown(line), file=sys.stderr, flush=True)

@@ -8,7 +8,8 @@ from pydantic import model_validator
 from limbeck.storage_schemas import paths
 from limbeck.storage_schemas.canonical import digest
 from limbeck.storage_schemas.documents import SCHEMA_VERSION, Document
-from limbeck.storage_schemas.errors import UsageError, warn
+from limbeck.storage_schemas.errors import UsageError
+from limbeck.storage_schemas.log import log
 from limbeck.storage_schemas.names import Count, Positive, Text, Time
 from limbeck.storage_schemas.reading import read_all
 from limbeck.storage_schemas.recipe import Condition, Guidance, Recipe, TeacherRecord
@@ -108,7 +109,8 @@ def read_calibrations(store: Store, recipe_id: str) -> list[Calibration]:
     folder = paths.notes_folder(recipe_id)
     names = [f"{folder}/{name}" for name in store.list(folder) if name.startswith("calibration-")]
     found, unread = read_all(store, names, Calibration)
-    warn(unread.values())
+    for problem in unread.values():
+        log.warning(problem)
     return sorted(found.values(), key=lambda calibration: calibration.made_at)
 
 

@@ -16,7 +16,10 @@ import numpy as np
 import pytest
 import torch
 
+from limbeck.storage_schemas.log import log_to_stderr
+
 torch.set_num_threads(1)
+log_to_stderr()
 hypothesis.settings.register_profile("same examples in every run", derandomize=True)
 hypothesis.settings.load_profile("same examples in every run")
 

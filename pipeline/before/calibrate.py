@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from limbeck.pipeline.workers.one_call import try_out
 from limbeck.storage_schemas.clock import utc_now
 from limbeck.storage_schemas.errors import UserError, usage_errors
 from limbeck.storage_schemas.extras import need
+from limbeck.storage_schemas.log import log
 from limbeck.storage_schemas.notes import Calibration, CalibrationPoint, Reference, cheapest
 from limbeck.storage_schemas.recipe import Recipe
 
@@ -200,10 +200,7 @@ def _warn(calibration: Calibration) -> None:
     drowned = [point for point in calibration.points if _drowned(calibration, point)]
     if drowned:
         names = ", ".join(f"{point.solver} {point.steps}" for point in drowned)
-        print(
-            f"~ not told apart from the reference's own error, {calibration.reference.error:.2g}: {names}",
-            file=sys.stderr,
-        )
+        log.warning(f"~ not told apart from the reference's own error, {calibration.reference.error:.2g}: {names}")
 
 
 def _as_json(config: CalibrateConfig, calibration: Calibration) -> dict[str, object]:

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from limbeck.storage_schemas import paths
 from limbeck.storage_schemas.commit import Task
 from limbeck.storage_schemas.errors import UsageError
 from limbeck.storage_schemas.layout import Layout
+from limbeck.storage_schemas.log import log
 from limbeck.storage_schemas.recipe import Recipe
 from limbeck.storage_schemas.store import Store
 
@@ -20,7 +20,7 @@ PER_TASK = 3
 
 
 def say_amounts(store: Store, recipe: Recipe, layout: Layout, tasks: Sequence[Task], *, calls: bool, here: int) -> None:
-    """One line on stderr. UsageError where a disk has no room for it.
+    """Log one line. UsageError where a disk has no room for it.
 
     calls: whether samples are solved. here: workers on this machine, each with room for a shard in scratch.
     """
@@ -35,7 +35,7 @@ def say_amounts(store: Store, recipe: Recipe, layout: Layout, tasks: Sequence[Ta
         f"{'at most ' if layout.compression != 'none' else ''}{format_size(size)} in {PER_TASK * len(tasks)} objects",
         *([] if free is None else [f"{format_size(free)} are free"]),
     ]
-    print(f"to make: {', '.join(words)}", file=sys.stderr, flush=True)
+    log.info(f"to make: {', '.join(words)}")
     if layout.compression == "none":
         _check_room({**({root: size} if root else {}), **({_scratch(): here * shard} if here else {})})
 

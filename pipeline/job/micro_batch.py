@@ -4,7 +4,6 @@ A rerun takes those of what it goes on with. Else they have defaults, and of `--
 whole shard together, half of it, ...
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -19,9 +18,10 @@ from limbeck.pipeline.workers.crossing import WorkerDied
 from limbeck.pipeline.workers.one_call import try_out
 from limbeck.storage_schemas import paths
 from limbeck.storage_schemas.dataset import latest_manifest
-from limbeck.storage_schemas.errors import UserError, warn
+from limbeck.storage_schemas.errors import UserError
 from limbeck.storage_schemas.job import Job
 from limbeck.storage_schemas.layout import FORMATS, Layout
+from limbeck.storage_schemas.log import log
 from limbeck.storage_schemas.reading import read_all, read_document
 from limbeck.storage_schemas.recipe import Recipe
 from limbeck.storage_schemas.store import Store
@@ -42,7 +42,7 @@ JOBS_LOOKED_AT = 16
 def settle(config: GenerateConfig, draft: Recipe, store: Store) -> tuple[Recipe, Layout]:
     """The recipe with its micro-batch, and the layout: what isn't given is as in what the job goes on with.
 
-    Else it is as in `draft`, the recipe of a new dataset; the micro-batch of `auto` is found, and named on stderr.
+    Else it is as in `draft`, the recipe of a new dataset; the micro-batch of `auto` is found, and logged.
     """
     layout = build_layout(config, draft)
     given = (config.micro_batch, config.samples_per_shard, config.format, config.compression)
@@ -52,7 +52,7 @@ def settle(config: GenerateConfig, draft: Recipe, store: Store) -> tuple[Recipe,
     if config.micro_batch != "auto":
         return draft, layout
     found = _probe(config, draft, layout, store)
-    print(f"micro-batch {found}: found by a trial on a worker, from now on part of the recipe", file=sys.stderr)
+    log.info(f"micro-batch {found}: found by a trial on a worker, from now on part of the recipe")
     return with_micro_batch(draft, found), layout
 
 
@@ -66,7 +66,7 @@ def _like(
         del theirs["format"]  # which can't be as compressed as is asked for
     layout = layout.model_copy(update=theirs)
     if config.micro_batch == "auto":
-        print(f"micro-batch {recipe.micro_batch}, as in what is in {store.uri} already", file=sys.stderr)
+        log.info(f"micro-batch {recipe.micro_batch}, as in what is in {store.uri} already")
     elif config.micro_batch is not None:
         return draft, layout
     return with_micro_batch(draft, recipe.micro_batch), layout
@@ -99,7 +99,8 @@ def _begun(dataset: str, store: Store) -> Iterator[tuple[Recipe, Layout]]:
     """Recipes and layouts of the newest jobs of the dataset, newest first."""
     newest = reversed(store.list(paths.JOBS)[-JOBS_LOOKED_AT:])
     jobs, unread = read_all(store, [paths.job_path(name) for name in newest], Job)
-    warn(unread.values())
+    for problem in unread.values():
+        log.warning(problem)
     for job in jobs.values():
         recipe = _held(store, job.recipe_id) if job.dataset == dataset else None
         if recipe:
@@ -128,7 +129,7 @@ def _probe(config: GenerateConfig, draft: Recipe, layout: Layout, store: Store) 
                 "the trial of a micro-batch", first_that_fits, order, left, gpu_share(config), runner=config
             )
         except WorkerDied as death:
-            print(f"a micro-batch of {left[0]} or less is too large: {death}", file=sys.stderr)
+            log.warning(f"a micro-batch of {left[0]} or less is too large: {death}")
             left = left[1:]
             continue
         if found:

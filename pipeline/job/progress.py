@@ -10,8 +10,8 @@ import rich.progress as bars
 from rich.console import Console
 
 from limbeck.storage_schemas.commit import Commit
-from limbeck.storage_schemas.errors import shown
 from limbeck.storage_schemas.job import Failure
+from limbeck.storage_schemas.log import log
 
 INTERVAL_SECONDS = 10.0
 
@@ -49,14 +49,14 @@ class Progress:
             self.samples += outcome.rows
         else:
             self.failures += 1
-            self.say(f"{outcome.task} set aside after {outcome.attempts} attempts: {outcome.error}")
+            log.warning(f"{outcome.task} set aside after {outcome.attempts} attempts: {outcome.error}")
         if self._bar and self._row is not None:
             self._bar.update(self._row, completed=self.tasks, rate=self._rate())
 
     def _tell(self) -> None:
         """A line an interval, also while no task ends: those who read a log see that the job lives."""
         while not self._ended.wait(self._interval):
-            self.say(self.line())
+            log.info(self.line())
 
     def line(self) -> str:
         """One line such as: 3/9 tasks, 6144 samples, 812 samples/s, 0 failures, 15 s to go."""
@@ -70,14 +70,6 @@ class Progress:
 
     def _rate(self) -> str:
         return f"{self.samples / self._elapsed:.0f} samples/s, {self.failures} failures"
-
-    def say(self, line: str) -> None:
-        """A line beside the count, such as that workers wait for room."""
-        line = shown(line)
-        if self._bar:
-            self._bar.console.print(line, highlight=False, markup=False)
-        else:
-            print(line, file=sys.stderr, flush=True)
 
 
 def _bar() -> bars.Progress:

@@ -20,6 +20,7 @@ from limbeck.pipeline.workers.signals import Drain
 from limbeck.storage_schemas import paths
 from limbeck.storage_schemas.commit import Commit, Task, is_sick
 from limbeck.storage_schemas.job import Failure
+from limbeck.storage_schemas.log import log
 from limbeck.storage_schemas.record import SPLITS
 from limbeck.storage_schemas.shards import Shard
 
@@ -64,7 +65,7 @@ def solve_missing(run: Run, tasks: list[Task]) -> None:
             max_attempts=config.max_attempts,
             patience=_patience(config),
             drain=drain,
-            tell=progress.say,
+            tell=log.info,
         )
         for outcome in ends:
             progress.count(outcome)

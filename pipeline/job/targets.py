@@ -12,8 +12,8 @@ from limbeck.storage_schemas.clock import age
 from limbeck.storage_schemas.commit import Task
 from limbeck.storage_schemas.dataset import LostRace, latest_manifest, seal_nothing
 from limbeck.storage_schemas.documents import Document
-from limbeck.storage_schemas.errors import warn
 from limbeck.storage_schemas.job import Heartbeat, Job, Mark
+from limbeck.storage_schemas.log import log
 from limbeck.storage_schemas.manifest import Manifest, ManifestDraft
 from limbeck.storage_schemas.reading import read_all, read_document
 from limbeck.storage_schemas.store import Store
@@ -60,7 +60,7 @@ class Target:
 
 
 def read_targets(store: Store, unread: list[str] | None = None) -> list[Target]:
-    """Every job whose document is there. One that can't be read is named on stderr and left; its path goes to `unread`.
+    """Every job whose document is there. One that can't be read is logged and left; its path goes to `unread`.
 
     Jobs are listed until no other shows up: a driver announces its next job before it ends the one that this follows.
     """
@@ -87,9 +87,10 @@ def _read(store: Store, names: Sequence[str], unread: list[str]) -> Iterator[Tar
 
 
 def readable(store: Store, many: Sequence[str], kind: type[D], unread: list[str]) -> dict[str, D]:
-    """The documents of these paths that can be read. Others are named on stderr and left, and go to `unread`."""
+    """The documents of these paths that can be read. Others are logged and left, and go to `unread`."""
     found, problems = read_all(store, many, kind)
-    warn(problems.values())
+    for problem in problems.values():
+        log.warning(problem)
     unread += problems
     return found
 

@@ -15,6 +15,7 @@ from limbeck.pipeline.rounds.plan import Round
 from limbeck.pipeline.workers.submission import ENDED_BADLY, Submission, hand_in, wait_for
 from limbeck.storage_schemas.canonical import digest
 from limbeck.storage_schemas.errors import UsageError, UserError
+from limbeck.storage_schemas.log import log
 
 _STDERR = 2
 _PDEATHSIG = 1
@@ -86,7 +87,7 @@ def _as_job(config: ProgressiveConfig, command: Sequence[str], part: Round) -> N
     client = job_client(config.dashboard)
     name = f"limbeck-progressive-{part.steps}-{digest(list(command))[:12]}"
     receipt = hand_in(client, Submission(name, shlex.join(command)), {})
-    print(f"{part.name}: job {receipt.submission_id} is {receipt.status}", file=sys.stderr)
+    log.info(f"{part.name}: job {receipt.submission_id} is {receipt.status}")
     receipt = wait_for(client, receipt)
     print(client.get_job_logs(receipt.submission_id), end="", file=sys.stderr)
     if receipt.status in ENDED_BADLY:

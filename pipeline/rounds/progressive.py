@@ -5,7 +5,6 @@ trainer, which goes on from its last checkpoint, `evaluate` for the errors. prog
 """
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +27,8 @@ from limbeck.pipeline.rounds.report import show
 from limbeck.pipeline.windows import Wanted, grow
 from limbeck.pipeline.workers.signals import stoppable
 from limbeck.storage_schemas.dataset import Dataset, latest_manifest, open_dataset
-from limbeck.storage_schemas.errors import UsageError, UserError, shown, usage_errors
+from limbeck.storage_schemas.errors import UsageError, UserError, usage_errors
+from limbeck.storage_schemas.log import log
 from limbeck.storage_schemas.recipe import Recipe
 from limbeck.storage_schemas.store import Store
 
@@ -85,7 +85,7 @@ class Progressive:
             with _timed(done, lambda **facts: self.record.note_round(part.steps, **facts)):
                 launch.fit(self.config, part, lock=self._lock)
             self.record.note_round(part.steps, student=_hash(part.student))
-            _say(f"{part.name}: {part.student} is promoted")
+            log.info(f"{part.name}: {part.student} is promoted")
         elif done["student"] != _hash(part.student):
             problem = f"{part.student} is not the student that was promoted ({done['student'][:12]})"
             raise UserError(f"{problem}: put it back, or choose another --out")
@@ -147,7 +147,7 @@ class Progressive:
         if outcome.exit_code == FAILED:
             raise UserError(f"{data.dataset}: {outcome.why}; the same command tries again")
         self.quarantined |= outcome.exit_code == QUARANTINED
-        _say(f"{data.dataset}: {'solved' if outcome.what == 'sealed' else 'there already'}")
+        log.info(f"{data.dataset}: {'solved' if outcome.what == 'sealed' else 'there already'}")
         return open_dataset(Store.open(data.store), data.dataset)
 
     def _measured(self, run: Path, schedule: tuple[int, ...]) -> dict[int, dict[str, Any]]:
@@ -235,7 +235,3 @@ def _document(model: Path) -> dict[str, Any] | None:
     file = model / checkpoint.MODEL_FILE
     with usage_errors():
         return described(file.read_bytes(), str(file)) if file.is_file() else None
-
-
-def _say(line: str) -> None:
-    print(shown(line), file=sys.stderr, flush=True)

@@ -1,7 +1,6 @@
 """OUT/progressive.json: what was asked for, and how far it has come, for the run that goes on."""
 
 import json
-import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +13,7 @@ from limbeck.storage_schemas.backends import read, write_local
 from limbeck.storage_schemas.documents import MOST_BYTES, Document
 from limbeck.storage_schemas.errors import UsageError, without_credentials
 from limbeck.storage_schemas.locks import only_one
+from limbeck.storage_schemas.log import log
 from limbeck.storage_schemas.names import Count, DatasetName, Positive, Seconds, Sha256, Text
 
 RECORD, LOCK = "progressive.json", ".progressive.lock"
@@ -43,9 +43,7 @@ def only_run(folder: Path, *, patience: float = PATIENCE) -> AbstractContextMana
         folder / LOCK,
         refused=f"{folder}: another run is still at work there; wait for it, or choose another --out",
         patience=patience,
-        wait=lambda: print(
-            f"{folder}: another run, or the trainer of one that died, is at work: waiting", file=sys.stderr
-        ),
+        wait=lambda: log.info(f"{folder}: another run, or the trainer of one that died, is at work: waiting"),
     )
 
 

@@ -5,7 +5,6 @@ whole shards, also past the window, so a new shard may need ids that no old one 
 """
 
 import json
-import sys
 import time
 from dataclasses import dataclass, field
 
@@ -26,6 +25,7 @@ from limbeck.storage_schemas.errors import UserError, usage_errors
 from limbeck.storage_schemas.ids import id_set
 from limbeck.storage_schemas.job import JobState
 from limbeck.storage_schemas.layout import Layout, check_layout
+from limbeck.storage_schemas.log import log
 from limbeck.storage_schemas.manifest import Manifest, content_digest
 from limbeck.storage_schemas.record import SPLITS
 from limbeck.storage_schemas.shards import Shard, ShardTable
@@ -82,7 +82,7 @@ def _settle(store: Store, config: ConvertConfig, pulse: Pulse) -> tuple[Manifest
             return _fulfil(run, config, pulse), written + run.written
         except (LostRace, Pruned, Lapsed) as why:
             written += run.written
-            print(f"{why}: planning again", file=sys.stderr, flush=True)
+            log.info(f"{why}: planning again")
 
 
 def _planned(store: Store, config: ConvertConfig, job: str) -> Conversion:

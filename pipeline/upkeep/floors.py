@@ -1,6 +1,5 @@
 """Which manifests stay served, and setting the floor below them."""
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -13,6 +12,7 @@ from limbeck.storage_schemas import paths
 from limbeck.storage_schemas.commit import list_committed, list_records
 from limbeck.storage_schemas.dataset import LostRace, Pruned, latest_manifest, list_numbers, read_manifest, seal_floor
 from limbeck.storage_schemas.job import Pin
+from limbeck.storage_schemas.log import log
 from limbeck.storage_schemas.manifest import Manifest
 from limbeck.storage_schemas.store import Store
 
@@ -113,5 +113,4 @@ def set_floor(
         try:
             return seal_floor(store, latest, writer=writer, floor=floor)
         except LostRace as lost:
-            line = f"another job sealed manifest {lost.winner.number} of {dataset}: setting the floor on it"
-            print(line, file=sys.stderr)
+            log.info(f"another job sealed manifest {lost.winner.number} of {dataset}: setting the floor on it")

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from limbeck.storage_schemas.errors import shown
+from limbeck.storage_schemas.log import log
 
 Figures = Mapping[str, Any]
 
@@ -45,7 +46,7 @@ def show(evaluation: Figures, console: Console) -> None:
     for line in legend(evaluation):
         console.print(shown(line), highlight=False)
     for note in evaluation["notes"]:
-        print(f"note: {shown(note)}", file=sys.stderr)
+        log.info(f"note: {note}")
 
 
 def markdown(evaluation: Figures) -> str:

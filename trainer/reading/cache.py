@@ -9,7 +9,6 @@ import errno
 import fcntl
 import os
 import struct
-import sys
 import tempfile
 import threading
 import time
@@ -18,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from limbeck.storage_schemas.backends import FULL
+from limbeck.storage_schemas.log import log
 from limbeck.storage_schemas.ranges import checksum
 from limbeck.trainer.reading.mapped import Maps
 
@@ -190,7 +190,7 @@ class Cache:
         if _unwarned.acquire(blocking=False):
             what = "full" if problem.errno in (*FULL, errno.EFBIG) else "unwritable"
             state = f"the cache in {self.folder} is {what}: {problem.strerror}: chunks are fetched anew for every use"
-            print(f"warning: {state}: make room there, or name another --cache-folder", file=sys.stderr, flush=True)
+            log.warning(f"warning: {state}: make room there, or name another --cache-folder")
 
 
 def _read_count(handle: int) -> int:

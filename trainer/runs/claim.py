@@ -11,7 +11,6 @@ it is a minute old by the storage's own clock: a fit that comes earlier waits, a
 
 import os
 import re
-import sys
 import threading
 import time
 from pathlib import Path
@@ -22,7 +21,8 @@ from pydantic import Field
 
 from limbeck.storage_schemas import paths
 from limbeck.storage_schemas.documents import Document
-from limbeck.storage_schemas.errors import StoreError, UsageError, UserError, shown
+from limbeck.storage_schemas.errors import StoreError, UsageError, UserError
+from limbeck.storage_schemas.log import log
 from limbeck.storage_schemas.names import Attempt, Count
 from limbeck.storage_schemas.store import Store
 
@@ -108,8 +108,7 @@ class Claim:
             return
         rest = _LAPSES - self._age(number)
         if rest > 0:
-            line = f"{self._place.uri} is a fit's that may be at work yet: waiting up to {rest:.0f} s"
-            print(shown(line), file=sys.stderr, flush=True)
+            log.info(f"{self._place.uri} is a fit's that may be at work yet: waiting up to {rest:.0f} s")
         until = time.monotonic() + rest
         while time.monotonic() < until:
             time.sleep(min(_LOOKS, rest))

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from limbeck.storage_schemas.errors import shown
+from limbeck.storage_schemas.log import log
 from limbeck.trainer.runs.place import METRICS, lines_of, write_whole
 
 Figures = Mapping[str, float | int | str]
@@ -61,7 +62,7 @@ class RunLog:
 
     def say(self, line: str) -> None:
         """One line to the user."""
-        self._display.say(shown(line))
+        log.info(line)
 
 
 class NoLog:
@@ -87,8 +88,6 @@ class _Display(Protocol):
 
     def show(self, step: int, figures: Figures) -> None: ...
 
-    def say(self, line: str) -> None: ...
-
 
 class _Bar:
     """A rich bar on a terminal."""
@@ -109,9 +108,6 @@ class _Bar:
     def show(self, step: int, figures: Figures) -> None:
         self._progress.update(self._task, completed=step, description=_summary(figures))
 
-    def say(self, line: str) -> None:
-        self._progress.console.print(line, markup=False, highlight=False)
-
 
 class _Lines:
     """A plain line every few seconds elsewhere."""
@@ -129,10 +125,7 @@ class _Lines:
         if step < self._total and time.monotonic() - self._last < _PLAIN_SECONDS:
             return
         self._last = time.monotonic()
-        self.say(f"step {step}/{self._total}  {_summary(figures)}")
-
-    def say(self, line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        log.info(f"step {step}/{self._total}  {_summary(figures)}")
 
 
 def _summary(figures: Figures) -> str:
