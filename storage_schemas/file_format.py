@@ -11,6 +11,7 @@ from limbeck.storage_schemas.commit import FOOTER, Chunk, Commit, Task
 from limbeck.storage_schemas.record import Columns, Field
 from limbeck.storage_schemas.store import Store
 
+Fields = Sequence[Field]
 Views = dict[str, list[np.ndarray]]
 """Column -> arrays [n, *shape] whose rows follow one another. The bytes of one row lie together."""
 
@@ -48,46 +49,33 @@ class FileFormat(Protocol):
     Functions raise CorruptShard where bytes are not what their commit says.
     """
 
-    @property
-    def SUFFIX(self) -> str:  # noqa: N802 - a constant of the module
-        """File name ending of a shard."""
+    SUFFIX: str
+    """File name ending of a shard."""
 
-    @property
-    def COMPRESSIONS(self) -> tuple[str, ...]:  # noqa: N802
-        """Compressions of a layout that it has."""
+    COMPRESSIONS: tuple[str, ...]
+    """Compressions of a layout that it has."""
 
     def encode(
-        self,
-        path: str | Path,
-        fields: Sequence[Field],
-        columns: Columns,
-        *,
-        task: Task,
-        recipe_id: str,
-        compression: str,
+        self, path: str | Path, fields: Fields, columns: Columns, *, task: Task, recipe_id: str, compression: str
     ) -> tuple[Chunk, ...]:
         """Write a shard to a local file: the same input gives the same bytes. The chunks cover the file."""
 
-    def decode(
-        self, store: Store, commit: Commit, fields: Sequence[Field], columns: Sequence[str], *, verify: bool
-    ) -> Columns:
+    def decode(self, store: Store, commit: Commit, fields: Fields, columns: Sequence[str], *, verify: bool) -> Columns:
         """The named columns of every row of a committed shard."""
 
-    def covers(self, commit: Commit, fields: Sequence[Field]) -> bool:
+    def covers(self, commit: Commit, fields: Fields) -> bool:
         """Whether the chunks of a commit hold its rows, one after another, and end with the file."""
 
-    def split(
-        self, commit: Commit, every: Sequence[Field], fields: Sequence[Field], read: Read, *, decode: bool
-    ) -> list[Part]:
+    def split(self, commit: Commit, every: Fields, fields: Fields, read: Read, *, decode: bool) -> list[Part]:
         """The parts of a shard in the order of their rows, with the chunks that hold `fields`."""
 
-    def view(self, part: Part, fields: Sequence[Field], data: dict[str, memoryview], known: Any) -> View | None:
+    def view(self, part: Part, fields: Fields, data: dict[str, memoryview], known: Any) -> View | None:
         """The rows of these fields as views of the bytes of its chunks, None for bytes that must be decoded.
 
         known: as it was found before; None for the first time, when `fields` has every integer.
         """
 
-    def decoder(self, part: Part, fields: Sequence[Field], read: Read) -> Callable[[Field], np.ndarray]:
+    def decoder(self, part: Part, fields: Fields, read: Read) -> Callable[[Field], np.ndarray]:
         """A function from one of these fields to its rows [n, *shape], for a part that must be decoded."""
 
 

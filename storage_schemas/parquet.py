@@ -14,14 +14,14 @@ import pyarrow.parquet as pq
 
 from limbeck.storage_schemas.commit import FOOTER, Chunk, Commit, Task
 from limbeck.storage_schemas.errors import CorruptShard, shown
-from limbeck.storage_schemas.file_format import Part, Read, View, is_footer, rows_follow
+from limbeck.storage_schemas.file_format import Fields, Part, Read, View, is_footer, rows_follow
 from limbeck.storage_schemas.pages import Page, find_pages
 from limbeck.storage_schemas.ranges import check_chunk, checksum, fetch
 from limbeck.storage_schemas.record import Columns, Field
 from limbeck.storage_schemas.store import Store
 
 SUFFIX = ".parquet"
-COMPRESSIONS = ("none", "zstd")
+COMPRESSIONS: tuple[str, ...] = ("none", "zstd")
 ROWS_PER_GROUP = 512
 _MAGIC = 4
 """Bytes before the first column."""
@@ -36,7 +36,7 @@ PAGE_BYTES = 64 << 20  # a page's size is an int32 in the format, so large sampl
 
 
 def encode(
-    path: str | Path, fields: Sequence[Field], columns: Columns, *, task: Task, recipe_id: str, compression: str
+    path: str | Path, fields: Fields, columns: Columns, *, task: Task, recipe_id: str, compression: str
 ) -> tuple[Chunk, ...]:
     """Writes a shard to a local file and returns the checksum of each column of each row group, and of the footer."""
     schema = arrow_schema(fields).with_metadata(_provenance(task, recipe_id))
@@ -59,7 +59,7 @@ def _provenance(task: Task, recipe_id: str) -> dict[str, str]:
     return {"recipe": recipe_id, "split": task.split, "task": task.name}
 
 
-def arrow_schema(fields: Sequence[Field]) -> pa.Schema:
+def arrow_schema(fields: Fields) -> pa.Schema:
     """Plain integers for scalars, fixed-size binary for states, with shape and dtype in the field's metadata."""
     return pa.schema([_arrow_field(field) for field in fields])
 
@@ -102,7 +102,7 @@ def _chunk(file: Any, column: str, first_row: int, rows: int, offset: int, lengt
     return Chunk(column=column, first_row=first_row, rows=rows, offset=offset, length=length, xxh3=xxh3)
 
 
-def decode(store: Store, commit: Commit, fields: Sequence[Field], columns: Sequence[str], *, verify: bool) -> Columns:
+def decode(store: Store, commit: Commit, fields: Fields, columns: Sequence[str], *, verify: bool) -> Columns:
     """The named columns of every row, from the footer's and those columns' bytes alone."""
     needed = [chunk for chunk in commit.chunks if chunk.column in {*columns, FOOTER}]
     found = fetch(store, commit, needed)
@@ -117,7 +117,7 @@ def decode(store: Store, commit: Commit, fields: Sequence[Field], columns: Seque
     return {name: _joined(by_name[name], arrays) for name, arrays in pieces.items()}
 
 
-def check_footer(commit: Commit, fields: Sequence[Field], footer: memoryview) -> None:
+def check_footer(commit: Commit, fields: Fields, footer: memoryview) -> None:
     """CorruptShard unless the footer describes the file that its commit does: columns of these fields, where they are.
 
     Then every reader finds the same rows, whether it goes by the footer or by the commit.
@@ -129,7 +129,7 @@ def check_footer(commit: Commit, fields: Sequence[Field], footer: memoryview) ->
         raise CorruptShard(f"{commit.path} is not the Parquet file of its commit: its footer says other {problem}")
 
 
-def _other_columns(commit: Commit, fields: Sequence[Field], schema: pa.Schema) -> str | None:
+def _other_columns(commit: Commit, fields: Fields, schema: pa.Schema) -> str | None:
     if not schema.equals(arrow_schema(fields)):
         return "columns than its recipe's"
     said = [(field.metadata or {}, describe(mine)) for field, mine in zip(schema, fields, strict=True)]
@@ -157,7 +157,7 @@ def _is_compressed(commit: Commit) -> bool:
     return "-zstd-" in commit.layout_id
 
 
-def covers(commit: Commit, fields: Sequence[Field]) -> bool:
+def covers(commit: Commit, fields: Fields) -> bool:
     """Whether each row group has one chunk a field, in order, and the footer ends the file."""
     if not commit.chunks or len(commit.chunks) % len(fields) != 1:
         return False
@@ -172,13 +172,13 @@ def covers(commit: Commit, fields: Sequence[Field]) -> bool:
     )
 
 
-def _groups(commit: Commit, fields: Sequence[Field]) -> list[tuple[Chunk, ...]]:
+def _groups(commit: Commit, fields: Fields) -> list[tuple[Chunk, ...]]:
     """The chunks of each row group, without the footer."""
     *chunks, _ = commit.chunks
     return [tuple(chunks[at : at + len(fields)]) for at in range(0, len(chunks), len(fields))]
 
 
-def split(commit: Commit, every: Sequence[Field], fields: Sequence[Field], read: Read, *, decode: bool) -> list[Part]:
+def split(commit: Commit, every: Fields, fields: Fields, read: Read, *, decode: bool) -> list[Part]:
     """The row groups, once the footer is found to describe them."""
     check_footer(commit, every, *read(commit.chunks[-1:]))
     wanted = {field.name for field in fields}
@@ -192,14 +192,14 @@ def split(commit: Commit, every: Sequence[Field], fields: Sequence[Field], read:
     ]  # fmt: skip
 
 
-def view(part: Part, fields: Sequence[Field], data: dict[str, memoryview], known: Any) -> View:
+def view(part: Part, fields: Fields, data: dict[str, memoryview], known: Any) -> View:
     """The pages of a row group's columns."""
     chunks = {chunk.column: chunk for chunk in (*part.integers, *part.chunks)}
     columns = {field.name: view_chunk(part.commit, field, chunks[field.name], data[field.name]) for field in fields}
     return View(columns, known=True, weight=_CHECKED)
 
 
-def decoder(part: Part, fields: Sequence[Field], read: Read) -> Callable[[Field], np.ndarray]:
+def decoder(part: Part, fields: Fields, read: Read) -> Callable[[Field], np.ndarray]:
     """Each column is decoded by itself, with the footer."""
     footer = part.commit.chunks[-1]
     chunks = {chunk.column: chunk for chunk in (*part.integers, *part.chunks)}

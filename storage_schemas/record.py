@@ -10,7 +10,6 @@ A segment starts at a grid index of its own: start_index, data_id (-1 when it st
 """
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -60,14 +59,6 @@ def state_column(index: int, num_steps: int) -> str:
     if not 0 <= index <= num_steps:
         raise ValueError(f"state {index} is not on a grid of {num_steps} steps: indices run from 0 to {num_steps}")
     return {0: "noise", num_steps: "output"}.get(index, f"state_{index:03d}")
-
-
-def state_index(column: str, num_steps: int) -> int | None:
-    """Grid index of a state column, None for a column of another kind."""
-    if column in ("noise", "output"):
-        return 0 if column == "noise" else num_steps
-    match = re.fullmatch(r"state_(\d{3,})", column)
-    return int(match[1]) if match else None
 
 
 def trajectory_fields(

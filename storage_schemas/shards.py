@@ -63,14 +63,6 @@ class Shard:
         """Sample ids of its rows, int64 [rows]."""
         return np.setdiff1d(np.arange(self.start, self.stop), np.asarray(self.quarantined, dtype=np.int64))
 
-    def row_of(self, ids: np.ndarray) -> np.ndarray:
-        """Row of each id."""
-        ids = np.asarray(ids, dtype=np.int64)
-        lost = np.asarray(self.quarantined, dtype=np.int64)
-        if np.any((ids < self.start) | (ids >= self.stop)) or np.any(np.isin(ids, lost)):
-            raise KeyError(f"some of these ids are not in {self.task}")
-        return ids - self.start - np.searchsorted(lost, ids)
-
     def lists(self, commit: Commit) -> bool:
         """Whether this row is the commit's: all that both say is one, the digest too where the row has it."""
         row = replace(self, commit_path=commit.record_path, commit_sha256=self.commit_sha256 or commit.digest)

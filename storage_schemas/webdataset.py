@@ -23,13 +23,13 @@ import numpy as np
 
 from limbeck.storage_schemas.commit import ALL_COLUMNS, FOOTER, Chunk, Commit, Task, ids_of
 from limbeck.storage_schemas.errors import CorruptShard, shown
-from limbeck.storage_schemas.file_format import Part, Read, View, is_footer, rows_follow
+from limbeck.storage_schemas.file_format import Fields, Part, Read, View, is_footer, rows_follow
 from limbeck.storage_schemas.ranges import check_chunk, checksum, fetch
 from limbeck.storage_schemas.record import Columns, Field
 from limbeck.storage_schemas.store import Store
 
 SUFFIX = ".tar"
-COMPRESSIONS = ("none",)
+COMPRESSIONS: tuple[str, ...] = ("none",)
 ROWS_PER_BLOCK = 256
 BLOCK_BYTES = 64 << 20
 BLOCK = tarfile.BLOCKSIZE
@@ -50,7 +50,7 @@ _JSON = 1 << 20
 
 
 def encode(
-    path: str | Path, fields: Sequence[Field], columns: Columns, *, task: Task, recipe_id: str, compression: str
+    path: str | Path, fields: Fields, columns: Columns, *, task: Task, recipe_id: str, compression: str
 ) -> tuple[Chunk, ...]:
     """Writes a shard to a local file and returns the checksum of each block of rows, and of what ends the file."""
     writer = _RowWriter(fields, columns, task)
@@ -77,7 +77,7 @@ def _chunk(column: str, first_row: int, rows: int, offset: int, data: Any) -> Ch
 class _RowWriter:
     """Rows of a tar as one array [n, stride] of bytes: member headers, npy headers and data at fixed places."""
 
-    def __init__(self, fields: Sequence[Field], columns: Columns, task: Task) -> None:
+    def __init__(self, fields: Fields, columns: Columns, task: Task) -> None:
         self.columns, self.split = columns, task.split
         self.states = [field for field in fields if not field.is_scalar]
         self.scalars = [field for field in fields if field.is_scalar]
@@ -135,7 +135,7 @@ def _header(name: str, size: int) -> bytes:
     return member.tobuf(format=tarfile.USTAR_FORMAT)
 
 
-def _is_bfloat16(states: Sequence[Field]) -> bool:
+def _is_bfloat16(states: Fields) -> bool:
     return any(field.dtype == "bfloat16" for field in states)
 
 
@@ -152,7 +152,7 @@ def _npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
     return header.getvalue()
 
 
-def decode(store: Store, commit: Commit, fields: Sequence[Field], columns: Sequence[str], *, verify: bool) -> Columns:
+def decode(store: Store, commit: Commit, fields: Fields, columns: Sequence[str], *, verify: bool) -> Columns:
     """The named columns of every row; views of the file where its rows are regular, else parsed as any tar."""
     whole = Chunk(column=ALL_COLUMNS, first_row=0, rows=commit.rows, offset=0, length=commit.bytes, xxh3="0" * 32)
     (data,) = fetch(store, commit, [whole])
@@ -163,7 +163,7 @@ def decode(store: Store, commit: Commit, fields: Sequence[Field], columns: Seque
     return parse(data, wanted, sample_names(commit.split, ids_of(commit)), name=f"{store.uri}/{commit.path}")
 
 
-def covers(commit: Commit, fields: Sequence[Field]) -> bool:
+def covers(commit: Commit, fields: Fields) -> bool:
     """Whether the blocks follow each other and cover the file; of somebody else's tar they may not say which rows."""
     if not commit.chunks:
         return False
@@ -179,7 +179,7 @@ def covers(commit: Commit, fields: Sequence[Field]) -> bool:
     )
 
 
-def split(commit: Commit, every: Sequence[Field], fields: Sequence[Field], read: Read, *, decode: bool) -> list[Part]:
+def split(commit: Commit, every: Fields, fields: Fields, read: Read, *, decode: bool) -> list[Part]:
     """The blocks of rows; all of a tar that must be decoded, or doesn't say which rows its blocks hold."""
     blocks = [chunk for chunk in commit.chunks if chunk.column == ALL_COLUMNS]
     if decode or not all(block.rows for block in blocks):
@@ -187,7 +187,7 @@ def split(commit: Commit, every: Sequence[Field], fields: Sequence[Field], read:
     return [Part(commit, block.first_row, block.rows, (block,), decode=False) for block in blocks]
 
 
-def view(part: Part, fields: Sequence[Field], data: dict[str, memoryview], known: Any) -> View | None:
+def view(part: Part, fields: Fields, data: dict[str, memoryview], known: Any) -> View | None:
     """States in a block of regular rows, and the integers out of their JSON; None for other rows.
 
     known: what their layout is, and the integers.
@@ -213,7 +213,7 @@ class _Block:
         return 1024 + sum(array.nbytes for array in self.integers.values())
 
 
-def _read_block(part: Part, fields: Sequence[Field], data: memoryview) -> _Block:
+def _read_block(part: Part, fields: Fields, data: memoryview) -> _Block:
     block = regular_block(data, part.rows)
     if block is None or not block.holds(fields):
         raise ValueError("not regular")
@@ -221,7 +221,7 @@ def _read_block(part: Part, fields: Sequence[Field], data: memoryview) -> _Block
     return _Block(block.stride, block.members, block.scalars([field for field in fields if field.is_scalar]))
 
 
-def decoder(part: Part, fields: Sequence[Field], read: Read) -> Callable[[Field], np.ndarray]:
+def decoder(part: Part, fields: Fields, read: Read) -> Callable[[Field], np.ndarray]:
     """The tar is parsed once for all its columns, when the first is asked for."""
     commit = part.commit
 
@@ -233,7 +233,7 @@ def decoder(part: Part, fields: Sequence[Field], read: Read) -> Callable[[Field]
     return lambda field: columns()[field.name]
 
 
-def parse(data: memoryview, fields: Sequence[Field], names: Sequence[str], *, name: str) -> Columns:
+def parse(data: memoryview, fields: Fields, names: Sequence[str], *, name: str) -> Columns:
     """These columns out of a whole tar: views where its rows are regular, else parsed as anybody's.
 
     names: what its samples are called, if they are called as ours are.
@@ -281,11 +281,11 @@ class RegularRows:
     stride: int
     members: dict[str, tuple[int, int]]
 
-    def columns(self, fields: Sequence[Field]) -> Columns:
+    def columns(self, fields: Fields) -> Columns:
         """States that it holds as views of the file; integers out of the JSON, one of NOT_OURS where it has others."""
         return self.states(fields) | self.scalars([field for field in fields if field.is_scalar])
 
-    def holds(self, fields: Sequence[Field]) -> bool:
+    def holds(self, fields: Fields) -> bool:
         """Whether every row has the states of these fields, as we store them."""
         return all(self._has(field) for field in fields if not field.is_scalar)
 
@@ -297,7 +297,7 @@ class RegularRows:
         found = self._along((len(headers[0]),), np.dtype(np.uint8), offset)
         return any((found == header).all() for header in headers)
 
-    def states(self, fields: Sequence[Field]) -> Columns:
+    def states(self, fields: Fields) -> Columns:
         """Views [rows, *shape] of the fields that are not scalars and that it holds."""
         return {field.name: self._state(field) for field in fields if not field.is_scalar}
 
@@ -310,7 +310,7 @@ class RegularRows:
         inner = np.empty(shape, dtype).strides
         return np.ndarray((self.rows, *shape), dtype, self.data, offset, (self.stride, *inner))
 
-    def scalars(self, fields: Sequence[Field]) -> Columns:
+    def scalars(self, fields: Fields) -> Columns:
         """The integers of these fields, parsed out of every row's JSON."""
         if not fields:
             return {}

@@ -19,7 +19,6 @@ from limbeck.storage_schemas.record import (
     check_columns,
     segment_fields,
     state_column,
-    state_index,
     trajectory_fields,
 )
 from limbeck.storage_schemas.store import StoreDocument
@@ -49,7 +48,6 @@ def test_canonical_json_refuses_what_json_has_not(bad: float) -> None:
 
 def test_state_columns_follow_the_grid() -> None:
     assert [state_column(i, 16) for i in (0, 6, 16)] == ["noise", "state_006", "output"]
-    assert [state_index(name, 16) for name in ("noise", "state_006", "output", "condition")] == [0, 6, 16, None]
     with pytest.raises(ValueError, match="0 to 16"):
         state_column(17, 16)
     fields = trajectory_fields((1, 8, 8), "float16", 16, (0, 8, 16))
