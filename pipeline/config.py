@@ -14,7 +14,7 @@ from limbeck.storage_schemas.commit import MOST_QUARANTINED
 from limbeck.storage_schemas.layout import CompressionName, FormatName, check_compression
 from limbeck.storage_schemas.places import LocalName, Source, StorePlace, source
 
-DatasetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="name of the dataset in the store")]
+DatasetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="Name of the dataset in the store.")]
 
 
 MOST_HOLDOUT = 2048
@@ -61,22 +61,22 @@ Scales = Annotated[
     Field(min_length=1),
     AfterValidator(_ascending),
 ]
-PrintJson = Annotated[bool, arg(name="json"), Field(description="print JSON")]
-StoreArgument = Annotated[Positional[StorePlace], Field(description="the store's URI")]
+PrintJson = Annotated[bool, arg(name="json"), Field(description="Print JSON.")]
+StoreArgument = Annotated[Positional[StorePlace], Field(description="URI of the store.")]
 
 MicroBatch = Annotated[
     Annotated[int, Field(ge=1)] | Literal["auto"] | None,
     Field(
-        description="samples solved together, part of the recipe; default: as the dataset has it, else the most up to "
-        "256 that divide a shard; auto: the most that a worker has memory for"
+        description="Samples solved together, part of the recipe; auto: as many as a worker has memory for. Default: "
+        "as in the dataset, else the most up to 256 that divide a shard."
     ),
 ]
 ChainStart = Annotated[
     str,
     Field(
         pattern=r"^(prior|data:.+)$",
-        description="prior: trajectories from noise; data:IMAGES: segments of two ddim steps from noised real images, "
-        "such as data:sklearn:digits",
+        description="What is solved. prior: trajectories from noise; data:IMAGES: segments of two ddim steps from "
+        "noised real images, such as data:sklearn:digits.",
     ),
     AfterValidator(source),
 ]
@@ -90,62 +90,64 @@ class GridConfig(Config):
     """How the times of a solve are spaced."""
 
     grid: Literal["karras", "uniform_time", "uniform_logsnr", "own"] = Field(
-        "karras", description="how the times are spaced; own: as the teacher, a student, was fitted for"
+        "karras", description="Spacing of the times; own: the grid that the teacher, a student, was fitted for."
     )
-    rho: float | None = Field(None, gt=0, description="karras: how strongly low noise levels are favoured; 7 if unset")
+    rho: float | None = Field(None, gt=0, description="Grid karras: how strongly low noise is favoured. Default: 7.")
     r_max: float | None = Field(
-        None, gt=0, description="karras, uniform_logsnr: first sigma/alpha; the process's own if unset"
+        None, gt=0, description="Grids karras, uniform_logsnr: first sigma/alpha. Default: the process's own."
     )
     r_min: float | None = Field(
-        None, gt=0, description="karras, uniform_logsnr: last sigma/alpha before 0; 0.002 if unset, or a table's first"
+        None, gt=0, description="Grids karras, uniform_logsnr: last sigma/alpha before 0. Default: 0.002, or a table's."
     )
-    t_min: float | None = Field(None, gt=0, description="uniform_time: last time before 0; evenly spaced if unset")
+    t_min: float | None = Field(
+        None, gt=0, description="Grid uniform_time: last time before 0. Default: evenly spaced."
+    )
 
 
 class SolverConfig(GridConfig):
     """Which solver, over which grid."""
 
     name: SolverName | None = Field(
-        None, description=f"one of {', '.join(SOLVERS)}; ddim is Euler; default: heun, of segments ddim"
+        None, description=f"One of {', '.join(SOLVERS)}; ddim is Euler. Default: heun, for segments ddim."
     )
-    steps: int = Field(16, ge=1, description="steps N of the grid t_0 = T > ... > t_N = 0")
+    steps: int = Field(16, ge=1, description="Steps N of the grid t_0 = T > ... > t_N = 0.")
 
 
 class RayConfig(Config):
     """Where Ray is and what a worker takes of it."""
 
-    address: str | None = Field(None, description="a running cluster; else RAY_ADDRESS, else one is started here")
-    num_cpus: float = Field(1.0, ge=0, description="CPUs a worker takes")
-    num_gpus: float = Field(0.0, ge=0, description="GPUs a worker takes; a fraction lets several share one")
-    min_workers: int = Field(1, ge=1, description="workers that must be ready within startup-timeout")
-    startup_timeout: float = Field(900.0, gt=0, description="seconds that a job waits for the cluster to make room")
+    address: str | None = Field(None, description="A running cluster. Default: RAY_ADDRESS, else one is started here.")
+    num_cpus: float = Field(1.0, ge=0, description="CPUs that a worker takes.")
+    num_gpus: float = Field(0.0, ge=0, description="GPUs that a worker takes; a fraction lets several share one.")
+    min_workers: int = Field(1, ge=1, description="Workers that must be ready within startup-timeout.")
+    startup_timeout: float = Field(900.0, gt=0, description="Seconds that a job waits for room on the cluster.")
 
 
 class TeacherConfig(Config):
     """Whose samples, and in which numbers they are computed."""
 
-    teacher: Source = Field(description="builtin:NAME, diffusers:SOURCE, python:MODULE:FACTORY, or a saved model")
+    teacher: Source = Field(description="A builtin:NAME, diffusers:SOURCE, python:MODULE:FACTORY, or a saved model.")
     ignore: tuple[Ignorable, ...] = Field(
-        (), description="of a pipeline's scheduler: clip_sample, thresholding, which change samples and are in no ODE"
+        (), description="Settings of a pipeline's scheduler that no ODE has, to leave out: clip_sample, thresholding."
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of every noise and label")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of every noise and label.")
     guidance: Scales = Field(
         (1.0,),
-        description="classifier-free guidance scale; 1 is the conditional model itself; of several each sample has one",
+        description="Scale of classifier-free guidance; 1 is the conditional model. With several, each sample has one.",
     )
     condition: Literal["auto", "none", "uniform_labels"] = Field(
         "auto",
-        description="labels: uniform where the teacher has classes (auto), none, or uniform; segments that start from "
-        "data have those of their images",
+        description="Labels: auto, uniform where the teacher has classes; none; or uniform_labels. Segments that start "
+        "from data have those of their images.",
     )
-    dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="what states are stored as")
-    solve_dtype: Literal["float32", "float64"] = Field("float32", description="what states are solved in")
-    autocast: Literal["none", "bfloat16", "float16"] = Field("none", description="the network's own precision")
-    tf32: bool = Field(False, description="allow TF32 matrix products on GPUs")
+    dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="Type that states are stored in.")
+    solve_dtype: Literal["float32", "float64"] = Field("float32", description="Type that states are solved in.")
+    autocast: Literal["none", "bfloat16", "float16"] = Field("none", description="Precision inside of the network.")
+    tf32: bool = Field(False, description="Allow TF32 matrix products on GPUs.")
     compile: Literal["none", "default", "reduce-overhead"] = Field(
-        "none", description="torch.compile the teacher; reduce-overhead with CUDA graphs, on a CPU the same as default"
+        "none", description="Mode of torch.compile for the teacher; reduce-overhead: CUDA graphs, on a CPU as default."
     )
-    channels_last: bool = Field(False, description="images in channels-last memory, which convolutions on GPUs prefer")
+    channels_last: bool = Field(False, description="Images in channels-last memory, which convolutions on GPUs prefer.")
 
     @model_validator(mode="after")
     def _guidance_has_labels(self) -> Self:
@@ -158,10 +160,10 @@ class TeacherConfig(Config):
 class WorkerConfig(Config):
     """Where a worker runs and what it has."""
 
-    runner: Literal["ray", "local"] = Field("ray", description="ray, or processes on this machine")
-    threads: int = Field(1, ge=1, description="CPU threads of each worker")
+    runner: Literal["ray", "local"] = Field("ray", description="Ray, or processes on this machine.")
+    threads: int = Field(1, ge=1, description="CPU threads of each worker.")
     device: str = Field(
-        "auto", pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$", description="auto, cpu, cuda, cuda:1, ..."
+        "auto", pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$", description="Device: auto, cpu, cuda, cuda:1, and so on."
     )
     ray: RayConfig = RayConfig()
 
@@ -169,45 +171,45 @@ class WorkerConfig(Config):
 class JobConfig(WorkerConfig):
     """Where samples go, how many, and what a job does on its way there."""
 
-    store: StorePlace = Field(description="where the dataset lies: a folder, s3://, gs:// or az://")
-    count: int = Field(ge=1, description="train samples that the window holds at least")
+    store: StorePlace = Field(description="Where the dataset lies: a folder, s3://, gs:// or az://.")
+    count: int = Field(ge=1, description="Train samples that the window holds at least.")
     holdout: int | None = Field(
         None,
         ge=0,
-        description="holdout samples that the window holds at least; default: an eighth of count, but 2 at least and "
-        "2048 at most",
+        description="Holdout samples that the window holds at least. Default: an eighth of count, but 2 at least and "
+        "2048 at most.",
     )
     format: FormatName | None = Field(
-        None, description="file format of shards; default: as the dataset has them, else parquet"
+        None, description="File format of shards. Default: as in the dataset, else parquet."
     )
     compression: CompressionName | None = Field(
-        None, description="of parquet shards; default: as the dataset has them, else none"
+        None, description="Compression of parquet shards. Default: as in the dataset, else none."
     )
     samples_per_shard: int | None = Field(
         None,
         ge=1,
-        description="samples in a shard, which is one task; default: as the dataset has them, else a power of two for "
-        "256 MiB, at most 2048, or whole micro-batches where that is given",
+        description="Samples in a shard, which is one task. Default: as in the dataset, else a power of two for 256 "
+        "MiB, at most 2048, or whole micro-batches of a given size.",
     )
     micro_batch: MicroBatch = None
-    single_writer: bool = Field(False, description="allow storage without conditional create; one job at a time")
+    single_writer: bool = Field(False, description="Allow storage without conditional create; one job at a time.")
     recheck: bool = Field(
-        False, description="look every listed shard up, and make again what is lost or holds quarantined samples"
+        False, description="Look up every listed shard, and make again what is lost or holds quarantined samples."
     )
-    max_missing: int = Field(0, ge=0, description="tasks that may stay missing in a sealed manifest")
+    max_missing: int = Field(0, ge=0, description="Tasks that may stay missing in a sealed manifest.")
     max_quarantined: float = Field(
         MOST_QUARANTINED,
         ge=0,
         le=1,
-        description="part of the samples that may lack because they are not finite",
+        description="Share of the samples that may be left out as not finite.",
     )
-    max_attempts: int = Field(3, ge=1, description="tries of a task before it is set aside")
+    max_attempts: int = Field(3, ge=1, description="Tries of a task before it is set aside.")
     straggler_seconds: float | None = Field(
-        None, gt=0, description="a task's deadline; 20 times the median task if unset, and 600 s at least"
+        None, gt=0, description="Deadline of a task. Default: 20 times the median task, and 600 s at least."
     )
-    drain_seconds: float = Field(25.0, ge=0, description="time that SIGTERM leaves to the tasks in flight")
+    drain_seconds: float = Field(25.0, ge=0, description="Seconds that SIGTERM leaves to the tasks in flight.")
     workers: int | None = Field(
-        None, ge=1, description="workers at most, each with a teacher of its own; default: 1, or ray.min-workers"
+        None, ge=1, description="Workers at most, each with a teacher of its own. Default: 1, or ray.min-workers."
     )
     as_json: PrintJson = False
 
@@ -248,13 +250,13 @@ class GenerateConfig(JobConfig, TeacherConfig):
 
     dataset: DatasetName = "main"
     solver: SolverConfig = SolverConfig()
-    states: tuple[int, ...] = Field((), description="inner grid indices to store; noise (0) and output (N) always are")
+    states: tuple[int, ...] = Field((), description="Inner grid indices to store; noise (0) and output (N) always are.")
     start: ChainStart = "prior"
     calibration: LocalName | None = Field(
-        None, description="JSON that calibrate wrote: checked against the recipe and kept among its notes"
+        None, description="JSON that calibrate wrote: checked against the recipe and kept among its notes."
     )
-    with_weights: bool = Field(False, description="keep the teacher's weights in the store, for students to start from")
-    new_recipe: bool = Field(False, description="begin a new window where the dataset holds another recipe")
+    with_weights: bool = Field(False, description="Keep the teacher's weights in the store, to start students from.")
+    new_recipe: bool = Field(False, description="Begin a new window where the dataset holds another recipe.")
 
     @property
     def solver_name(self) -> SolverName:
@@ -288,38 +290,36 @@ class GenerateConfig(JobConfig, TeacherConfig):
 class PlanConfig(GenerateConfig):
     """What generate would do and what it would cost, from a handful of samples timed on one worker; writes nothing."""
 
-    time_batches: int = Field(3, ge=1, description="micro-batches that are timed, after one to warm up")
+    time_batches: int = Field(3, ge=1, description="Micro-batches that are timed, after one to warm up.")
     probe_store: bool = Field(
-        False, description="time the upload of one shard to the store too, which is removed again; else none is counted"
+        False, description="Time the upload of one shard too, which is removed again; without it, uploads take no time."
     )
     price_gpu_hour: float | None = Field(
-        None, ge=0, description="money for an hour of one GPU, or of one CPU where workers have no GPU"
+        None, ge=0, description="Price of an hour of one GPU, or of one CPU where workers have no GPU."
     )
-    price_gb_month: float | None = Field(None, ge=0, description="money for a gigabyte (10^9 bytes) stored for a month")
+    price_gb_month: float | None = Field(None, ge=0, description="Price of a gigabyte (10^9 bytes) for a month.")
 
 
 class CalibrateConfig(WorkerConfig, TeacherConfig):
     """Measure each solver's error at a range of steps, and name the cheapest under a tolerance."""
 
     tolerance: float = Field(
-        0.01, gt=0, description="error that is allowed: RMS of a coordinate, in standard deviations of the data"
+        0.01, gt=0, description="Largest error: RMS of a coordinate, in standard deviations of the data."
     )
-    solvers: Annotated[tuple[SolverName, ...], Field(min_length=1, description="which ones to measure")] = tuple(
-        SOLVERS
-    )
+    solvers: Annotated[tuple[SolverName, ...], Field(min_length=1, description="Solvers to measure.")] = tuple(SOLVERS)
     steps: Annotated[
-        tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1, description="numbers of steps to measure each at")
+        tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1, description="Numbers of steps to measure each at.")
     ] = (4, 6, 8, 12, 16, 24, 32, 48, 64)
-    count: int = Field(64, ge=8, description="samples that the error is measured on: the holdout's first noises")
+    count: int = Field(64, ge=8, description="Samples that the error is measured on: the holdout's first noises.")
     solver: GridConfig = GridConfig()
     reference_factor: int | None = Field(
         None,
         ge=2,
-        description="the reference takes as many times the most steps, by rk4; default: 8, or more up to 512 steps",
+        description="Steps of the reference, by rk4, over the most steps. Default: 8, or more up to 512 steps.",
     )
-    micro_batch: int = Field(64, ge=1, description="samples solved together")
-    out: LocalName | None = Field(None, description="JSON file for the measurement, for generate --calibration")
-    picture: LocalName | None = Field(None, description="PNG file for a plot of error against network calls")
+    micro_batch: int = Field(64, ge=1, description="Samples solved together.")
+    out: LocalName | None = Field(None, description="JSON file for the measurement, for generate --calibration.")
+    picture: LocalName | None = Field(None, description="PNG file for a plot of error against network calls.")
     as_json: PrintJson = False
 
     @model_validator(mode="after")
@@ -333,15 +333,17 @@ class RegenerateConfig(GenerateConfig):
     """Move a dataset's window on by a policy, for schedules: safe to overlap and to run for every missed tick."""
 
     policy: Literal["grow", "refresh", "recipe"] = Field(
-        "refresh", description="grow the train window, slide it, or go over to a changed recipe once it changes"
+        "refresh", description="What is done with the train window: grow it, slide it, or take a changed recipe up."
     )
-    refresh: float = Field(0.1, gt=0, le=1, description="refresh: share of the train window that is new, as much goes")
-    grow_by: int = Field(0, ge=0, description="grow: train samples more each time, besides what count asks for")
+    refresh: float = Field(0.1, gt=0, le=1, description="Policy refresh: the new share of the window; as much goes.")
+    grow_by: int = Field(
+        0, ge=0, description="Policy grow: train samples added each time, besides what count asks for."
+    )
     max_age: Duration | None = Field(
-        None, description="grow, refresh: do nothing while the train window is younger than this, such as 20h or 7d"
+        None, description="Policies grow and refresh: do nothing while the train window is younger, such as 20h or 7d."
     )
     tick: Tick | None = Field(
-        None, description="the schedule's time, such as 2026-11-22T03: served once; a later one serves it too"
+        None, description="Time of the schedule, such as 2026-11-22T03: served once; a later one serves it too."
     )
 
     @model_validator(mode="after")
@@ -359,10 +361,10 @@ class PruneConfig(Config):
     """Delete what nothing refers to: sweep what the last floor allows, then set the next one."""
 
     store: StoreArgument
-    keep_manifests: int = Field(3, ge=1, description="newest manifests of each dataset that stay served")
-    grace: Duration = Field("7d", description="from setting a floor to the first prune that may delete below it")
+    keep_manifests: int = Field(3, ge=1, description="Newest manifests of each dataset that stay served.")
+    grace: Duration = Field("7d", description="Time from setting a floor to the first prune that may delete below it.")
     dry_run: bool = Field(
-        False, description="list what would be deleted now, and what a new floor would allow; write nothing"
+        False, description="List what would be deleted now, and what a new floor would allow; write nothing."
     )
     as_json: PrintJson = False
 
@@ -370,14 +372,16 @@ class PruneConfig(Config):
 class SubmitConfig(Config):
     """Submit the `generate` or `regenerate` after -- to a Ray cluster's job server, never the same one twice."""
 
-    command: Annotated[Positional[tuple[str, ...]], Field(description="-- generate ..., or -- regenerate ...")]
-    dashboard: str = Field("http://127.0.0.1:8265", description="address of the cluster's job server")
+    command: Annotated[
+        Positional[tuple[str, ...]], Field(description="The command: -- generate ..., or -- regenerate ....")
+    ]
+    dashboard: str = Field("http://127.0.0.1:8265", description="Address of the cluster's job server.")
     working_dir: StorePlace | None = Field(
         None,
-        description="a folder that the job runs in, copied to the cluster by Ray; a clone of limbeck runs its own code",
+        description="A folder that the job runs in, copied to the cluster by Ray; a clone of limbeck runs its code.",
     )
-    wait: bool = Field(False, description="wait for the job's end, show its output and end with its exit code")
-    dry_run: bool = Field(False, description="print the submission id and the command, submit nothing")
+    wait: bool = Field(False, description="Wait for the job's end, show its output and end with its exit code.")
+    dry_run: bool = Field(False, description="Print the submission id and the command, submit nothing.")
     as_json: PrintJson = False
 
 
@@ -385,7 +389,7 @@ class StatusConfig(Config):
     """Progress of the newest job, running or dead, read from the store alone."""
 
     store: StoreArgument
-    job: str | None = Field(None, description="a job's id; the newest by default")
+    job: str | None = Field(None, description="Id of a job. Default: the newest.")
     as_json: PrintJson = False
 
 
@@ -394,13 +398,15 @@ class ResolveConfig(Config):
 
     store: StoreArgument
     dataset: DatasetName = "main"
-    manifest: int | None = Field(None, ge=1, description="number of a manifest; the latest by default")
-    teacher: Source | None = Field(None, description="the recipe's teacher; what the store keeps, or the recipe's uri")
-    device: str = Field(
-        "auto", pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$", description="auto, cpu, cuda, cuda:1, ..."
+    manifest: int | None = Field(None, ge=1, description="Number of a manifest. Default: the latest.")
+    teacher: Source | None = Field(
+        None, description="The recipe's teacher. Default: what the store keeps, else the recipe's URI."
     )
-    threads: int = Field(1, ge=1, description="CPU threads of the solve")
-    runner: Literal["ray", "local"] = Field("local", description="where to solve: a process here, or a worker on Ray")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$", description="Device: auto, cpu, cuda, cuda:1, and so on."
+    )
+    threads: int = Field(1, ge=1, description="CPU threads of the solve.")
+    runner: Literal["ray", "local"] = Field("local", description="Where to solve: a process here, or a worker on Ray.")
     ray: RayConfig = RayConfig()
     as_json: PrintJson = False
 
@@ -409,15 +415,15 @@ class VerifyConfig(ResolveConfig):
     """Check every byte of a dataset against its checksum, and every id against the manifest; audit what is stored."""
 
     audit: int | None = Field(
-        None, ge=2, description="also solve this many samples at doubled steps, and test noise, values and labels"
+        None, ge=2, description="Solve so many samples at doubled steps too, and test noise, values and labels."
     )
     tolerance: float | None = Field(
-        None, gt=0, description="audit: most error of the output, relative to its spread (upper end of the interval)"
+        None,
+        gt=0,
+        description="Audit: largest error of the output, relative to its spread (upper end of the interval).",
     )
-    richardson: bool = Field(
-        False, description="audit: tell the error against the exact solution, by the solver's order"
-    )
-    seed: int = Field(0, ge=0, description="audit: which samples are picked")
+    richardson: bool = Field(False, description="Audit: the error against the exact solution, by the solver's order.")
+    seed: int = Field(0, ge=0, description="Audit: seed of which samples are picked.")
 
     @model_validator(mode="after")
     def _only_an_audit_solves(self) -> Self:
@@ -430,23 +436,23 @@ class VerifyConfig(ResolveConfig):
 class ReproduceConfig(ResolveConfig):
     """Solve one sample again from its recipe, and compare it with what is stored."""
 
-    sample: int = Field(ge=0, description="id of the sample")
-    split: Literal["train", "holdout"] = Field("train", description="whose line of ids: train or holdout")
-    tolerance: float = Field(0.0, ge=0, description="largest difference that is no failure; 0 wants the same bits")
+    sample: int = Field(ge=0, description="Id of the sample.")
+    split: Literal["train", "holdout"] = Field("train", description="Split that the id is of.")
+    tolerance: float = Field(0.0, ge=0, description="Largest difference that is no failure; 0: the same bits.")
 
 
 class ConvertConfig(Config):
     """Write a dataset's samples in another layout, and seal that as the next manifest: same recipe, same bits."""
 
     store: StoreArgument
-    to: FormatName = Field(description="file format of the new shards")
-    samples_per_shard: int | None = Field(None, ge=1, description="samples in a new shard; as now if unset")
-    compression: CompressionName = Field("none", description="of parquet shards")
+    to: FormatName = Field(description="File format of the new shards.")
+    samples_per_shard: int | None = Field(None, ge=1, description="Samples in a new shard. Default: as now.")
+    compression: CompressionName = Field("none", description="Compression of parquet shards.")
     dataset: DatasetName = "main"
     as_dataset: Annotated[DatasetName | None, arg(name="as")] = Field(
-        None, description="seal under this name, and leave the dataset as it is"
+        None, description="Seal under this name, and leave the dataset as it is."
     )
-    threads: int = Field(4, ge=1, description="shards that are written at a time")
+    threads: int = Field(4, ge=1, description="Shards that are written at a time.")
     as_json: PrintJson = False
 
     @model_validator(mode="after")
@@ -460,12 +466,12 @@ class InspectConfig(Config):
 
     store: StoreArgument
     dataset: DatasetName = "main"
-    manifest: int | None = Field(None, ge=1, description="number of a manifest; the latest by default")
+    manifest: int | None = Field(None, ge=1, description="Number of a manifest. Default: the latest.")
     as_json: PrintJson = False
-    picture: LocalName | None = Field(None, description="PNG file for a picture of a few trajectories")
-    lineage: bool = Field(False, description="print the models and data behind it instead, back to the first teacher")
+    picture: LocalName | None = Field(None, description="PNG file for a picture of a few trajectories.")
+    lineage: bool = Field(False, description="Print the models and data behind it instead, back to the first teacher.")
     student: LocalName | None = Field(
-        None, description="lineage: folder of a saved student to begin with, not the dataset"
+        None, description="Lineage: folder of a saved student to begin with, not the dataset."
     )
 
     @model_validator(mode="after")

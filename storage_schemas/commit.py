@@ -88,7 +88,7 @@ class Chunk(Document):
     rows: Count
     offset: Count
     length: Count
-    xxh3: Xxh3 = Field(description="xxh3-128 of exactly these bytes")
+    xxh3: Xxh3 = Field(description="Sum xxh3-128 of exactly these bytes.")
 
 
 class ColumnStatistics(Document):

@@ -21,9 +21,9 @@ class Job(Document):
     recipe_id: Sha256
     layout: Layout
     window: Window
-    parent: Annotated[Count, Field(description="number of the manifest it was planned from, 0 for none")]
+    parent: Annotated[Count, Field(description="Number of the manifest that it was planned from, 0 for none.")]
     tasks_total: Count
-    tasks_missing: Annotated[Count, Field(description="tasks of the window that the parent did not list")]
+    tasks_missing: Annotated[Count, Field(description="Tasks of the window that the parent did not list.")]
     runner: Text
     workers: Count
     started_at: Time

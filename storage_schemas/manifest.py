@@ -160,7 +160,9 @@ class ManifestDraft(Document):
     layout: Layout
     window: Window
     missing: tuple[TaskName, ...] = ()
-    ticks: dict[Text, Text] = Field(default_factory=dict, description="newly served; the parent's others are kept")
+    ticks: dict[Text, Text] = Field(
+        default_factory=dict, description="Ticks newly served; the others of its parent are kept."
+    )
 
     @property
     def number(self) -> int:

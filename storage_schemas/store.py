@@ -53,7 +53,7 @@ class StoreDocument(Document):
 
     schema_version: Literal[2] = SCHEMA_VERSION
     single_writer: bool = False
-    writer: Attempt = Field(default_factory=paths.new_attempt, description="who created it")
+    writer: Attempt = Field(default_factory=paths.new_attempt, description="The process that created it.")
 
 
 class Store:

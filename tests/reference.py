@@ -1,4 +1,4 @@
-"""The README's table of options, made from the configs themselves: `python -m tests.reference` rewrites it."""
+"""The README's tables of options and objectives, made from the code: `python -m tests.reference` rewrites them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +9,9 @@ from pydantic.fields import FieldInfo
 
 from limbeck.storage_schemas.command_line import Command, Config
 from limbeck.storage_schemas.program import COMMANDS
+from limbeck.trainer.objectives.table import OBJECTIVES
 
 README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- options: made by tests/reference.py -->\n", "<!-- end of options -->\n"
 
 
 def reference() -> str:
@@ -27,18 +27,28 @@ def _extends(config: type[Config], other: type[Config]) -> bool:
     return config is not other and issubclass(config, other)
 
 
+def objectives() -> str:
+    """One row for each objective, of what its own file says of it."""
+    rows = [f"| `{name}` | {kind.learns} | {kind.reads} | {kind.samples} |" for name, kind in OBJECTIVES.items()]
+    head = ["| objective | the student learns | reads | samples by |", "| --- | --- | --- | --- |"]
+    return "\n".join([*head, *rows, ""])
+
+
 def with_reference(readme: str) -> str:
-    """The README with its tables made anew."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{reference()}\n{END}{after}"
+    """The README with its tables made again."""
+    for name, table in {"options": reference(), "objectives": objectives()}.items():
+        begin, end = f"<!-- {name}: made by tests/reference.py -->\n", f"<!-- end of {name} -->\n"
+        before, _, rest = readme.partition(begin)
+        _, _, after = rest.partition(end)
+        readme = f"{before}{begin}\n{table}\n{end}{after}"
+    return readme
 
 
 def _table(words: str, command: Command, base: str | None, inherited: type[Config] | None) -> str:
-    known = dict.fromkeys(_rows(inherited)) if inherited else {}
+    known = dict.fromkeys(option_rows(inherited)) if inherited else {}
     rows = [
         f"| `{flag}` | {default} | {help} |"
-        for flag, default, help in _rows(command.config)
+        for flag, default, help in option_rows(command.config)
         if (flag, default, help) not in known
     ]
     more = f" All options of `{base}`, and:" if base else ""
@@ -46,11 +56,11 @@ def _table(words: str, command: Command, base: str | None, inherited: type[Confi
     return "\n".join([f"**`{words}`** {command.summary}{more}\n", *head, *rows, ""])
 
 
-def _rows(config: type[Config], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+def option_rows(config: type[Config], prefix: str = "") -> Iterator[tuple[str, str, str]]:
     for name, field in config.model_fields.items():
         group = next((kind for kind in (field.annotation, *get_args(field.annotation)) if _is_config(kind)), None)
         if group is not None:
-            yield from _rows(group, prefix if tyro.conf.OmitArgPrefixes in field.metadata else f"{prefix}{name}.")
+            yield from option_rows(group, prefix if tyro.conf.OmitArgPrefixes in field.metadata else f"{prefix}{name}.")
         else:
             yield _flag(prefix + name, field), _default(field), (field.description or "").replace("|", "/")
 

@@ -15,12 +15,13 @@ import pytest
 import torch
 from packaging.version import Version
 
+from limbeck.pipeline.__main__ import COMMANDS as PIPELINE
 from limbeck.storage_schemas.command_line import main, parse
 from limbeck.storage_schemas.dataset import open_dataset
 from limbeck.storage_schemas.program import COMMANDS
 from limbeck.storage_schemas.record import from_storage
 from limbeck.storage_schemas.store import Store
-from tests.reference import with_reference
+from tests.reference import option_rows, with_reference
 
 ROOT = Path(__file__).parents[1]
 README, SECURITY = ((ROOT / name).read_text() for name in ("README.md", "SECURITY.md"))
@@ -67,7 +68,13 @@ def test_the_readme_shows_every_part_of_the_main_job():
     }
 
 
-def test_the_readmes_options_are_the_programs():
+@pytest.mark.parametrize("name", PIPELINE)
+def test_help_is_made_of_sentences(name):
+    helps = [help for _, _, help in option_rows(PIPELINE[name].config)]
+    assert not [help for help in helps if not re.fullmatch(r"[A-Z].*\.", help)]
+
+
+def test_the_readmes_options_and_objectives_are_the_programs():
     assert with_reference(README) == README, "run python -m tests.reference"
 
 

@@ -20,32 +20,32 @@ OURS = ("out", "data", "dataset", "manifest", "images", "objective.name", "objec
 class ProgressiveConfig(JobConfig, TeacherConfig):
     """Progressive distillation: each round solves the last student, fits one of half its steps to that, promotes it."""
 
-    out: LocalPath = Field(description="folder of the students, one a round, and of progressive.json")
+    out: LocalPath = Field(description="Folder of the students, one a round, and of progressive.json.")
     steps: int | None = Field(
-        None, ge=2, description="steps N of the first teacher's ddim; default: twice the schedule's first, else 16"
+        None, ge=2, description="Steps N of the first teacher's ddim. Default: twice the schedule's first, else 16."
     )
     schedule: tuple[int, ...] = Field(
-        (), description="steps of each round's student; default: N/2, N/4, ... down to an odd number such as 1"
+        (), description="Steps of each round's student. Default: N/2, N/4, ... down to an odd number such as 1."
     )
     solver: GridConfig = GridConfig()
     start: ChainStart = "prior"
-    fresh_noise: bool = Field(True, description="a seed of its own for each round: seed + 1, seed + 2, ...")
-    dataset: DatasetName = Field("progressive", description="rounds are datasets named by this and their steps")
+    fresh_noise: bool = Field(True, description="Have a seed for each round: seed + 1, seed + 2, and so on.")
+    dataset: DatasetName = Field("progressive", description="Rounds are datasets named by this and their steps.")
     reference: DatasetName = Field(
         "main",
-        description="the first teacher's trajectories that errors are measured against; made where there are none",
+        description="The first teacher's trajectories that errors are measured against; made where there are none.",
     )
     compare_direct: bool = Field(
         False,
-        description="fit direct progressive too, on as many network calls of the first teacher as all rounds paid",
+        description="Fit direct progressive too, on as many network calls of the first teacher as all rounds paid.",
     )
     launch: str = Field(
         "python -m limbeck.trainer",
-        description="how a fit is started: this python, or such as 'torchrun --nproc-per-node 2 -m limbeck.trainer'; "
-        "'ray-job python -m limbeck.trainer' runs it on a cluster, which must see OUT",
+        description="How a fit is started: this python, or such as 'torchrun --nproc-per-node 2 -m limbeck.trainer'; "
+        "'ray-job python -m limbeck.trainer' runs it on a cluster, which must see OUT.",
     )
-    dashboard: str = Field("http://127.0.0.1:8265", description="launch ray-job: address of the cluster's job server")
-    fit: PassedOn = Field((), description="--fit.steps 1000 --fit.lr 1e-3 ...: options of `limbeck fit`")
+    dashboard: str = Field("http://127.0.0.1:8265", description="Launch ray-job: address of the cluster's job server.")
+    fit: PassedOn = Field((), description="Options of `limbeck fit`, such as --fit.steps 1000 --fit.lr 1e-3.")
 
     @model_validator(mode="before")
     @classmethod

@@ -66,4 +66,11 @@ def _stages(options: ConsistencyOptions, given: Given) -> tuple[Stage, ...]:
     return (Stage("consistency", objective, times, grids, sampling="renoise", reads=reads),)
 
 
-KIND = Kind(options=ConsistencyOptions, stages=_stages, makes="students of each number of steps in its schedule")
+KIND = Kind(
+    options=ConsistencyOptions,
+    stages=_stages,
+    makes="students of each number of steps in its schedule",
+    learns="the same end from neighbouring states (Song et al. 2023)",
+    reads="all states",
+    samples="jumps to the end, fresh noise between",
+)

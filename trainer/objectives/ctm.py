@@ -95,5 +95,11 @@ def _stages(options: CtmOptions, given: Given) -> tuple[Stage, ...]:
 
 
 KIND = Kind(
-    options=CtmOptions, stages=_stages, makes="students of each number of steps in its schedule", takes_target_time=True
+    options=CtmOptions,
+    stages=_stages,
+    makes="students of each number of steps in its schedule",
+    learns="that jumps from two states meet at time 0, and to denoise (Kim et al. 2024)",
+    reads="all states",
+    samples="any grid of jumps",
+    takes_target_time=True,
 )

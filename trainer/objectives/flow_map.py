@@ -57,5 +57,8 @@ KIND = Kind(
     options=FlowMapOptions,
     stages=_stages,
     makes="students of each number of steps in its schedule",
+    learns="the jump between any two stored states",
+    reads="all states",
+    samples="any grid of jumps",
     takes_target_time=True,
 )

@@ -136,6 +136,11 @@ class Kind(Generic[OptionsT]):
     stages: Callable[[OptionsT, Given], tuple[Stage, ...]]
     makes: str
     """What it fits, for `--help`."""
+    learns: str
+    """What the student learns, with the paper, for the README."""
+    reads: str
+    samples: str
+    """How the student samples."""
     fit: Mapping[str, Any] = field(default_factory=dict)
     takes_target_time: bool = False
     """Its student takes the time that it jumps to."""

@@ -34,4 +34,11 @@ def _stages(options: DistanceOptions, given: Given) -> tuple[Stage, ...]:
     return (Stage("knowledge", objective, times, reads=files_read(objective.distance)),)
 
 
-KIND = Kind(options=DistanceOptions, stages=_stages, makes="a student of one step")
+KIND = Kind(
+    options=DistanceOptions,
+    stages=_stages,
+    makes="a student of one step",
+    learns="the output from the noise (Luhman & Luhman 2021)",
+    reads="noise, output",
+    samples="1 jump",
+)

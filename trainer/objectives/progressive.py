@@ -139,6 +139,9 @@ KIND = Kind(
     options=HalvingOptions,
     stages=_stages,
     makes="students of each number of steps in its schedule",
+    learns="half as many steps, stage by stage (Salimans & Ho 2022), on the first teacher's own states",
+    reads="the schedule's states",
+    samples="n jumps",
     # Salimans & Ho 2022 take lr to 0 linearly in every stage and keep no average.
     fit={"decay": "linear", "ema": 0.0},
     reads_segments=True,
