@@ -1,12 +1,19 @@
-"""Time grids: float64 [num_steps + 1], descending from t_0 (T, unless r_max is given) to exactly 0.
+"""Time grids: float64 [num_steps + 1], descending from t_0 to t_N: from T to exactly 0, unless an option says other.
 
 karras and uniform_logsnr place the points t_0 .. t_{N-1} by their ratio r = sigma/alpha, from r_max down to r_min, and
 put 0 after them. r_max is the process's own largest ratio; r_min is EDM's 0.002, or the first of a table of betas.
 Where r_max is infinite (alpha_T = 0) the points are laid out from r = 80, EDM's, and the first is then moved to T.
+
+trailing, leading and linspace are the whole timesteps at which diffusers' pipelines call their networks.
 """
 
+import inspect
+import itertools
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,37 +55,91 @@ def uniform_logsnr(
     return _grid_at(process, logs.exp(), from_end=r_max is None)
 
 
-def uniform_time(process: Process, num_steps: int, *, t_min: float | None = None) -> Tensor:
-    """T to 0 in equal steps; with t_min, T to t_min in equal steps and then 0."""
+def uniform_time(process: Process, num_steps: int, *, t_min: float | None = None, shift: float = 1.0) -> Tensor:
+    """T to 0 in equal steps; with t_min, T to t_min in equal steps and then 0.
+
+    shift: u = t/T becomes shift u/(1 + (shift - 1) u), more steps at high noise. Esser et al. 2024 (SD3), eq. 23; the
+    mu of Flux's resolution-dependent shift is log(shift).
+    """
     _check_steps(num_steps)
-    if t_min is None:
-        return torch.linspace(process.T, 0.0, num_steps + 1, dtype=torch.float64)
-    if not 0 < t_min < process.T:
+    if shift <= 0:
+        raise ValueError(f"shift {shift}: give one above 0 (1 shifts nothing)")
+    if t_min is not None and not 0 < t_min < process.T:
         raise ValueError(f"t_min {t_min}: give a time between 0 and {process.T}")
-    return _ending_at_0(torch.linspace(process.T, t_min, num_steps, dtype=torch.float64))
+    if t_min is None:
+        times = torch.linspace(process.T, 0.0, num_steps + 1, dtype=torch.float64)
+    else:
+        times = _ending_at(0, torch.linspace(process.T, t_min, num_steps, dtype=torch.float64))
+    if shift == 1:
+        return times
+    u = times / process.T
+    return process.T * (shift * u / (1 + (shift - 1) * u))
 
 
-def make_grid(
-    name: str,
-    process: Process,
-    num_steps: int,
-    *,
-    rho: float | None = None,
-    r_max: float | None = None,
-    r_min: float | None = None,
-    t_min: float | None = None,
-) -> Tensor:
+# Whole timesteps of a table of betas, as diffusers spaces them. Timestep n is our time n + 1, and 0 is data.
+
+
+def trailing(process: Process, num_steps: int, *, end: int = 0) -> Tensor:
+    """The last timestep, then down in equal steps. Lin et al. 2024 (Common Diffusion Noise Schedules), table 2."""
+    count = _table_length("trailing", process, num_steps)
+    return _on_the_table(np.round(count - np.arange(num_steps) * (count / num_steps)), end)
+
+
+def leading(process: Process, num_steps: int, *, offset: int = 0, end: int = 0, spare: int = 0) -> Tensor:
+    """Multiples of count // num_steps from 0 on, and offset more: DDIM's own, which begins below T. Ibid.
+
+    spare 1: of num_steps + 1 points, without the last one, as DPM-Solver, UniPC and DEIS have it.
+    """
+    count, points = _table_length("leading", process, num_steps), num_steps + _spared(spare)
+    ratio = count // points
+    most = count - 1 - (points - 1) * ratio
+    if not 0 <= offset <= most:
+        raise ValueError(f"offset {offset}: give one from 0 to {most}, where the table ends")
+    return _on_the_table((np.arange(points) * ratio + offset + 1)[::-1][:num_steps], end)
+
+
+def linspace(process: Process, num_steps: int, *, end: int = 0, spare: int = 0) -> Tensor:
+    """The last timestep to the first in equal steps, rounded: ibid. spare: as of leading."""
+    count, points = _table_length("linspace", process, num_steps), num_steps + _spared(spare)
+    return _on_the_table((np.linspace(0, count - 1, points).round() + 1)[::-1][:num_steps], end)
+
+
+def listed(process: Process, num_steps: int, *, times: Sequence[float]) -> Tensor:
+    """The times as they are given, descending."""
+    if len(times) != num_steps + 1:
+        raise ValueError(f"times has {len(times)} points, {num_steps} steps need {num_steps + 1}: give as many")
+    if not all(process.T >= a > b >= 0 for a, b in itertools.pairwise(times)):
+        raise ValueError(f"times {' '.join(map(str, times))}: give them descending, from {process.T} at most to 0")
+    return torch.tensor(times, dtype=torch.float64)
+
+
+GRIDS: dict[str, Callable[..., Tensor]] = {
+    "karras": karras,
+    "uniform_time": uniform_time,
+    "uniform_logsnr": uniform_logsnr,
+    "trailing": trailing,
+    "leading": leading,
+    "linspace": linspace,
+    "times": listed,
+}
+
+
+def make_grid(name: str, process: Process, num_steps: int, **options: Any) -> Tensor:
     """The named grid; an option left at None has the grid's own default, one that the grid does not have is refused."""
-    if name == "karras":
-        _refuse(name, t_min=t_min)
-        return karras(process, num_steps, rho=7.0 if rho is None else rho, r_max=r_max, r_min=r_min)
-    if name == "uniform_logsnr":
-        _refuse(name, rho=rho, t_min=t_min)
-        return uniform_logsnr(process, num_steps, r_max=r_max, r_min=r_min)
-    if name == "uniform_time":
-        _refuse(name, rho=rho, r_max=r_max, r_min=r_min)
-        return uniform_time(process, num_steps, t_min=t_min)
-    raise ValueError(f"grid {name!r} does not exist: choose one of karras, uniform_time, uniform_logsnr")
+    if name not in GRIDS:
+        raise ValueError(f"grid {name!r} does not exist: choose one of {', '.join(GRIDS)}")
+    given = {option: value for option, value in options.items() if value is not None}
+    for option, value in given.items():
+        if option not in grid_options(name):
+            raise ValueError(f"the {name} grid has no {option} (given {value}): leave it out")
+    return GRIDS[name](process, num_steps, **given)
+
+
+def grid_options(name: str) -> tuple[str, ...]:
+    """Names of a grid's own options."""
+    return tuple(
+        name for name, one in inspect.signature(GRIDS[name]).parameters.items() if one.kind is one.KEYWORD_ONLY
+    )
 
 
 def subset_indices(num_steps: int, n: int) -> tuple[int, ...]:
@@ -103,19 +164,38 @@ def _grid_at(process: Process, ratios: Tensor, *, from_end: bool) -> Tensor:
     times = process.time_at(ratios).clamp(max=process.T)
     if from_end:
         times[0] = process.T
-    return _ending_at_0(times)
+    return _ending_at(0, times)
 
 
-def _ending_at_0(times: Tensor) -> Tensor:
-    return torch.cat([times, times.new_zeros(1)])
+def _ending_at(end: float, times: Tensor) -> Tensor:
+    return torch.cat([times, times.new_full((1,), end)])
+
+
+def _table_length(name: str, process: Process, num_steps: int) -> int:
+    """Timesteps of a process that is a table, at least as many as the steps."""
+    _check_steps(num_steps)
+    if not isinstance(process, DiscreteVP):
+        raise ValueError(f"the {name} grid is of whole timesteps, which only a table of betas has: choose another grid")
+    if num_steps > len(process.betas):
+        raise ValueError(f"{num_steps} steps on a table of {len(process.betas)} timesteps: give at most as many")
+    return len(process.betas)
+
+
+def _spared(spare: int) -> int:
+    if spare not in (0, 1):
+        raise ValueError(f"spare {spare}: give 0, or 1 for a point more that is left out")
+    return spare
+
+
+def _on_the_table(times: np.ndarray, end: int) -> Tensor:
+    """Times after which `end` comes: 0, or the table's first, as where set_alpha_to_one is false."""
+    if end not in (0, 1):
+        raise ValueError(f"end {end}: give 0, which is data, or 1, the table's first time")
+    if times[-1] <= end:
+        raise ValueError(f"end {end}: the grid has {times[-1]:g} as its last time before; give end 0, or an offset")
+    return _ending_at(end, torch.tensor(times.tolist(), dtype=torch.float64))
 
 
 def _check_steps(num_steps: int) -> None:
     if num_steps < 1:
         raise ValueError(f"{num_steps} steps: give at least 1")
-
-
-def _refuse(name: str, **options: float | None) -> None:
-    for option, value in options.items():
-        if value is not None:
-            raise ValueError(f"the {name} grid has no {option} (given {value}): leave it out")

@@ -7,6 +7,7 @@ perfect network would give. The formulas hold for every (alpha, sigma), not only
     sample         x_0
     v_prediction   alpha eps - sigma x_0            Salimans & Ho 2022, app. D
     velocity       eps - x_0                        Liu et al. 2023 (dx/dt of a rectified flow)
+    score          -eps/sigma                       Song et al. 2021 (SDE)
     edm            (x_0 - c_skip y)/c_out, y = x_t/alpha    Karras et al. 2022, table 1; a unit-variance mix of both
 """
 
@@ -90,6 +91,17 @@ class Velocity(_Plain):
 
 
 @dataclass(frozen=True)
+class Score(_Plain):
+    """The score of x_t, (alpha x_0 - x_t)/sigma^2. Says nothing of x_0 where alpha = 0."""
+
+    def x_0(self, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return (x_t + sigma**2 * output) / alpha
+
+    def target(self, x_0: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return (alpha * x_0 - x_t) / sigma**2
+
+
+@dataclass(frozen=True)
 class EDM:
     """F, x_0 = c_skip y + c_out F(c_in y, log(r)/4), with y = x_t/alpha, r = sigma/alpha; sigma_data: the data rms."""
 
@@ -116,10 +128,11 @@ class EDM:
         return torch.sqrt(sigma**2 + (alpha * self.sigma_data) ** 2)
 
 
-PREDICTIONS: dict[str, type[Epsilon | Sample | VPrediction | Velocity | EDM]] = {
+PREDICTIONS: dict[str, type[Epsilon | Sample | VPrediction | Velocity | Score | EDM]] = {
     "epsilon": Epsilon,
     "sample": Sample,
     "v_prediction": VPrediction,
     "velocity": Velocity,
+    "score": Score,
     "edm": EDM,
 }

@@ -12,6 +12,7 @@ COMMANDS = {
     "regenerate": Command("limbeck.pipeline.regenerate", "RegenerateConfig", "run_regenerate"),
     "progressive": Command("limbeck.pipeline.rounds.progressive", "ProgressiveConfig", "run_progressive"),
     "plan": Command("limbeck.pipeline.before.plan", "PlanConfig", "run_plan"),
+    "parity": Command("limbeck.pipeline.before.parity", "ParityConfig", "run_parity"),
     "calibrate": Command("limbeck.pipeline.before.calibrate", "CalibrateConfig", "run_calibrate"),
     "submit": Command("limbeck.pipeline.workers.submission", "SubmitConfig", "run_submit"),
     "status": Command("limbeck.pipeline.status", "StatusConfig", "run_status"),

@@ -1,12 +1,14 @@
 """Options of each command of `python -m limbeck.pipeline`."""
 
 import re
+from collections.abc import Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from tyro.conf import Positional, arg
 
+from limbeck.diffusion.grids import GRIDS
 from limbeck.diffusion.models.schedulers import Ignorable
 from limbeck.diffusion.solvers import SOLVERS
 from limbeck.storage_schemas.command_line import Config
@@ -82,15 +84,22 @@ ChainStart = Annotated[
 ]
 if TYPE_CHECKING:
     SolverName = str
+    GridName = str
 else:
     SolverName = Literal[tuple(SOLVERS)]
+    GridName = Literal[(*GRIDS, "scheduler", "own")]
+
+
+_GRID, _STEPS = "karras", 16
 
 
 class GridConfig(Config):
     """How the times of a solve are spaced."""
 
-    grid: Literal["karras", "uniform_time", "uniform_logsnr", "own"] = Field(
-        "karras", description="Spacing of the times; own: the grid that the teacher, a student, was fitted for."
+    grid: GridName = Field(
+        _GRID,
+        description="Spacing of the times. trailing, leading, linspace: a pipeline's whole timesteps; times: as given; "
+        "scheduler: the pipeline's own; own: the grid that the teacher, a student, was fitted for.",
     )
     rho: float | None = Field(None, gt=0, description="Grid karras: how strongly low noise is favoured. Default: 7.")
     r_max: float | None = Field(
@@ -102,6 +111,39 @@ class GridConfig(Config):
     t_min: float | None = Field(
         None, gt=0, description="Grid uniform_time: last time before 0. Default: evenly spaced."
     )
+    shift: float | None = Field(
+        None, gt=0, description="Grid uniform_time: shift towards high noise, as SD3's. Default: 1, none."
+    )
+    mu: float | None = Field(None, description="Grid uniform_time: log(shift), as Flux's pipelines have it.")
+    offset: int | None = Field(None, ge=0, description="Grid leading: steps_offset of the scheduler. Default: 0.")
+    end: Literal[0, 1] | None = Field(
+        None, description="Grids of whole timesteps: last time; 1 where set_alpha_to_one is false. Default: 0, data."
+    )
+    spare: Literal[0, 1] | None = Field(
+        None,
+        description="Grids leading, linspace: 1 for a point more that is left out, as DPM-Solver has it. Default: 0.",
+    )
+    times: tuple[float, ...] | None = Field(
+        None, min_length=2, description="Grid times: every time, descending, one more than the steps."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_times(cls, given: Any) -> Any:
+        """Times that are given are the grid, in place of the default one."""
+        follows = isinstance(given, Mapping) and given.get("times") and given.get("grid") in (None, _GRID)
+        return {**given, "grid": "times"} if follows else given
+
+    @model_validator(mode="after")
+    def _one_shift(self) -> Self:
+        if self.shift is not None and self.mu is not None:
+            raise ValueError(f"shift {self.shift} and mu {self.mu} say the same: leave one of the two out")
+        return self
+
+    @property
+    def has_any_steps(self) -> bool:
+        """Whether the grid is one of any number of steps."""
+        return self.grid not in ("own", "times")
 
 
 class SolverConfig(GridConfig):
@@ -110,7 +152,14 @@ class SolverConfig(GridConfig):
     name: SolverName | None = Field(
         None, description=f"One of {', '.join(SOLVERS)}; ddim is Euler. Default: heun, for segments ddim."
     )
-    steps: int = Field(16, ge=1, description="Steps N of the grid t_0 = T > ... > t_N = 0.")
+    steps: int = Field(_STEPS, ge=1, description="Steps N of the grid t_0 = T > ... > t_N = 0; as many as times has.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_times(cls, given: Any) -> Any:
+        """As many steps as the times that are given have, in place of the default number."""
+        times = given.get("times") if isinstance(given, Mapping) else None
+        return {**given, "steps": len(times) - 1} if times and given.get("steps") in (None, _STEPS) else given
 
 
 class RayConfig(Config):
@@ -324,8 +373,8 @@ class CalibrateConfig(WorkerConfig, TeacherConfig):
 
     @model_validator(mode="after")
     def _grids_have_any_number_of_steps(self) -> Self:
-        if self.solver.grid == "own":
-            raise ValueError("solver.grid own: a student has no other steps than its own; calibrate on another grid")
+        if not self.solver.has_any_steps:
+            raise ValueError(f"solver.grid {self.solver.grid} has one number of steps; calibrate on another grid")
         return self
 
 
@@ -382,6 +431,20 @@ class SubmitConfig(Config):
     )
     wait: bool = Field(False, description="Wait for the job's end, show its output and end with its exit code.")
     dry_run: bool = Field(False, description="Print the submission id and the command, submit nothing.")
+    as_json: PrintJson = False
+
+
+class ParityConfig(Config):
+    """Compare a pipeline's own scheduler with our solve of it: the same noise, the same times, step by step."""
+
+    teacher: Source = Field(description="diffusers:SOURCE")
+    ignore: tuple[Ignorable, ...] = Field((), description="as of generate: clip_sample, thresholding")
+    solver: Literal["ddim", "dpmpp_2m"] = Field("ddim", description="whose steps diffusers has too; ddim is Euler")
+    steps: int = Field(20, ge=1, description="steps of the scheduler's own grid")
+    count: int = Field(4, ge=1, description="samples that are solved")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of their noise")
+    tolerance: float = Field(1e-3, gt=0, description="largest difference that is allowed, in units of a state's rms")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     as_json: PrintJson = False
 
 

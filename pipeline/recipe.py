@@ -1,12 +1,13 @@
 """A configuration and a teacher become a recipe: everything that changes a number, and nothing else."""
 
+import math
 from typing import Any
 
 import torch
 
 from limbeck.diffusion import NUMERICS_VERSION, noise
 from limbeck.diffusion.frames import frame_for
-from limbeck.diffusion.grids import make_grid, near_ratio
+from limbeck.diffusion.grids import GRIDS, grid_options, make_grid, near_ratio
 from limbeck.diffusion.models.teachers import Teacher
 from limbeck.diffusion.process import Process
 from limbeck.pipeline.config import GenerateConfig, GridConfig
@@ -42,8 +43,8 @@ def build_recipe(config: GenerateConfig, teacher: Teacher) -> Recipe:
         raise ValueError(
             f"{teacher.uri} takes the time that it jumps to and has no ODE to solve: name the teacher before it"
         )
-    grid = grid_options(config.solver, teacher.process)
-    times = _rounded(_times(config, teacher, grid))
+    grid = recorded_grid(config.solver, teacher)
+    times = _rounded(_times(config, teacher, grid)).clamp(max=teacher.process.T)
     start = _start(config, teacher)
     frame = frame_for(teacher.process, times)
     last = config.solver.steps
@@ -55,9 +56,7 @@ def build_recipe(config: GenerateConfig, teacher: Teacher) -> Recipe:
             source_sha256=teacher.source_sha256,
         ),
         guidance=_guidance(config, teacher),
-        solver=SolverRecord(
-            name=config.solver_name, steps=last, frame=frame, grid={"name": config.solver.grid, **grid}
-        ),
+        solver=SolverRecord(name=config.solver_name, steps=last, frame=frame, grid=grid),
         times=tuple(times.tolist()),
         alphas=tuple(_rounded(teacher.process.alpha(times)).tolist()),
         sigmas=tuple(_rounded(teacher.process.sigma(times)).tolist()),
@@ -106,22 +105,48 @@ def _whole_shard(recipe: Recipe) -> int:
     return recipe.micro_batch * max(1, power // recipe.micro_batch)
 
 
-def grid_options(solver: GridConfig, process: Process) -> dict[str, Any]:
-    """The grid's options with its defaults filled in, so that a default given by hand is the same recipe."""
-    given = {name: getattr(solver, name) for name in ("rho", "r_max", "r_min", "t_min")}
-    near = {"r_min": near_ratio(process)}
-    defaults = {"karras": {"rho": 7.0, **near}, "uniform_logsnr": near, "uniform_time": {}, "own": {}}
-    return defaults[solver.grid] | {name: value for name, value in given.items() if value is not None}
+def recorded_grid(solver: GridConfig, teacher: Teacher) -> dict[str, Any]:
+    """The grid's name and options, with its defaults filled in, so that a default given by hand is the same recipe.
+
+    `scheduler` becomes the grid that the pipeline's scheduler has. ValueError for options that the grid hasn't.
+    """
+    name, options = solver.grid, dict[str, Any]()
+    if name == "scheduler":
+        if teacher.scheduler_grid is None:
+            raise ValueError(f"{teacher.uri} has no scheduler whose own times are a grid of ours: choose another grid")
+        options = dict(teacher.scheduler_grid)
+        name = options.pop("name")
+    options = _defaults(name, teacher.process) | options | _given(solver)
+    if options.get("shift") == 1:  # no shift, as in recipes from before there was one
+        del options["shift"]
+    known = grid_options(name) if name in GRIDS else ()
+    for option, value in options.items():
+        if option not in known:
+            raise ValueError(f"the {name} grid has no {option} (given {value}): leave it out")
+    return {"name": name, **options}
+
+
+def _defaults(name: str, process: Process) -> dict[str, Any]:
+    if name in ("karras", "uniform_logsnr"):
+        return {**({"rho": 7.0} if name == "karras" else {}), "r_min": near_ratio(process)}
+    whole = {"trailing": {}, "leading": {"offset": 0, "spare": 0}, "linspace": {"spare": 0}}
+    return {"end": 0, **whole[name]} if name in whole else {}
+
+
+def _given(solver: GridConfig) -> dict[str, Any]:
+    """The options that are given; mu as the shift that it stands for."""
+    names = [name for name in GridConfig.model_fields if name not in ("grid", "mu")]
+    given = {name: getattr(solver, name) for name in names if getattr(solver, name) is not None}
+    given |= {"times": list(solver.times)} if solver.times else {}  # as a recipe that is read has them
+    return given if solver.mu is None else {**given, "shift": float(f"{math.exp(solver.mu):.13g}")}
 
 
 def _times(config: GenerateConfig, teacher: Teacher, grid: dict[str, Any]) -> torch.Tensor:
     """The grid's times, float64 [N + 1]; own: those that a student was fitted for."""
     steps = config.solver.steps
     if config.solver.grid != "own":
-        return make_grid(config.solver.grid, teacher.process, steps, **grid)
-    if grid:
-        name, value = next(iter(grid.items()))
-        raise ValueError(f"the own grid has no {name} (given {value}): leave it out")
+        options = {option: value for option, value in grid.items() if option != "name"}
+        return make_grid(grid["name"], teacher.process, steps, **options)
     if steps not in teacher.grids:
         serves = ", ".join(map(str, sorted(teacher.grids))) or "no number of steps, as it is no student"
         raise ValueError(f"{teacher.uri} has no own grid of {steps} steps, it serves {serves}: choose another")

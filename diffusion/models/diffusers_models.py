@@ -1,27 +1,41 @@
-"""A saved diffusers pipeline as a checkpoint of ours: its UNet2DModel, its betas, what it predicts."""
+"""A saved diffusers pipeline as a checkpoint of ours: its UNet2DModel, and what its scheduler says of that."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from limbeck.diffusion.models.checkpoint import Checkpoint, pack
-from limbeck.diffusion.models.schedulers import check_class, check_fields
+from limbeck.diffusion.models.schedulers import Described, check_class, describe
 from limbeck.diffusion.models.spec import model_from_spec, process_spec
 from limbeck.diffusion.models.unet import import_diffusers
-from limbeck.diffusion.process import DiscreteVP
 
 _PATIENCE = 5.0
 """Seconds for the hub's first answer."""
 
 
-def pipeline_checkpoint(source: str, *, ignore: Collection[str] = ()) -> Checkpoint:
-    """The UNet2DModel and the scheduler of a pipeline, in a folder or under a hub id, with `unet` and `scheduler`.
+@dataclass(frozen=True)
+class Pipeline:
+    """A saved pipeline's UNet2DModel and scheduler. written: the scheduler's file; described: what that means."""
 
-    The process is DiscreteVP over the scheduler's betas, the prediction its prediction_type. Raises ValueError for
-    another kind of pipeline, for a scheduler that schedulers.py doesn't know as such but for fields to ignore, and for
-    class labels: a UNet2DModel does not say which label is null. A folder is never looked for on a network, and a hub
-    that can't be asked is asked once. Weights are safetensors, or refused.
+    source: str
+    network: Any
+    scheduler: Any
+    written: Mapping[str, Any]
+    described: Described
+
+    def scheduler_of(self, name: str, config: Mapping[str, Any]) -> Any:
+        """Another of diffusers' schedulers with this configuration."""
+        return getattr(import_diffusers(), name).from_config(dict(config))
+
+
+def open_pipeline(source: str, *, ignore: Collection[str] = ()) -> Pipeline:
+    """The pipeline in a folder or under a hub id, with `unet` and `scheduler`.
+
+    Raises ValueError for another kind of pipeline, and for a scheduler that schedulers.py doesn't know but for fields
+    to ignore. A folder is never looked for on a network, and a hub that can't be asked is asked once. Weights are
+    safetensors, or refused.
     """
     diffusers = import_diffusers()
     unasked = "" if Path(source).is_dir() else _unasked(source)
@@ -37,38 +51,56 @@ def pipeline_checkpoint(source: str, *, ignore: Collection[str] = ()) -> Checkpo
             raise ValueError(f"{problem} ({unasked}): name a folder, or mend the network") from error
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"diffusers:{source} is no pipeline of a UNet2DModel and a scheduler ({reason})") from error
-    scheduler = _table_of_betas(source, written, ignore)
-    config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
-    if config["in_channels"] != config["out_channels"]:
-        problem = f"diffusers:{source} answers {config['out_channels']} channels to {config['in_channels']}"
-        raise ValueError(f"{problem}, as with a learned variance: wrap it by python:MODULE:FACTORY")
+    name = str(written.get("_class_name", ""))
+    try:
+        check_class(name)
+        scheduler = getattr(diffusers, name).from_config(written)  # of its own class: another's defaults are others
+        return Pipeline(source, unet, scheduler, written, describe(scheduler, written, ignore=ignore))
+    except (ValueError, ImportError, TypeError, NotImplementedError) as error:
+        raise ValueError(f"diffusers:{source}: {' '.join(str(error).split())}") from error
+
+
+def pipeline_checkpoint(source: str, *, ignore: Collection[str] = ()) -> Checkpoint:
+    """`open_pipeline` as a checkpoint of ours, with the grid of the scheduler's own steps in `about`.
+
+    A variance that the network answers too is left out. Raises ValueError for class labels: a UNet2DModel does not say
+    which label is null.
+    """
+    pipeline = open_pipeline(source, ignore=ignore)
+    described = pipeline.described
+    config = {key: value for key, value in pipeline.network.config.items() if not key.startswith("_")}
     if config["num_class_embeds"] or config["class_embed_type"]:
         raise ValueError(f"diffusers:{source} takes class labels: wrap it by python:MODULE:FACTORY")
     size = config["sample_size"]
+    network: dict[str, Any] = {"name": "diffusers_unet2d", "config": config, "dropout": config["dropout"]}
+    # Fields of their own only where they say something: recipes from before there were any keep their ids.
+    if described.time_scale != 1:
+        network["time_scale"] = described.time_scale
+    if _learned_variance(pipeline):
+        network["learned_variance"] = True
     spec = {
         "kind": "network",
         "sample_shape": [config["in_channels"], *([size, size] if isinstance(size, int) else size)],
         "num_classes": None,
-        "process": process_spec(DiscreteVP(tuple(scheduler.betas.double().tolist()))),
-        "prediction": {"name": scheduler.config.prediction_type},
-        "network": {"name": "diffusers_unet2d", "config": config, "dropout": config["dropout"]},
+        "process": process_spec(described.process),
+        "prediction": described.prediction,
+        "network": network,
     }
     spec = json.loads(json.dumps(spec))
     denoiser = model_from_spec(spec)
-    denoiser.get_submodule("network.unet").load_state_dict(unet.state_dict())
-    return Checkpoint(spec, pack(denoiser), about={"source": source})
+    denoiser.get_submodule("network.unet").load_state_dict(pipeline.network.state_dict())
+    return Checkpoint(spec, pack(denoiser), about={"source": source, "grid": described.grid})
 
 
-def _table_of_betas(source: str, written: dict[str, Any], ignore: Collection[str]) -> Any:
-    """The scheduler, of its own class: another one's defaults may be other betas."""
-    name = str(written.get("_class_name", ""))
-    try:
-        check_class(name)
-        scheduler = getattr(import_diffusers(), name).from_config(written)
-        check_fields({**written, **scheduler.config}, ignore=ignore)
-    except (ValueError, ImportError, TypeError, NotImplementedError) as error:
-        raise ValueError(f"diffusers:{source}: {' '.join(str(error).split())}") from error
-    return scheduler
+def _learned_variance(pipeline: Pipeline) -> bool:
+    """Whether a variance comes after the prediction. ValueError where channels and scheduler don't say the same."""
+    config, variance = pipeline.network.config, str(pipeline.scheduler.config.get("variance_type"))
+    learned = variance.startswith("learned")
+    answered, wanted = config["out_channels"], config["in_channels"] * (2 if learned else 1)
+    if answered != wanted:
+        problem = f"diffusers:{pipeline.source} answers {answered} channels to {config['in_channels']}, not {wanted}"
+        raise ValueError(f"{problem} as with variance_type {variance}: wrap it by python:MODULE:FACTORY")
+    return learned
 
 
 def _unasked(source: str) -> str | None:

@@ -42,6 +42,7 @@ class Teacher:
     source_sha256 is the digest of a `python:` factory's code (source.py); elsewhere the spec and the weights say
     everything.
     grids: of a student, the times that it was fitted for, by their number of steps.
+    scheduler_grid: of a pipeline, the options of make_grid for its scheduler's own times, if a grid of ours has them.
     """
 
     uri: str
@@ -53,6 +54,7 @@ class Teacher:
     num_classes: int | None
     source_sha256: str | None = None
     grids: Mapping[int, Sequence[float]] = field(default_factory=dict)
+    scheduler_grid: Mapping[str, Any] | None = None
 
 
 def load_teacher(uri: str, *, device: str | torch.device = "cpu", ignore: Collection[str] = ()) -> Teacher:
@@ -100,6 +102,7 @@ def from_checkpoint(uri: str, saved: Checkpoint, *, device: str | torch.device =
         # A student that was fitted without labels knows its null label alone.
         num_classes=saved.model["num_classes"] if saved.about.get("labels", True) else None,
         grids=saved.grids,
+        scheduler_grid=saved.about.get("grid"),
     )
 
 

@@ -18,7 +18,8 @@ class DiffusersUNet2D(nn.Module):
     """diffusers' UNet2DModel, x: [B, C, H, W], time: [B]. pip install 'limbeck[diffusers]'.
 
     Its sinusoids take time_scale * time. The class (int64 [B], num_classes is the null label), second_time and the
-    guidance scale ([B]) are embeddings that are added to the time's. features: [B, num_features], the mean over the
+    guidance scale ([B]) are embeddings that are added to the time's. learned_variance: it answers [B, 2C, H, W], the
+    second half of which is left out. features: [B, num_features], the mean over the
     middle block's places.
     """
 
@@ -30,6 +31,7 @@ class DiffusersUNet2D(nn.Module):
         config: Mapping[str, Any],
         dropout: float = 0.0,
         time_scale: float = 1.0,
+        learned_variance: bool = False,
         second_time: bool = False,
         told_guidance: bool = False,
     ) -> None:
@@ -39,6 +41,7 @@ class DiffusersUNet2D(nn.Module):
         self.unet = import_diffusers().UNet2DModel.from_config(config)
         zeroed(self.unet.conv_out)
         self.time_scale = time_scale
+        self.channels = self.unet.config.out_channels // (2 if learned_variance else 1)
         self.has_second_time, self.told_guidance = second_time, told_guidance
         self.num_features = self.unet.config.block_out_channels[-1]
         width = self.unet.time_embedding.linear_2.out_features
@@ -60,7 +63,8 @@ class DiffusersUNet2D(nn.Module):
         second_time: Tensor | None = None,
         guidance: Tensor | None = None,
     ) -> Tensor:
-        return self.unet(x, self.time_scale * time, self._embedded(condition, second_time, guidance)).sample
+        answer = self.unet(x, self.time_scale * time, self._embedded(condition, second_time, guidance)).sample
+        return answer[:, : self.channels]
 
     def features(
         self,

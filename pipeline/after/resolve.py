@@ -134,6 +134,10 @@ def replay(producer: Producer, stored: Stored) -> Replay:
     )
 
 
+IN_THEIR_OWN_PARAMETER = ("karras", "uniform_logsnr", "uniform_time")
+"""Grids of which one with twice the steps has every time of the first."""
+
+
 def is_own(recipe: Recipe) -> bool:
     """Whether the grid is that of a student, which knows no other times: there is no finer solution of it."""
     return recipe.solver.grid["name"] == "own"
@@ -151,10 +155,14 @@ def doubled_grid(process: Process, recipe: Recipe) -> Tensor:
     """The recipe's grid with every step halved, in the grid's own parameter: [2N+1] or [2N], index 2i is index i.
 
     A last step from r_min (or t_min) to 0 is left as it is: below that the network was not trained, and the finer grids
-    of the same kind have it, too.
+    of the same kind have it, too. Whole timesteps, and times that were given, are halved in time.
     """
     times, options = torch.tensor(recipe.times, dtype=torch.float64), dict(recipe.solver.grid)
     name, steps = str(options.pop("name")), recipe.num_steps
+    if name not in IN_THEIR_OWN_PARAMETER:
+        middles = (times[:-1] + times[1:]) / 2
+        halved = torch.stack([times[:-1], middles], dim=1).flatten()
+        return torch.cat([halved if halves_last(recipe) else halved[:-1], times[-1:]])
     doubled = make_grid(name, process, 2 * steps if halves_last(recipe) else 2 * steps - 1, **options)
     doubled[:-1:2] = times[:-1]
     return doubled
@@ -162,7 +170,9 @@ def doubled_grid(process: Process, recipe: Recipe) -> Tensor:
 
 def halves_last(recipe: Recipe) -> bool:
     """Whether the doubled grid halves the last step, too; if not, its error is in both solutions and not seen."""
-    grid = recipe.solver.grid
+    grid, before_last = recipe.solver.grid, recipe.times[-2]
+    if grid["name"] not in IN_THEIR_OWN_PARAMETER:  # a table's network was not trained below time 1
+        return recipe.teacher.model["process"]["name"] != "discrete_vp" or before_last >= 2
     return recipe.num_steps == 1 or (grid["name"] == "uniform_time" and "t_min" not in grid)
 
 

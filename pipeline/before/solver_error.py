@@ -11,7 +11,7 @@ from limbeck.diffusion.models.teachers import Teacher, load_teacher
 from limbeck.diffusion.recipes.devices import pick_device
 from limbeck.pipeline.config import CalibrateConfig, GenerateConfig, TeacherConfig
 from limbeck.pipeline.producer import machine_of, set_up_torch
-from limbeck.pipeline.recipe import build_recipe, grid_options
+from limbeck.pipeline.recipe import build_recipe, recorded_grid
 from limbeck.pipeline.solve import as_out_of_memory, denoise_of, solve_ids
 from limbeck.storage_schemas.recipe import Recipe
 
@@ -67,7 +67,8 @@ class Bench:
     def solve(self, solver: str, steps: int, *, dtype: torch.dtype) -> tuple[Tensor, int]:
         """x_0 of the holdout's first ids, float64 [n, *shape] on the CPU, and the network calls of a sample."""
         config, process = self.config, self.teacher.process
-        times = make_grid(config.solver.grid, process, steps, **grid_options(config.solver, process))
+        options = recorded_grid(config.solver, self.teacher)
+        times = make_grid(options.pop("name"), process, steps, **options)
         outputs, nfe = [], 0
         for start in range(0, config.count, config.micro_batch):
             ids = np.arange(start, min(start + config.micro_batch, config.count))

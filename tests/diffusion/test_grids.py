@@ -111,3 +111,68 @@ def test_mistakes_are_named_in_one_line(call, message):
     with pytest.raises(ValueError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+TABLE = DiscreteVP(tuple(torch.linspace(1e-4, 0.02, 1000).tolist()))
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 7, 50, 1000])
+@pytest.mark.parametrize(
+    ("grid", "scheduler", "spacing", "options"),
+    [
+        ("trailing", "DDIM", "trailing", {}),
+        ("leading", "DDIM", "leading", {}),
+        ("linspace", "DDIM", "linspace", {}),
+        ("trailing", "DPMSolverMultistep", "trailing", {}),
+        ("leading", "DPMSolverMultistep", "leading", {"spare": 1}),
+        ("linspace", "DPMSolverMultistep", "linspace", {"spare": 1}),
+    ],
+)
+def test_whole_timesteps_are_diffusers_own(grid, scheduler, spacing, options, num_steps):
+    """Their timestep n is our time n + 1."""
+    if num_steps == 1000 and options:
+        pytest.skip("diffusers has more points than timesteps there")
+    diffusers = pytest.importorskip("diffusers")
+    theirs = getattr(diffusers, f"{scheduler}Scheduler")(timestep_spacing=spacing)
+    theirs.set_timesteps(num_steps)
+    times = make_grid(grid, TABLE, num_steps, **options)
+    assert times.tolist() == [n + 1 for n in theirs.timesteps.tolist()] + [0]
+
+
+def test_a_grid_of_a_table_ends_at_its_first_time_where_it_is_told_to():
+    assert make_grid("leading", TABLE, 4, offset=1, end=1).tolist() == [752, 502, 252, 2, 1]
+    assert make_grid("trailing", TABLE, 2, end=1).tolist() == [1000, 500, 1]
+
+
+def test_shift_is_sd3s_formula():
+    """t becomes s t/(1 + (s - 1) t); 1 shifts nothing, and both ends stay."""
+    plain, shifted = uniform_time(RectifiedFlow(), 8), uniform_time(RectifiedFlow(), 8, shift=3.0)
+    torch.testing.assert_close(shifted, 3 * plain / (1 + 2 * plain))
+    assert shifted[[0, -1]].tolist() == [1, 0]
+    assert torch.equal(uniform_time(RectifiedFlow(), 8, shift=1.0), plain)
+
+
+def test_times_are_taken_as_they_are_given():
+    assert make_grid("times", VE(), 3, times=(80.0, 3.0, 0.5, 0.0)).tolist() == [80, 3, 0.5, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "process", "steps", "options", "message"),
+    [
+        ("trailing", VE(), 4, {}, "only a table of betas has"),
+        ("leading", TABLE, 1001, {}, "1001 steps on a table of 1000 timesteps"),
+        ("leading", TABLE, 4, {"offset": 250}, "offset 250: give one from 0 to 249"),
+        ("leading", TABLE, 4, {"end": 1}, "end 1: the grid has 1 as its last time before"),
+        ("trailing", TABLE, 4, {"end": 2}, "end 2: give 0"),
+        ("linspace", TABLE, 4, {"spare": 2}, "spare 2: give 0, or 1"),
+        ("uniform_time", VE(), 4, {"shift": 0.0}, "shift 0.0: give one above 0"),
+        ("times", VE(), 3, {"times": (80.0, 0.0)}, "times has 2 points, 3 steps need 4"),
+        ("times", VE(), 1, {"times": (90.0, 0.0)}, "from 80.0 at most to 0"),
+        ("times", VE(), 2, {"times": (80.0, 80.0, 0.0)}, "give them descending"),
+        ("karras", VE(), 4, {"shift": 2.0}, "the karras grid has no shift"),
+    ],
+)
+def test_what_a_grid_can_not_be_is_refused_in_one_line(name, process, steps, options, message):
+    with pytest.raises(ValueError, match=message) as told:
+        make_grid(name, process, steps, **options)
+    assert "\n" not in str(told.value)

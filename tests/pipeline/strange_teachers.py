@@ -46,6 +46,13 @@ def says(value):
     return lambda x_0, bad: torch.where(bad[:, None], torch.tensor(value, dtype=x_0.dtype), x_0)
 
 
+def odd_teacher():
+    """Its time of pure noise has more digits than a recipe."""
+    teacher = GaussianTeacher(VE(200 / 3), mean=0.5, variance=0.25)
+    teacher.sample_shape = (2,)
+    return teacher
+
+
 def nan_teacher():
     return Strange(says(float("nan")))
 

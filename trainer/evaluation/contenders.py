@@ -96,7 +96,7 @@ def teacher_solvers(teacher: Teacher, recipe: Recipe, nfes: Sequence[int]) -> It
         for solver, steps in (("ddim", calls), ("heun", (calls + 1) // 2), ("dpmpp_2m", calls)):
             affordable = steps > (0 if solver == "ddim" else 1)
             recipes_own = solver == "ddim" and steps == recipe.num_steps
-            if recipe.solver.grid["name"] == "own" and steps != recipe.num_steps:
+            if recipe.solver.grid["name"] in ("own", "times") and steps != recipe.num_steps:
                 continue  # a student is asked at no other times than its own
             if affordable and (nfe in nfes or recipes_own):
                 contender = teacher_solver(teacher, recipe, solver, steps)
