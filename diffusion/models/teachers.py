@@ -87,7 +87,20 @@ def load_checkpoint(uri: str, *, ignore: Collection[str] = ()) -> Checkpoint:
     scheme, _, rest = uri.partition(":")
     if scheme == "builtin":
         return builtin_checkpoint(rest)
-    return pipeline_checkpoint(rest, ignore=ignore) if scheme == "diffusers" else checkpoint.load(uri)
+    if scheme == "diffusers":
+        return pipeline_checkpoint(rest, ignore=ignore)
+    if not Path(uri, checkpoint.MODEL_FILE).is_file():
+        raise FileNotFoundError(f"{uri} is no folder with a {checkpoint.MODEL_FILE}: {_meant(uri)}")
+    return checkpoint.load(uri)
+
+
+def _meant(uri: str) -> str:
+    """What a user may have meant by a name that is no native checkpoint."""
+    if any(Path(uri, name).is_dir() for name in ("unet", "transformer")):
+        return f"it is a pipeline of diffusers, write diffusers:{uri}"
+    if uri in _shipped():
+        return f"write builtin:{uri}"
+    return "write builtin:NAME, diffusers:FOLDER for a pipeline, or python:MODULE:FACTORY for code of yours"
 
 
 def from_checkpoint(uri: str, saved: Checkpoint, *, device: str | torch.device = "cpu") -> Teacher:
@@ -111,12 +124,14 @@ def builtin_checkpoint(name: str) -> Checkpoint:
     if name in _CLOSED_FORMS:
         spec = {"sample_shape": [2], "num_classes": None, "process": process_spec(VE()), **_CLOSED_FORMS[name]}
         return Checkpoint(spec, b"")
-    known = sorted(path.parent.name for path in _BUILTIN.glob(f"*/{checkpoint.MODEL_FILE}"))
-    if name not in known:
-        raise ValueError(
-            f"builtin:{name} is not shipped; use one of builtin:{', builtin:'.join([*known, *_CLOSED_FORMS])}"
-        )
+    if name not in _shipped():
+        raise ValueError(f"builtin:{name} is not shipped; use one of builtin:{', builtin:'.join(_shipped())}")
     return checkpoint.load(_BUILTIN / name)
+
+
+def _shipped() -> list[str]:
+    """Names behind builtin:."""
+    return [*sorted(path.parent.name for path in _BUILTIN.glob(f"*/{checkpoint.MODEL_FILE}")), *_CLOSED_FORMS]
 
 
 def _from_factory(uri: str, path: str, *, device: str | torch.device) -> Teacher:

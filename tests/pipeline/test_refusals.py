@@ -30,7 +30,7 @@ GOOD = ["--teacher", "builtin:gaussian", "--count", "64", "--holdout", "0", "--r
         (["--guidance", "2"], "guidance 2.0 needs classes, builtin:gaussian has none"),
         (["--condition", "uniform_labels"], "condition uniform_labels needs classes"),
         (["--teacher", "builtin:nothing"], "builtin:nothing is not shipped"),
-        (["--teacher", "no/such/folder"], "no/such/folder holds no model.json"),
+        (["--teacher", "no/such/folder"], "no/such/folder is no folder with a model.json"),
         (["--teacher", "python:no_such_module:f"], "no_such_module"),
         (["--teacher", "python:strange_teachers:nobody"], "has no 'nobody'"),
         (["--teacher", "python:strange_teachers:broken_teacher"], "RuntimeError: no such accelerator"),

@@ -67,7 +67,7 @@ def test_somebody_elses_model_json_is_refused(tmp_path, document):
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no model\.json"):
+    with pytest.raises(FileNotFoundError, match=r"is no folder with a model\.json"):
         load_teacher(str(tmp_path))
 
 

@@ -109,3 +109,21 @@ def test_pickled_weights_are_refused(saved, tmp_path):
     weights.unlink()
     with pytest.raises(ValueError, match="is no pipeline"):
         load_teacher(f"diffusers:{tmp_path}/old")
+
+
+@pytest.mark.parametrize(
+    ("uri", "meant"),
+    [
+        ("digits", "write builtin:digits"),
+        ("gaussian", "write builtin:gaussian"),
+        ("digit", "write builtin:NAME, diffu"),
+    ],
+)
+def test_a_name_that_is_no_checkpoint_says_what_was_meant(uri, meant):
+    with pytest.raises(FileNotFoundError, match=f"{uri} is no folder with a model.json: {meant}"):
+        load_teacher(uri)
+
+
+def test_a_pipelines_folder_without_its_prefix_says_so(saved):
+    with pytest.raises(FileNotFoundError, match=f"it is a pipeline of diffusers, write diffusers:{saved}"):
+        load_teacher(str(saved))
