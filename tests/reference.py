@@ -7,11 +7,13 @@ from typing import get_args
 import tyro
 from pydantic.fields import FieldInfo
 
+from limbeck.diffusion.models.schedulers import SCHEDULERS
 from limbeck.storage_schemas.command_line import Command, Config
 from limbeck.storage_schemas.program import COMMANDS
 from limbeck.trainer.objectives.table import OBJECTIVES
 
 README = Path(__file__).parents[1] / "README.md"
+TEACHERS = README.parent / "docs" / "teachers.md"
 
 
 def reference() -> str:
@@ -34,14 +36,30 @@ def objectives() -> str:
     return "\n".join([*head, *rows, ""])
 
 
-def with_reference(readme: str) -> str:
-    """The README with its tables made again."""
-    for name, table in {"options": reference(), "objectives": objectives()}.items():
+def schedulers() -> str:
+    """A row for the schedulers that are read and compared alike."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for name, kind in SCHEDULERS.items():
+        rivals = ", ".join(f"{rival} ({solver})" for solver, (rival, _) in kind.rivals.items())
+        rows.setdefault((kind.reads, rivals or "none: its own steps are stochastic"), []).append(name)
+    head = ["| scheduler | is read as | compared with, by solver |", "| --- | --- | --- |"]
+    return "\n".join(
+        [*head, *(f"| {', '.join(names)} | {reads} | {rivals} |" for (reads, rivals), names in rows.items()), ""]
+    )
+
+
+TABLES = {"options": reference, "objectives": objectives, "schedulers": schedulers}
+
+
+def with_reference(page: str) -> str:
+    """A page with the tables that it has made again."""
+    for name, table in TABLES.items():
         begin, end = f"<!-- {name}: made by tests/reference.py -->\n", f"<!-- end of {name} -->\n"
-        before, _, rest = readme.partition(begin)
-        _, _, after = rest.partition(end)
-        readme = f"{before}{begin}\n{table}\n{end}{after}"
-    return readme
+        if begin in page:
+            before, _, rest = page.partition(begin)
+            _, _, after = rest.partition(end)
+            page = f"{before}{begin}\n{table()}\n{end}{after}"
+    return page
 
 
 def _table(words: str, command: Command, base: str | None, inherited: type[Config] | None) -> str:
@@ -87,4 +105,5 @@ def _default(field: FieldInfo) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(with_reference(README.read_text()))
+    for path in (README, TEACHERS):
+        path.write_text(with_reference(path.read_text()))

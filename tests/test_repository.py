@@ -21,7 +21,7 @@ from limbeck.storage_schemas.dataset import open_dataset
 from limbeck.storage_schemas.program import COMMANDS
 from limbeck.storage_schemas.record import from_storage
 from limbeck.storage_schemas.store import Store
-from tests.reference import option_rows, with_reference
+from tests.reference import TEACHERS, option_rows, with_reference
 
 ROOT = Path(__file__).parents[1]
 README, SECURITY = ((ROOT / name).read_text() for name in ("README.md", "SECURITY.md"))
@@ -41,7 +41,11 @@ def readme_commands(text=README):
 DEPLOY = (ROOT / "deploy" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("words", readme_commands() + readme_commands(DEPLOY), ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "words",
+    readme_commands() + readme_commands(DEPLOY) + readme_commands(TEACHERS.read_text()),
+    ids=lambda words: words[0],
+)
 def test_a_command_of_the_readme_parses(words, tmp_path):
     (rounds,) = code_blocks("yaml")
     (tmp_path / "rounds.yaml").write_text(rounds)
@@ -76,6 +80,18 @@ def test_help_is_made_of_sentences(name):
 
 def test_the_readmes_options_and_objectives_are_the_programs():
     assert with_reference(README) == README, "run python -m tests.reference"
+
+
+def test_the_network_of_the_page_about_teachers_is_a_denoiser():
+    """Where all data is 3, a flow's velocity is (x - 3)/t."""
+    names = {}
+    exec(code_blocks("py", TEACHERS.read_text())[0], names)
+    teacher = names["Teacher"](lambda x, t: (x - 3) / t)
+    assert torch.allclose(teacher(torch.randn(2, 3, 32, 32), torch.tensor(0.5)), torch.tensor(3.0), atol=1e-5)
+
+
+def test_the_page_about_teachers_has_the_schedulers_that_there_are():
+    assert with_reference(TEACHERS.read_text()) == TEACHERS.read_text(), "run python -m tests.reference"
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\((?!https?:)([^)#]+)\)", README))

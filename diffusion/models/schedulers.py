@@ -43,8 +43,12 @@ class Described:
 
 @dataclass(frozen=True)
 class _Kind:
-    """Schedulers that are read alike. used: fields that `describe` reads; neutral: the values that others must have."""
+    """Schedulers that are read alike. used: fields that `describe` reads; neutral: the values that others must have.
 
+    reads: what they stand for, in words.
+    """
+
+    reads: str
     describe: Callable[[Any], Described]
     used: frozenset[str]
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -148,11 +152,16 @@ _AS_DPM: Rivals = {
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {**_PLUS_PLUS, "thresholding": False, "solver_order": 2}),
 }
 
+_A_TABLE = "a table of betas; epsilon, sample or v"
+
 # Tables of betas, by where their own steps lie.
-DDIM = _Kind(_table_of_betas, used=_BETAS, neutral=_OF_A_TABLE, rivals=_AS_DDIM)
-DPM = _Kind(partial(_table_of_betas, spacing="linspace", spare=1), used=_BETAS, neutral=_OF_A_TABLE, rivals=_AS_DPM)
-EULER = _Kind(partial(_table_of_betas, rounds=False), used=_BETAS, neutral=_OF_A_TABLE, rivals=_AS_DDIM)
+DDIM = _Kind(_A_TABLE, _table_of_betas, used=_BETAS, neutral=_OF_A_TABLE, rivals=_AS_DDIM)
+DPM = _Kind(
+    _A_TABLE, partial(_table_of_betas, spacing="linspace", spare=1), used=_BETAS, neutral=_OF_A_TABLE, rivals=_AS_DPM
+)
+EULER = _Kind(_A_TABLE, partial(_table_of_betas, rounds=False), used=_BETAS, neutral=_OF_A_TABLE, rivals=_AS_DDIM)
 FLOW = _Kind(
+    "a rectified flow, velocity",
     _flow,
     used=_BETAS | {"use_flow_sigmas"},
     neutral={
@@ -163,6 +172,7 @@ FLOW = _Kind(
     rivals={"ddim": ("FlowMatchEulerDiscreteScheduler", {})},
 )
 EDM = _Kind(
+    "VE with EDM's preconditioning",
     _edm,
     used=frozenset({"sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho", "num_train_timesteps"}),
     neutral={"prediction_type": ("epsilon",)},
@@ -171,7 +181,7 @@ EDM = _Kind(
         "dpmpp_2m": ("EDMDPMSolverMultistepScheduler", {**_PLUS_PLUS, "solver_order": 2}),
     },
 )
-SCORE = _Kind(_score, used=frozenset({"sigma_min", "sigma_max", "num_train_timesteps"}))
+SCORE = _Kind("VE, the score", _score, used=frozenset({"sigma_min", "sigma_max", "num_train_timesteps"}))
 
 SCHEDULERS: Mapping[str, _Kind] = {
     **dict.fromkeys(("DDPM", "DDPMParallel", "DDIM", "DDIMParallel", "PNDM", "LCM", "TCD"), DDIM),
