@@ -7,13 +7,16 @@ float64 and before the first call. Nothing in the loop depends on the process, w
     ddim       1      1             the slope dz/dp (Euler in either frame of frames.py; Song et al. 2021)
     heun       2      2             the slope, by the trapezoidal rule (Karras et al. 2022, Algorithm 1)
     rk4        4      4             the slope, by the classical Runge-Kutta rule; a reference
-    ab2        2      1             the slope, linear in p (Adams-Bashforth: DEIS, iPNDM)
+    ab2        2      1             the slope, linear in p (Adams-Bashforth: iPNDM)
+    deis       2      1             the slope, linear in log p, integrated exactly (DEIS, Zhang & Chen 2023)
     dpmpp_2m   2      1             x_0, linear in lambda = log(alpha/sigma) (DPM-Solver++ 2M, Lu et al. 2022)
     dpmpp_3m   3      1             x_0, quadratic in lambda, integrated exactly
+    unipc      3      1             x_0, linear in lambda, corrected by the next call (UniPC-2, Zhao et al. 2023)
 
-The denoiser is never called at sigma = 0. A last step to sigma = 0 is Euler for heun (as in EDM), three inner stages
-for rk4, x_0 itself for dpmpp. A multistep solver starts with its own lower orders. From alpha = 0 the slope solvers
-work in the flow frame; dpmpp takes DDIM's step, and never extrapolates from that point, whose lambda is -inf.
+The denoiser is never called at sigma = 0. A last step to sigma = 0 is Euler for heun (as in EDM) and deis, three inner
+stages for rk4, x_0 itself for dpmpp and unipc. A multistep solver starts with its own lower orders. From alpha = 0 the
+slope solvers work in the flow frame; dpmpp and unipc take DDIM's step, and never extrapolate from that point, whose
+lambda is -inf.
 """
 
 import itertools
@@ -217,6 +220,19 @@ def _adams_bashforth_2(process: Process, points: Sequence[Point], frame: FrameNa
     return steps
 
 
+def _deis_2(process: Process, points: Sequence[Point], frame: FrameName) -> list[Step]:
+    """Integrates the line in log p through the last two slopes; Euler's at either end. Zhang & Chen 2023."""
+    steps: list[Step] = []
+    for n, (here, there) in enumerate(itertools.pairwise(points)):
+        p, p_next = here.position, there.position
+        weights = [p_next - p]
+        if n > 0 and p_next > 0:
+            bend = (p_next * math.log(p_next / p) - p_next + p) / math.log(p / points[n - 1].position)
+            weights = [p_next - p + bend, -bend]
+        steps.append((_slope_call(here, there, start=here, weights=weights),))
+    return steps
+
+
 def _slope_call(at: Point, aim: Point, *, start: Point, weights: Sequence[float]) -> Call:
     """The call that takes k = dz/dp at `at` and leads to z_start + sum of weights * slopes, in x = scale * z."""
     return Call(
@@ -259,6 +275,39 @@ def _data_weights(here: Point, there: Point, nodes: Sequence[float]) -> np.ndarr
     return there.alpha * _third_order(h, h_0 / h, (nodes[1] - nodes[2]) / h)
 
 
+def _unipc_2(process: Process, points: Sequence[Point], frame: FrameName) -> list[Step]:
+    """UniPC of order 2 with B(h) = e^h - 1 on x_0. Zhao et al. 2023, Algorithm 2; states are those that it predicts.
+
+    A call corrects the state that it is about. The correction is linear in the calls' x_0, so it goes, scaled as the
+    state, into the weights of the step that begins there.
+    """
+    steps: list[Step] = []
+    correction = np.zeros(3)
+    for n, (here, there) in enumerate(itertools.pairwise(points)):
+        nodes = [point.log_snr for point in points[max(0, n - 1) : n + 1] if point.alpha > 0][::-1]
+        carry, predictor = there.sigma / here.sigma, np.zeros(3)
+        weights = _data_weights(here, there, nodes)
+        predictor[: len(weights)] = weights
+        steps.append((Call(here.time, 0.0, 1.0, carry, tuple((predictor + carry * correction).tolist())),))
+        correction = _corrector(here, there, nodes) - np.array([0.0, *predictor[:2]])
+    return steps
+
+
+def _corrector(here: Point, there: Point, nodes: Sequence[float]) -> np.ndarray:
+    """Weights of x_0 there, here and before for a step by UniC, [3]; the predictor's where that has no place."""
+    gain = there.alpha - here.alpha * there.sigma / here.sigma
+    if there.sigma == 0 or not nodes:
+        return np.array([0.0, *np.pad(_data_weights(here, there, nodes), (0, 1))])
+    m = np.eye(3)
+    if len(nodes) == 1:
+        return gain * (m[1] + (m[0] - m[1]) / 2)
+    h, earlier = there.log_snr - here.log_snr, (nodes[1] - nodes[0]) / (there.log_snr - here.log_snr)
+    phi = -1 / h - 1 / math.expm1(-h)  # (e^-h - 1 + h)/(h (1 - e^-h)), the mean of (lambda - lambda_t)/h
+    both = np.array([phi, -2 * phi / h - 1 / math.expm1(-h)])
+    before, after = np.linalg.solve([[1.0, 1.0], [earlier, 1.0]], both)
+    return gain * (m[1] + before * (m[2] - m[1]) / earlier + after * (m[0] - m[1]))
+
+
 def _second_order(r_0: float) -> np.ndarray:
     """The x_0 that 2M holds over the step: the line through the last two at its middle. r_0 = h_0/h."""
     m = np.eye(2)
@@ -285,7 +334,9 @@ SOLVERS: dict[str, Solver] = {
     "ddim": Solver(1, _runge_kutta(EULER, last=EULER)),
     "heun": Solver(2, _runge_kutta(HEUN, last=EULER)),
     "ab2": Solver(2, _adams_bashforth_2),
+    "deis": Solver(2, _deis_2),
     "dpmpp_2m": Solver(2, _dpm_solver_pp(2)),
     "dpmpp_3m": Solver(3, _dpm_solver_pp(3)),
+    "unipc": Solver(3, _unipc_2),
     "rk4": Solver(4, _runge_kutta(RK4, last=RALSTON3)),
 }

@@ -437,14 +437,14 @@ class SubmitConfig(Config):
 class ParityConfig(Config):
     """Compare a pipeline's own scheduler with our solve of it: the same noise, the same times, step by step."""
 
-    teacher: Source = Field(description="diffusers:SOURCE")
-    ignore: tuple[Ignorable, ...] = Field((), description="as of generate: clip_sample, thresholding")
-    solver: Literal["ddim", "dpmpp_2m"] = Field("ddim", description="whose steps diffusers has too; ddim is Euler")
-    steps: int = Field(20, ge=1, description="steps of the scheduler's own grid")
-    count: int = Field(4, ge=1, description="samples that are solved")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of their noise")
-    tolerance: float = Field(1e-3, gt=0, description="largest difference that is allowed, in units of a state's rms")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    teacher: Source = Field(description="A pipeline, diffusers:SOURCE.")
+    ignore: tuple[Ignorable, ...] = Field((), description="As of generate: clip_sample, thresholding.")
+    solver: SolverName = Field("ddim", description="Solver whose steps diffusers has too: ddim, dpmpp_2m, unipc.")
+    steps: int = Field(20, ge=1, description="Steps of the scheduler's own grid.")
+    count: int = Field(4, ge=1, description="Samples that are solved.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of their noise.")
+    tolerance: float = Field(1e-3, gt=0, description="Largest difference that is allowed, in units of a state's rms.")
+    device: str = Field("auto", description="Device: auto, cpu, cuda, cuda:1, and so on.")
     as_json: PrintJson = False
 
 

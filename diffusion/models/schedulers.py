@@ -92,8 +92,13 @@ def _table_of_betas(scheduler: Any, *, spacing: str = "leading", spare: int = 0,
 
 
 def _whole_timesteps(config: Mapping[str, Any], spacing: str, *, spare: int) -> dict[str, Any]:
+    # DPM-Solver's kind ends at the table's first time unless it says otherwise, the others at data.
+    to_data = (
+        config.get("set_alpha_to_one", True)
+        and config.get("final_sigmas_type", "sigma_min" if spare else "zero") == "zero"
+    )
     options = {
-        "end": 0 if config.get("set_alpha_to_one", True) else 1,
+        "end": 0 if to_data else 1,
         "spare": spare if spacing != "trailing" else 0,
         "offset": config.get("steps_offset", 0) if spacing == "leading" else 0,
     }
@@ -145,11 +150,12 @@ _OF_A_TABLE: Mapping[str, tuple[Any, ...]] = {
     "rescale_betas_zero_snr": (False, None),
 }
 
-_PLUS_PLUS = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "final_sigmas_type": "zero"}
+_PLUS_PLUS = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint"}
 _AS_DDIM: Rivals = {"ddim": ("DDIMScheduler", {"clip_sample": False, "thresholding": False})}
 _AS_DPM: Rivals = {
     "ddim": ("DPMSolverMultistepScheduler", {**_PLUS_PLUS, "thresholding": False, "solver_order": 1}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {**_PLUS_PLUS, "thresholding": False, "solver_order": 2}),
+    "unipc": ("UniPCMultistepScheduler", {"solver_order": 2, "solver_type": "bh2", "thresholding": False}),
 }
 
 _A_TABLE = "a table of betas; epsilon, sample or v"
@@ -175,7 +181,7 @@ EDM = _Kind(
     "VE with EDM's preconditioning",
     _edm,
     used=frozenset({"sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho", "num_train_timesteps"}),
-    neutral={"prediction_type": ("epsilon",)},
+    neutral={"prediction_type": ("epsilon",), "final_sigmas_type": ("zero",)},
     rivals={
         "ddim": ("EDMEulerScheduler", {}),
         "dpmpp_2m": ("EDMDPMSolverMultistepScheduler", {**_PLUS_PLUS, "solver_order": 2}),

@@ -98,7 +98,9 @@ def _rival(config: ParityConfig, pipeline: Pipeline, process: Process) -> tuple[
         count = len(process.betas)
         raise UsageError(f"steps {config.steps} does not divide {count}, and DDIMScheduler goes wrong: give a divisor")
     name, settings = rivals[config.solver]
-    return name, pipeline.scheduler_of(name, {**pipeline.written, **settings})
+    end = (pipeline.described.grid or {}).get("end", 0)
+    ends = {"set_alpha_to_one": not end, "final_sigmas_type": "sigma_min" if end else "zero"}
+    return name, pipeline.scheduler_of(name, {**pipeline.written, **settings, **ends})
 
 
 def _noise(teacher: Teacher, times: Tensor, config: ParityConfig) -> Tensor:

@@ -79,7 +79,7 @@ def order(error_at, n):
 
 
 # Steps from which on the error's next term is too small to show in the order.
-FINE = {"rk4": 16, "ab2": 128, "dpmpp_2m": 256, "dpmpp_3m": 128}
+FINE = {"rk4": 16, "ab2": 128, "deis": 128, "dpmpp_2m": 256, "dpmpp_3m": 128, "unipc": 128}
 
 
 @every_solver
@@ -103,7 +103,7 @@ def test_3m_shows_order_2_from_its_own_start(process, kind):
     assert order(lambda n: error(teacher, grid(process, uniform(n)), "dpmpp_3m"), 128) > 1.85
 
 
-@pytest.mark.parametrize("solver", ["ab2", "dpmpp_2m", "dpmpp_3m"])
+@pytest.mark.parametrize("solver", ["ab2", "deis", "dpmpp_2m", "dpmpp_3m", "unipc"])
 @both_teachers
 def test_multistep_orders_hold_where_step_lengths_alternate(solver, kind):
     process = VE()
@@ -231,6 +231,8 @@ CALLS = {
     "heun": lambda n: 2 * n - 1,
     "rk4": lambda n: 4 * (n - 1) + 3,
     "ab2": lambda n: n,
+    "deis": lambda n: n,
+    "unipc": lambda n: n,
     "dpmpp_2m": lambda n: n,
     "dpmpp_3m": lambda n: n,
 }

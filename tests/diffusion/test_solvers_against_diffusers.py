@@ -100,6 +100,32 @@ def test_dpmpp_2m(num_steps, spacing):
 
 
 @pytest.mark.parametrize("num_steps", NUM_STEPS)
+def test_unipc(num_steps):
+    scheduler = diffusers.UniPCMultistepScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, solver_order=2, timestep_spacing="trailing"
+    )
+    scheduler.set_timesteps(num_steps)
+    network, process = Network(), table()
+    theirs = sampled(scheduler, lambda x, t: network(x, t.double() / 1000), noise())
+    ours = solve(from_epsilon(network, process), process, noise(), grid_of(scheduler), solver="unipc")
+    agree(ours.states, theirs, tolerance=2e-5)
+
+
+@pytest.mark.parametrize("num_steps", NUM_STEPS)
+def test_deis(num_steps):
+    """Theirs ends at the table's first time."""
+    scheduler = diffusers.DEISMultistepScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, solver_order=2, lower_order_final=False
+    )
+    scheduler.set_timesteps(num_steps)
+    network, process = Network(), table()
+    theirs = sampled(scheduler, lambda x, t: network(x, t.double() / 1000), noise())
+    times = torch.cat([scheduler.timesteps.double() + 1, torch.ones(1, dtype=torch.float64)])
+    ours = solve(from_epsilon(network, process), process, noise(), times, solver="deis")
+    agree(ours.states, theirs, tolerance=2e-5)
+
+
+@pytest.mark.parametrize("num_steps", NUM_STEPS)
 def test_edm_euler(num_steps):
     """The whole of EDM: its preconditioning, its grid, its Euler."""
     scheduler = diffusers.EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, rho=7.0)

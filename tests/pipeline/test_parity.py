@@ -36,7 +36,7 @@ def test_a_table_solves_as_diffusers_does(parity, name):
     assert found["worst"] < TOLERANCE
 
 
-@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m", "unipc"])
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 def test_every_spacing_and_prediction(parity, spacing, prediction, solver):
