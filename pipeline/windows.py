@@ -12,6 +12,7 @@ from limbeck.storage_schemas.errors import StoreError, UsageError
 from limbeck.storage_schemas.job import Job
 from limbeck.storage_schemas.layout import Layout
 from limbeck.storage_schemas.manifest import Bounds, Manifest, ManifestDraft, Window
+from limbeck.storage_schemas.record import SPLITS
 from limbeck.storage_schemas.store import Store
 
 Policy = Literal["grow", "refresh", "recipe"]
@@ -78,8 +79,9 @@ class Goal:
         shown = self.parent and (self.parent.window, self.parent.missing)
         return self.continues and shown == (self.window, ())
 
-    def job(self, job: str, *, total: int, missing: int, runner: str, workers: int) -> Job:
+    def job(self, job: str, *, missing: int, runner: str, workers: int) -> Job:
         """What a job that is after this tells the store before it begins."""
+        size = self.layout.samples_per_shard
         return Job(
             job=job,
             dataset=self.dataset,
@@ -87,7 +89,7 @@ class Goal:
             layout=self.layout,
             window=self.window,
             parent=self.parent.number if self.parent else 0,
-            tasks_total=total,
+            tasks_total=sum(len(self.window.task_range(split, size)) for split in SPLITS),
             tasks_missing=missing,
             runner=runner,
             workers=workers,

@@ -10,10 +10,11 @@ from typing import Any
 from limbeck.diffusion.models import checkpoint
 from limbeck.pipeline.before.timing import Timing, time_a_worker
 from limbeck.pipeline.config import PlanConfig
+from limbeck.pipeline.generate import work_of
 from limbeck.pipeline.job.amounts import PER_TASK, format_size
 from limbeck.pipeline.job.continuity import check_continues
+from limbeck.pipeline.job.driver import adopt
 from limbeck.pipeline.job.prepare import Run, prepare
-from limbeck.pipeline.job.solving import adopt
 from limbeck.pipeline.producer import WorkOrder
 from limbeck.pipeline.windows import Goal, grow, missing_tasks
 from limbeck.storage_schemas import paths
@@ -87,8 +88,8 @@ def find_work(run: Run) -> Work:
         return Work(0, sum(1 for _ in window.tasks(run.layout.samples_per_shard)), 0, 0, 0, 0)
     listed = read_shard_table(run.store, parent).tasks if parent and goal.continues else frozenset()
     needed = missing_tasks(goal, listed)
-    adopt(run, needed)
-    left = len(needed) - sum(task.name in run.shards for task in needed)
+    adopt(work_of(run, goal, needed))
+    left = len(needed) - sum(task.name in run.ledger.shards for task in needed)
     recipe = [len(data) for path, data in _of_recipe(run) if not run.store.exists(path)]
     return Work(
         tasks=left,

@@ -19,11 +19,14 @@ PER_TASK = 3
 """Objects of a task: its shard and its commit, which lies in two places."""
 
 
-def say_amounts(store: Store, recipe: Recipe, layout: Layout, tasks: Sequence[Task], *, calls: bool, here: int) -> None:
-    """Log one line. UsageError where a disk has no room for it.
+def say_amounts(
+    store: Store, recipe: Recipe, layout: Layout, tasks: Sequence[Task], *, runner: str, workers: int
+) -> None:
+    """One line on stderr. UsageError where a disk has no room for it.
 
-    calls: whether samples are solved. here: workers on this machine, each with room for a shard in scratch.
+    `convert` calls no network. Workers of `local` are on this machine, each with room for a shard in scratch.
     """
+    here = min(workers, len(tasks)) if runner == "local" else 0
     samples = len(tasks) * layout.samples_per_shard
     size, shard = samples * recipe.sample_bytes, layout.samples_per_shard * recipe.sample_bytes
     document = store.local_path(paths.STORE)
@@ -31,7 +34,7 @@ def say_amounts(store: Store, recipe: Recipe, layout: Layout, tasks: Sequence[Ta
     free = None if root is None else _free(root)
     words = [
         f"{samples} samples in {len(tasks)} shard{'s' * (len(tasks) > 1)} of {layout.samples_per_shard}",
-        *([f"{samples * recipe_nfe(recipe)} network calls"] if calls else []),
+        *([f"{samples * recipe_nfe(recipe)} network calls"] if runner != "convert" else []),
         f"{'at most ' if layout.compression != 'none' else ''}{format_size(size)} in {PER_TASK * len(tasks)} objects",
         *([] if free is None else [f"{format_size(free)} are free"]),
     ]

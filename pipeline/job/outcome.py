@@ -1,4 +1,4 @@
-"""What a run of `generate` or `regenerate` did, as text for people or as JSON."""
+"""What a run of `generate`, `regenerate` or `convert` did; of the first two, as text for people or as JSON."""
 
 import json
 from collections.abc import Sequence

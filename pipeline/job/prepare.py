@@ -13,6 +13,7 @@ from limbeck.diffusion.recipes.samples import draw_labels, draw_noise, draw_scal
 from limbeck.diffusion.recipes.teacher import keep_weights
 from limbeck.diffusion.solvers import answer
 from limbeck.pipeline.config import GenerateConfig, TeacherConfig
+from limbeck.pipeline.job.driver import Ledger
 from limbeck.pipeline.job.micro_batch import settle
 from limbeck.pipeline.producer import describe
 from limbeck.pipeline.recipe import build_recipe
@@ -20,23 +21,18 @@ from limbeck.pipeline.solve import guided
 from limbeck.storage_schemas import paths
 from limbeck.storage_schemas.dataset import put_recipe
 from limbeck.storage_schemas.errors import UsageError, UserError, usage_errors
-from limbeck.storage_schemas.job import Failure
 from limbeck.storage_schemas.layout import Layout
 from limbeck.storage_schemas.notes import Calibration, check_calibration, put_calibration
 from limbeck.storage_schemas.recipe import Recipe
-from limbeck.storage_schemas.shards import Shard
 from limbeck.storage_schemas.store import Store
 
 TRIED = 2
 """Samples that a teacher is asked about before a job begins."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """One run of the command: what it asked for, and what it has learnt so far.
-
-    job, began: of its last plan. early: when those of `shards` were committed that may be older than that.
-    """
+    """One run of the command: what it asked for, and what it has learnt so far."""
 
     config: GenerateConfig
     store: Store
@@ -44,13 +40,7 @@ class Run:
     layout: Layout
     weights: Checkpoint | None = None
     calibration: Calibration | None = None
-    job: str = ""
-    began: str = ""
-    shards: dict[str, Shard] = field(default_factory=dict)
-    early: dict[str, str] = field(default_factory=dict)
-    tried: set[str] = field(default_factory=set)
-    again: set[str] = field(default_factory=set)
-    failures: dict[str, Failure] = field(default_factory=dict)
+    ledger: Ledger = field(default_factory=Ledger)
 
 
 def prepare(config: GenerateConfig, *, writes: bool = True) -> Run:

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from limbeck.diffusion.denoiser import Guided
 from limbeck.diffusion.models import checkpoint
 from limbeck.diffusion.models.description import described
 from limbeck.pipeline.config import GenerateConfig
-from limbeck.pipeline.generate import bring_about
+from limbeck.pipeline.generate import bring_about, grown
 from limbeck.pipeline.job.outcome import FAILED, QUARANTINED
 from limbeck.pipeline.job.prepare import load
 from limbeck.pipeline.recipe import build_layout, build_recipe
@@ -24,7 +25,6 @@ from limbeck.pipeline.rounds.config import ProgressiveConfig
 from limbeck.pipeline.rounds.plan import Round, direct_of, reference_of, rounds_of
 from limbeck.pipeline.rounds.record import Record, only_run
 from limbeck.pipeline.rounds.report import show
-from limbeck.pipeline.windows import Wanted, grow
 from limbeck.pipeline.workers.signals import stoppable
 from limbeck.storage_schemas.dataset import Dataset, latest_manifest, open_dataset
 from limbeck.storage_schemas.errors import UsageError, UserError, usage_errors
@@ -141,9 +141,7 @@ class Progressive:
 
     def _bring_about(self, data: GenerateConfig) -> Dataset:
         """`generate`, in this process."""
-        outcome = bring_about(
-            data, lambda parent, recipe_id: Wanted(grow(parent, recipe_id, count=data.count, holdout=data.num_holdout))
-        )
+        outcome = bring_about(data, partial(grown, data))
         if outcome.exit_code == FAILED:
             raise UserError(f"{data.dataset}: {outcome.why}; the same command tries again")
         self.quarantined |= outcome.exit_code == QUARANTINED

@@ -6,150 +6,108 @@ whole shards, also past the window, so a new shard may need ids that no old one 
 
 import json
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import replace
 
 from limbeck.pipeline.config import ConvertConfig
-from limbeck.pipeline.job.amounts import say_amounts
-from limbeck.pipeline.job.announce import announce, is_early, new_job
+from limbeck.pipeline.job.driver import Ledger, Work, drive, fulfil, seal_goal
 from limbeck.pipeline.job.heartbeat import Pulse
 from limbeck.pipeline.job.in_order import in_order
-from limbeck.pipeline.job.kept import Lapsed, adoptable, check_held
-from limbeck.pipeline.job.outcome import DONE, QUARANTINED, described, lacks_samples
+from limbeck.pipeline.job.outcome import Outcome, described
 from limbeck.pipeline.job.progress import Progress
-from limbeck.pipeline.job.targets import Place
 from limbeck.pipeline.upkeep.relayout import convert_tasks, grouped, new_tasks
-from limbeck.pipeline.windows import Goal, Plans
+from limbeck.pipeline.windows import Goal
 from limbeck.pipeline.workers.signals import stoppable
-from limbeck.storage_schemas.dataset import Dataset, LostRace, Pruned, latest_manifest, open_dataset, seal
+from limbeck.storage_schemas.commit import Task
+from limbeck.storage_schemas.dataset import Dataset, open_dataset
 from limbeck.storage_schemas.errors import UserError, usage_errors
 from limbeck.storage_schemas.ids import id_set
-from limbeck.storage_schemas.job import JobState
 from limbeck.storage_schemas.layout import Layout, check_layout
 from limbeck.storage_schemas.log import log
 from limbeck.storage_schemas.manifest import Manifest, content_digest
 from limbeck.storage_schemas.record import SPLITS
-from limbeck.storage_schemas.shards import Shard, ShardTable
+from limbeck.storage_schemas.shards import ShardTable
 from limbeck.storage_schemas.store import Store
-
-
-@dataclass
-class Conversion:
-    """One plan: from which dataset, into which layout and name, and what is committed in it so far."""
-
-    source: Dataset
-    layout: Layout
-    dataset: str
-    parent: Manifest | None
-    job: str
-    shards: dict[str, Shard] = field(default_factory=dict)
-    early: dict[str, str] = field(default_factory=dict)
-    written: int = 0
 
 
 def run_convert(config: ConvertConfig) -> int:
     """The exit code."""
     started, store = time.monotonic(), Store.open(config.store)
     with stoppable():
-        manifest, job, written = _carry_out(store, config)
-    _tell(manifest, written, job, time.monotonic() - started, as_json=config.as_json)
-    return QUARANTINED if lacks_samples(manifest) else DONE
+        outcome = convert(store, config)
+    _tell(replace(outcome, seconds=time.monotonic() - started), as_json=config.as_json)
+    return outcome.exit_code
 
 
-def _carry_out(store: Store, config: ConvertConfig) -> tuple[Manifest, str, int]:
-    """`_settle`, with the job's last word, and the job."""
-    pulse = Pulse(store)
-    last: JobState = "failed"
-    try:
-        manifest, written = _settle(store, config, pulse)
-        last = "sealed" if manifest.writer == pulse.job else "ended"
-        return manifest, pulse.job, written
-    except KeyboardInterrupt:
-        last = "stopped"
-        raise
-    finally:
-        pulse.end(last)
+def convert(store: Store, config: ConvertConfig) -> Outcome:
+    """Seal the manifest that shows the dataset in the layout, under the same name or another."""
+    target, ledger = config.as_dataset or config.dataset, Ledger()
+
+    def act(parent: Manifest | None, pulse: Pulse) -> Outcome:
+        number = parent.number if parent and target == config.dataset else None
+        source = open_dataset(store, config.dataset, number)
+        layout = _layout(config, source)
+        outcome = Outcome("nothing", target, before=parent, manifest=parent, run=ledger.made)
+        if parent and (parent.content_digest, parent.layout) == (source.manifest.content_digest, layout):
+            return outcome
+        # The next plan may be of another recipe or layout: what this one has committed for it is found in the store.
+        ledger.shards.clear()
+        tasks, missing = new_tasks(source, layout)
+        work = Work(
+            store,
+            source.recipe,
+            Goal(target, parent, source.recipe.id, layout, source.manifest.window),
+            tasks,
+            ledger,
+            make=lambda todo: _rewrite(source, layout, todo, ledger, threads=config.threads),
+            runner="convert",
+            workers=config.threads,
+        )
+        fulfil(work, pulse)
+        table = ShardTable.of(list(ledger.shards.values()))
+        _check_same(source, layout, table)
+        manifest = seal_goal(work, pulse, table, missing)
+        return replace(outcome, what="sealed", manifest=manifest, run=ledger.made)
+
+    return drive(store, target, act)
 
 
-def _settle(store: Store, config: ConvertConfig, pulse: Pulse) -> tuple[Manifest, int]:
-    """The manifest that shows the dataset in the layout, and the shards written; planned again after a lost race."""
-    written, plans = 0, Plans(store)
-    while True:
-        run = _planned(store, config, new_job())
-        plans.begin(run.parent)
-        if run.parent is not None and _shows(run.parent, run):
-            return run.parent, written
-        try:
-            return _fulfil(run, config, pulse), written + run.written
-        except (LostRace, Pruned, Lapsed) as why:
-            written += run.written
-            log.info(f"{why}: planning again")
-
-
-def _planned(store: Store, config: ConvertConfig, job: str) -> Conversion:
-    source = open_dataset(store, config.dataset)
+def _layout(config: ConvertConfig, source: Dataset) -> Layout:
     with usage_errors():
         size = config.samples_per_shard or source.layout.samples_per_shard
         layout = Layout(format=config.to, samples_per_shard=size, compression=config.compression)
     check_layout(source.recipe, layout)
-    target = config.as_dataset or config.dataset
-    parent = source.manifest if target == config.dataset else latest_manifest(store, target)
-    return Conversion(source, layout, target, parent, job)
+    return layout
 
 
-def _shows(manifest: Manifest, run: Conversion) -> bool:
-    return (manifest.content_digest, manifest.layout) == (run.source.manifest.content_digest, run.layout)
-
-
-def _fulfil(run: Conversion, config: ConvertConfig, pulse: Pulse) -> Manifest:
-    """Write what is not committed yet, and seal."""
-    tasks, missing = new_tasks(run.source, run.layout)
-    job = _goal(run).job(run.job, total=len(tasks), missing=len(tasks), runner="convert", workers=config.threads)
-    announce(run.source.store, run.source.recipe, job, pulse)
-    # What an earlier run of this, or a `generate` of the same recipe, has committed in the layout.
-    run.shards = adoptable(run.source.store, run.job, _place(run), [task.name for task in tasks])
-    todo = [task for task in tasks if task.name not in run.shards]
-    if todo:
-        say_amounts(run.source.store, run.source.recipe, run.layout, todo, calls=False, here=0)
-    pulse.say("running", found=len(tasks) - len(todo))
-    with Progress(len(todo)) as progress:
-        for commits in in_order(lambda group: convert_tasks(run.source, run.layout, group), grouped(run.source, todo),
-                                threads=config.threads):  # fmt: skip
+def _rewrite(source: Dataset, layout: Layout, tasks: Sequence[Task], ledger: Ledger, *, threads: int) -> None:
+    """Write and commit the tasks' shards from those of the source."""
+    groups = in_order(lambda group: convert_tasks(source, layout, group), grouped(source, tasks), threads=threads)
+    with Progress(len(tasks)) as progress:
+        for commits in groups:
             for commit in commits:
                 progress.count(commit)
-                run.shards[commit.task.name] = Shard.of(commit)
-                run.written += 1
-                if is_early(commit, job.started_at):
-                    run.early[commit.task.name] = commit.committed_at
-    check_held(run.source.store, run.job, _place(run), run.shards, run.early)
-    return _seal(run, missing)
+                ledger.enter(commit)
 
 
-def _place(run: Conversion) -> Place:
-    return Place(run.source.recipe.id, run.layout.id)
-
-
-def _goal(run: Conversion) -> Goal:
-    manifest = run.source.manifest
-    return Goal(run.dataset, run.parent, manifest.recipe_id, run.layout, manifest.window)
-
-
-def _seal(run: Conversion, missing: tuple[str, ...]) -> Manifest:
-    manifest, table = run.source.manifest, ShardTable.of(list(run.shards.values()))
+def _check_same(source: Dataset, layout: Layout, table: ShardTable) -> None:
+    """UserError where these shards show other samples than the source does."""
+    manifest = source.manifest
     bounds = {split: manifest.window.bounds(split) for split in SPLITS}
     gaps = {split: id_set(*bounds[split], table.of_split(split).gaps(*bounds[split])).gaps for split in SPLITS}
     if content_digest(manifest.recipe_id, manifest.window, gaps) != manifest.content_digest:
         raise UserError(
-            f"shards of {run.layout.id} committed before lack other samples than {manifest.dataset} does: "
+            f"shards of {layout.id} committed before lack other samples than {manifest.dataset} does: "
             "choose other --samples-per-shard"
         )
-    return seal(run.source.store, _goal(run).draft(run.job, missing), table)
 
 
-def _tell(manifest: Manifest, written: int, job: str, seconds: float, *, as_json: bool) -> None:
-    sealed = manifest.writer == job
+def _tell(outcome: Outcome, *, as_json: bool) -> None:
+    manifest, written, seconds = outcome.manifest, outcome.run, outcome.seconds
+    assert manifest is not None
     if as_json:
         figures = {
-            "what": "sealed" if sealed else "nothing",
+            "what": outcome.what,
             "dataset": manifest.dataset,
             "manifest": manifest.number,
             "layout": manifest.layout.id,
@@ -161,7 +119,7 @@ def _tell(manifest: Manifest, written: int, job: str, seconds: float, *, as_json
         }
         print(json.dumps(figures))
         return
-    lead = "sealed" if sealed else "nothing to do:"
+    lead = "sealed" if outcome.what == "sealed" else "nothing to do:"
     print(
         f"{lead} {described(manifest)} in layout {manifest.layout.id}, {written} of {manifest.shards.count} shards "
         f"written here, {seconds:.1f} s"

@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 
 from limbeck.pipeline.config import GenerateConfig
-from limbeck.pipeline.job.announce import is_early
 from limbeck.pipeline.job.prepare import Run
 from limbeck.pipeline.producer import LateAttempt, in_time
 from limbeck.storage_schemas import paths
@@ -142,9 +141,7 @@ def solve_by_hand(run: Run, tasks: list[Task]) -> None:
         while commit is None:  # a worker that finds itself late begins again
             with suppress(LateAttempt):
                 commit = _work(run, task)
-        run.shards[task.name] = Shard.of(commit)
-        if is_early(commit, run.began):
-            run.early[task.name] = commit.committed_at
+        run.ledger.enter(commit)
 
 
 def _work(run: Run, task: Task) -> Commit:

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from limbeck.pipeline.job import kept
-from limbeck.pipeline.upkeep import convert, relayout
+from limbeck.pipeline.job import driver, kept
+from limbeck.pipeline.upkeep import relayout
 from limbeck.storage_schemas.dataset import open_dataset
 from limbeck.storage_schemas.errors import StoreError
 from limbeck.storage_schemas.record import SPLITS
@@ -200,16 +200,37 @@ def test_a_flipped_bit_is_not_carried_over(generate, pipeline, tmp_path):
 def test_who_grows_the_dataset_meanwhile_is_not_undone(generate, pipeline, tmp_path, monkeypatch):
     """Another job seals manifest 2 just before the conversion does: it is planned again from there."""
     generate(tmp_path)
-    seal, grown = convert.seal, []
+    seal, rivals = driver.seal, [300]
 
     def late(store, draft, shards):
-        if not grown:
-            grown.append(generate(tmp_path, count=300))
+        while rivals:
+            generate(tmp_path, count=rivals.pop())
         return seal(store, draft, shards)
 
-    monkeypatch.setattr("limbeck.pipeline.upkeep.convert.seal", late)
-    code, out, _ = pipeline("convert", tmp_path, "--to", "webdataset", "--json")
+    monkeypatch.setattr("limbeck.pipeline.job.driver.seal", late)
+    code, out, err = pipeline("convert", tmp_path, "--to", "webdataset", "--json")
     told, after = json.loads(out), dataset(tmp_path)
+    assert "another job sealed manifest 2 of main: planning again" in err
     assert (code, told["manifest"], told["written"], after.manifest.window.train) == (0, 3, 6, (0, 300))
     assert after.manifest.content_digest == dataset(tmp_path, number=2).manifest.content_digest
     assert same(rows(after), rows(dataset(tmp_path, number=2)))
+
+
+def test_a_source_that_is_pruned_before_it_is_opened_is_planned_again(generate, pipeline, tmp_path, monkeypatch):
+    """Another job seals manifest 2, and a prune takes 1 away, between the look at the latest and the opening of it."""
+    generate(tmp_path)
+    rivals = [300]
+
+    def late(*given):
+        while rivals:
+            generate(tmp_path, count=rivals.pop())
+            for _ in range(2):
+                assert pipeline("prune", tmp_path, "--keep-manifests", 1, "--grace", "0m")[0] == 0
+        return open_dataset(*given)
+
+    monkeypatch.setattr("limbeck.pipeline.upkeep.convert.open_dataset", late)
+    code, out, err = pipeline("convert", tmp_path, "--to", "webdataset", "--json")
+    assert "manifest 1 of 'main' in" in err
+    assert "was pruned" in err
+    assert (code, json.loads(out)["what"], err.count("planning again")) == (0, "sealed", 1)
+    assert dataset(tmp_path).manifest.window.train == (0, 300)

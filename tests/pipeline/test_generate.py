@@ -16,6 +16,7 @@ from limbeck.diffusion.models import checkpoint
 from limbeck.diffusion.models.teachers import load_teacher
 from limbeck.pipeline.config import GenerateConfig
 from limbeck.pipeline.generate import carry_out
+from limbeck.pipeline.job import driver
 from limbeck.pipeline.job.prepare import prepare
 from limbeck.pipeline.windows import Wanted
 from limbeck.storage_schemas.dataset import latest_manifest
@@ -354,7 +355,7 @@ def test_two_jobs_at_once_make_one_dataset(start, pipeline, commits, ids_of, tmp
 
 
 def test_who_loses_the_race_to_seal_plans_again_from_the_winner(generate, ids_of, tmp_path, monkeypatch):
-    seal = limbeck.pipeline.generate.seal
+    seal = driver.seal
     rivals = [{"window": Window(train=(0, 64)), "writer": "rival"}]
 
     def beaten(store, draft, shards):
@@ -362,7 +363,7 @@ def test_who_loses_the_race_to_seal_plans_again_from_the_winner(generate, ids_of
             seal(store, ManifestDraft(**dict(draft) | rivals.pop()), shards)
         return seal(store, draft, shards)
 
-    monkeypatch.setattr(limbeck.pipeline.generate, "seal", beaten)
+    monkeypatch.setattr(driver, "seal", beaten)
     code, _, err = generate(tmp_path)
     assert code == 0
     assert "another job sealed manifest 1 of main: planning again" in err
@@ -371,7 +372,7 @@ def test_who_loses_the_race_to_seal_plans_again_from_the_winner(generate, ids_of
 
 
 def test_a_store_that_hides_what_is_sealed_ends_the_planning(generate, tmp_path, monkeypatch):
-    monkeypatch.setattr(limbeck.pipeline.generate, "latest_manifest", lambda store, dataset: None)
+    monkeypatch.setattr(driver, "latest_manifest", lambda store, dataset: None)
     assert generate(tmp_path)[0] == 0
     code, _, err = generate(tmp_path)
     assert code == 1
