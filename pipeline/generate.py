@@ -7,7 +7,7 @@ from functools import partial
 
 from limbeck.pipeline.config import GenerateConfig
 from limbeck.pipeline.job.continuity import check_continues
-from limbeck.pipeline.job.driver import Work, drive, fulfil, seal_goal
+from limbeck.pipeline.job.driver import Plan, drive, fulfil, seal_goal
 from limbeck.pipeline.job.heartbeat import Pulse
 from limbeck.pipeline.job.outcome import Outcome, What, names, tell
 from limbeck.pipeline.job.prepare import Run, keep_recipe, prepare
@@ -75,15 +75,15 @@ def carry_out(run: Run, aim: Aim, policy: Policy | None = None) -> Outcome:
             keep_recipe(run)
             return nothing
         listed = _listed(run, goal)
-        work = work_of(run, goal, missing_tasks(goal, listed.tasks))
-        fulfil(work, pulse)
-        return _sealed(run, work, listed, pulse)
+        plan = plan_of(run, goal, missing_tasks(goal, listed.tasks))
+        fulfil(plan, pulse)
+        return _sealed(run, plan, listed, pulse)
 
     return drive(run.store, dataset, act)
 
 
-def work_of(run: Run, goal: Goal, needed: list[Task]) -> Work:
-    """The goal's tasks that are needed, as work of solvers.
+def plan_of(run: Run, goal: Goal, needed: list[Task]) -> Plan:
+    """The goal, its needed tasks solved by workers.
 
     Nobody takes what a sick worker committed; a recheck takes no task whose samples were quarantined. Both are solved
     again.
@@ -93,7 +93,7 @@ def work_of(run: Run, goal: Goal, needed: list[Task]) -> Work:
         quarantined = shard.quarantined
         return not (is_sick(task, quarantined, run.recipe.micro_batch) or (run.config.recheck and quarantined))
 
-    return Work(
+    return Plan(
         run.store,
         run.recipe,
         goal,
@@ -113,8 +113,8 @@ def _listed(run: Run, goal: Goal) -> ShardTable:
     return whole(still_there(run.store, listed)) if run.config.recheck else listed
 
 
-def _sealed(run: Run, work: Work, listed: ShardTable, pulse: Pulse) -> Outcome:
-    goal, needed, ledger = work.goal, work.needed, run.ledger
+def _sealed(run: Run, plan: Plan, listed: ShardTable, pulse: Pulse) -> Outcome:
+    goal, needed, ledger = plan.goal, plan.needed, run.ledger
     missing = tuple(task.name for task in needed if task.name not in ledger.shards)
     done = Outcome(
         "sealed",
@@ -138,7 +138,7 @@ def _sealed(run: Run, work: Work, listed: ShardTable, pulse: Pulse) -> Outcome:
         return replace(done, what="nothing", why=why)
     if too_many := _too_many_quarantined(run, goal, table):
         return replace(done, what="failed", why=too_many)
-    manifest = seal_goal(work, pulse, table, missing)
+    manifest = seal_goal(plan, pulse, table, missing)
     return replace(done, manifest=manifest, quarantined=_quarantined(new, goal.window))
 
 

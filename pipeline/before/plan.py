@@ -10,7 +10,7 @@ from typing import Any
 from limbeck.diffusion.models import checkpoint
 from limbeck.pipeline.before.timing import Timing, time_a_worker
 from limbeck.pipeline.config import PlanConfig
-from limbeck.pipeline.generate import work_of
+from limbeck.pipeline.generate import plan_of
 from limbeck.pipeline.job.amounts import PER_TASK, format_size
 from limbeck.pipeline.job.continuity import check_continues
 from limbeck.pipeline.job.driver import adopt
@@ -88,7 +88,7 @@ def find_work(run: Run) -> Work:
         return Work(0, sum(1 for _ in window.tasks(run.layout.samples_per_shard)), 0, 0, 0, 0)
     listed = read_shard_table(run.store, parent).tasks if parent and goal.continues else frozenset()
     needed = missing_tasks(goal, listed)
-    adopt(work_of(run, goal, needed))
+    adopt(plan_of(run, goal, needed))
     left = len(needed) - sum(task.name in run.ledger.shards for task in needed)
     recipe = [len(data) for path, data in _of_recipe(run) if not run.store.exists(path)]
     return Work(

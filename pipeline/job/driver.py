@@ -56,7 +56,7 @@ class Ledger:
 
 
 @dataclass(frozen=True)
-class Work:
+class Plan:
     """The tasks that a goal needs beside what its parent lists, and how they come about.
 
     make: commits tasks and enters them in the ledger; runner and workers say who does. takes: whether a shard that is
@@ -113,49 +113,49 @@ def _settle(store: Store, dataset: str, act: Act, pulse: Pulse) -> Outcome:
         print(shown(f"{why}: planning again"), file=sys.stderr, flush=True)
 
 
-def fulfil(work: Work, pulse: Pulse) -> None:
+def fulfil(plan: Plan, pulse: Pulse) -> None:
     """Have a shard of each needed task in the ledger, but for those that failed. Lapsed where a prune took some."""
-    if work.needed:
-        _aim(work, pulse)
-    work.keep()
-    if work.needed:
-        _gather(work, pulse)
+    if plan.needed:
+        _aim(plan, pulse)
+    plan.keep()
+    if plan.needed:
+        _gather(plan, pulse)
 
 
-def _aim(work: Work, pulse: Pulse) -> None:
+def _aim(plan: Plan, pulse: Pulse) -> None:
     """Announce the next job. What the job before it holds goes on with it, unless that was taken for dead."""
-    job = work.goal.job(new_job(), missing=len(work.needed), runner=work.runner, workers=work.workers)
-    work.ledger.job, work.ledger.began = job.job, job.started_at
-    if not announce(work.store, work.recipe, job, pulse):
-        work.ledger.shards.clear()
+    job = plan.goal.job(new_job(), missing=len(plan.needed), runner=plan.runner, workers=plan.workers)
+    plan.ledger.job, plan.ledger.began = job.job, job.started_at
+    if not announce(plan.store, plan.recipe, job, pulse):
+        plan.ledger.shards.clear()
 
 
-def _gather(work: Work, pulse: Pulse) -> None:
-    ledger = work.ledger
-    adopt(work)
-    todo = [task for task in work.needed if task.name not in ledger.shards and task.name not in ledger.failures]
-    pulse.say("running", found=len(work.needed) - len(todo))
+def _gather(plan: Plan, pulse: Pulse) -> None:
+    ledger = plan.ledger
+    adopt(plan)
+    todo = [task for task in plan.needed if task.name not in ledger.shards and task.name not in ledger.failures]
+    pulse.say("running", found=len(plan.needed) - len(todo))
     if todo:
-        say_amounts(work.store, work.recipe, work.goal.layout, todo, runner=work.runner, workers=work.workers)
+        say_amounts(plan.store, plan.recipe, plan.goal.layout, todo, runner=plan.runner, workers=plan.workers)
         ledger.tried |= {task.name for task in todo}
-        work.make(todo)
-    check_held(work.store, ledger.job, work.place, ledger.shards, ledger.early)
+        plan.make(todo)
+    check_held(plan.store, ledger.job, plan.place, ledger.shards, ledger.early)
 
 
-def adopt(work: Work) -> None:
+def adopt(plan: Plan) -> None:
     """Take what is committed already, by an earlier run that died or by a job beside this one."""
-    ledger = work.ledger
-    tasks = {task.name: task for task in work.needed if task.name not in ledger.shards}
-    found = adoptable(work.store, ledger.job, work.place, list(tasks)) if tasks else {}
+    ledger = plan.ledger
+    tasks = {task.name: task for task in plan.needed if task.name not in ledger.shards}
+    found = adoptable(plan.store, ledger.job, plan.place, list(tasks)) if tasks else {}
     for name, shard in found.items():
-        if work.takes(tasks[name], shard):
+        if plan.takes(tasks[name], shard):
             ledger.shards[name] = shard
         else:
             ledger.again.add(name)
 
 
-def seal_goal(work: Work, pulse: Pulse, table: ShardTable, missing: tuple[str, ...]) -> Manifest:
+def seal_goal(plan: Plan, pulse: Pulse, table: ShardTable, missing: tuple[str, ...]) -> Manifest:
     """The sealed manifest, which shows the goal but for the missing tasks. LostRace if another job sealed first."""
-    if not work.needed:  # announced only now, so that no prune takes the table away before the manifest names it
-        _aim(work, pulse)
-    return seal(work.store, work.goal.draft(work.ledger.job, missing), table)
+    if not plan.needed:  # announced only now, so that no prune takes the table away before the manifest names it
+        _aim(plan, pulse)
+    return seal(plan.store, plan.goal.draft(plan.ledger.job, missing), table)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from limbeck.pipeline.config import ConvertConfig
-from limbeck.pipeline.job.driver import Ledger, Work, drive, fulfil, seal_goal
+from limbeck.pipeline.job.driver import Ledger, Plan, drive, fulfil, seal_goal
 from limbeck.pipeline.job.heartbeat import Pulse
 from limbeck.pipeline.job.in_order import in_order
 from limbeck.pipeline.job.outcome import Outcome, described
@@ -53,7 +53,7 @@ def convert(store: Store, config: ConvertConfig) -> Outcome:
         # The next plan may be of another recipe or layout: what this one has committed for it is found in the store.
         ledger.shards.clear()
         tasks, missing = new_tasks(source, layout)
-        work = Work(
+        plan = Plan(
             store,
             source.recipe,
             Goal(target, parent, source.recipe.id, layout, source.manifest.window),
@@ -63,10 +63,10 @@ def convert(store: Store, config: ConvertConfig) -> Outcome:
             runner="convert",
             workers=config.threads,
         )
-        fulfil(work, pulse)
+        fulfil(plan, pulse)
         table = ShardTable.of(list(ledger.shards.values()))
         _check_same(source, layout, table)
-        manifest = seal_goal(work, pulse, table, missing)
+        manifest = seal_goal(plan, pulse, table, missing)
         return replace(outcome, what="sealed", manifest=manifest, run=ledger.made)
 
     return drive(store, target, act)
