@@ -20,7 +20,7 @@ from limbeck.storage_schemas.dataset import read_shard_table
 from limbeck.storage_schemas.errors import UsageError, UserError, without_credentials
 from limbeck.storage_schemas.manifest import Manifest, Window
 from limbeck.storage_schemas.record import SPLITS
-from limbeck.storage_schemas.shards import Shard, ShardTable
+from limbeck.storage_schemas.shards import ShardTable
 
 
 def run_generate(config: GenerateConfig) -> int:
@@ -88,11 +88,7 @@ def plan_of(run: Run, goal: Goal, needed: list[Task]) -> Plan:
     Nobody takes what a sick worker committed; a recheck takes no task whose samples were quarantined. Both are solved
     again.
     """
-
-    def takes(task: Task, shard: Shard) -> bool:
-        quarantined = shard.quarantined
-        return not (is_sick(task, quarantined, run.recipe.micro_batch) or (run.config.recheck and quarantined))
-
+    again, size = run.config.recheck, run.recipe.micro_batch
     return Plan(
         run.store,
         run.recipe,
@@ -102,7 +98,7 @@ def plan_of(run: Run, goal: Goal, needed: list[Task]) -> Plan:
         make=lambda tasks: solve_missing(run, tasks),
         runner=run.config.runner,
         workers=run.config.num_workers,
-        takes=takes,
+        takes=lambda task, shard: not (is_sick(task, shard.quarantined, size) or (again and shard.quarantined)),
         keep=lambda: keep_recipe(run),
     )
 

@@ -6,18 +6,20 @@ The command says what is its own: which goal follows from the latest manifest, w
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from limbeck.pipeline.job.amounts import say_amounts
-from limbeck.pipeline.job.announce import announce, is_early, new_job
 from limbeck.pipeline.job.heartbeat import Pulse
 from limbeck.pipeline.job.kept import Lapsed, adoptable, check_held
 from limbeck.pipeline.job.outcome import Outcome
-from limbeck.pipeline.job.targets import Place
+from limbeck.pipeline.job.targets import Place, is_lost
 from limbeck.pipeline.windows import Goal, Plans
 from limbeck.pipeline.workers.signals import Stopped
+from limbeck.storage_schemas import paths
+from limbeck.storage_schemas.clock import SKEW, check_clock, utc
 from limbeck.storage_schemas.commit import Commit, Task
-from limbeck.storage_schemas.dataset import LostRace, Pruned, latest_manifest, seal
-from limbeck.storage_schemas.errors import shown
+from limbeck.storage_schemas.dataset import LostRace, Pruned, latest_manifest, put_recipe, seal
+from limbeck.storage_schemas.errors import StoreError, shown
 from limbeck.storage_schemas.job import Failure, JobState
 from limbeck.storage_schemas.manifest import Manifest
 from limbeck.storage_schemas.recipe import Recipe
@@ -51,7 +53,8 @@ class Ledger:
             return
         self.made += 1
         self.shards[end.task.name] = Shard.of(end)
-        if is_early(end, self.began):
+        # Whose clock said so may be as far off as may be, and so may ours.
+        if datetime.fromisoformat(end.committed_at) < datetime.fromisoformat(self.began) + 2 * SKEW:
             self.early[end.task.name] = end.committed_at
 
 
@@ -73,11 +76,6 @@ class Plan:
     workers: int
     takes: Callable[[Task, Shard], bool] = lambda task, shard: True
     keep: Callable[[], None] = lambda: None
-
-    @property
-    def place(self) -> Place:
-        """Where its shards lie."""
-        return Place(self.recipe.id, self.goal.layout.id)
 
 
 Act = Callable[[Manifest | None, Pulse], Outcome]
@@ -115,38 +113,50 @@ def _settle(store: Store, dataset: str, act: Act, pulse: Pulse) -> Outcome:
 
 def fulfil(plan: Plan, pulse: Pulse) -> None:
     """Have a shard of each needed task in the ledger, but for those that failed. Lapsed where a prune took some."""
-    if plan.needed:
-        _aim(plan, pulse)
+    ledger, needed = plan.ledger, plan.needed
+    if needed:
+        _announce(plan, pulse)
     plan.keep()
-    if plan.needed:
-        _gather(plan, pulse)
-
-
-def _aim(plan: Plan, pulse: Pulse) -> None:
-    """Announce the next job. What the job before it holds goes on with it, unless that was taken for dead."""
-    job = plan.goal.job(new_job(), missing=len(plan.needed), runner=plan.runner, workers=plan.workers)
-    plan.ledger.job, plan.ledger.began = job.job, job.started_at
-    if not announce(plan.store, plan.recipe, job, pulse):
-        plan.ledger.shards.clear()
-
-
-def _gather(plan: Plan, pulse: Pulse) -> None:
-    ledger = plan.ledger
+    if not needed:
+        return
     adopt(plan)
-    todo = [task for task in plan.needed if task.name not in ledger.shards and task.name not in ledger.failures]
-    pulse.say("running", found=len(plan.needed) - len(todo))
+    todo = [task for task in needed if task.name not in ledger.shards and task.name not in ledger.failures]
+    pulse.say("running", found=len(needed) - len(todo))
     if todo:
         say_amounts(plan.store, plan.recipe, plan.goal.layout, todo, runner=plan.runner, workers=plan.workers)
         ledger.tried |= {task.name for task in todo}
         plan.make(todo)
-    check_held(plan.store, ledger.job, plan.place, ledger.shards, ledger.early)
+    check_held(plan.store, ledger.job, Place.of(plan.goal), ledger.shards, ledger.early)
+
+
+def _announce(plan: Plan, pulse: Pulse) -> None:
+    """Put the next job's document, and its first heartbeat: from then on no prune deletes what it aims at.
+
+    What the job before it held goes on with it, unless a prune took that for dead. StoreError where the clock of this
+    machine is not the storage's: what a job holds goes by time.
+    """
+    store, ledger, before, began = plan.store, plan.ledger, pulse.job, utc()
+    name = f"{began:%Y%m%dT%H%M%S%f}-{paths.new_attempt()[:8]}"  # sorts by time
+    job = plan.goal.job(name, missing=len(plan.needed), runner=plan.runner, workers=plan.workers)
+    path = paths.job_path(name)
+    put_recipe(store, plan.recipe)  # which a prune needs that would begin the dataset in place of this job
+    store.write(path, job.to_bytes())
+    try:
+        check_clock(store, path, since=began)
+    except StoreError:
+        store.remove(path)
+        raise
+    ledger.job, ledger.began = name, job.started_at
+    pulse.begin(name)
+    if before and is_lost(store, before):
+        ledger.shards.clear()
 
 
 def adopt(plan: Plan) -> None:
     """Take what is committed already, by an earlier run that died or by a job beside this one."""
     ledger = plan.ledger
     tasks = {task.name: task for task in plan.needed if task.name not in ledger.shards}
-    found = adoptable(plan.store, ledger.job, plan.place, list(tasks)) if tasks else {}
+    found = adoptable(plan.store, ledger.job, Place.of(plan.goal), list(tasks)) if tasks else {}
     for name, shard in found.items():
         if plan.takes(tasks[name], shard):
             ledger.shards[name] = shard
@@ -157,5 +167,5 @@ def adopt(plan: Plan) -> None:
 def seal_goal(plan: Plan, pulse: Pulse, table: ShardTable, missing: tuple[str, ...]) -> Manifest:
     """The sealed manifest, which shows the goal but for the missing tasks. LostRace if another job sealed first."""
     if not plan.needed:  # announced only now, so that no prune takes the table away before the manifest names it
-        _aim(plan, pulse)
+        _announce(plan, pulse)
     return seal(plan.store, plan.goal.draft(plan.ledger.job, missing), table)

@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from typing import NamedTuple, TypeVar
 
 from limbeck.pipeline.job.heartbeat import SPARED
+from limbeck.pipeline.windows import Goal
 from limbeck.storage_schemas import paths
 from limbeck.storage_schemas.clock import age
 from limbeck.storage_schemas.commit import Task
@@ -34,8 +35,8 @@ class Place(NamedTuple):
     layout_id: str
 
     @classmethod
-    def of(cls, document: Manifest | Job) -> "Place":
-        """Where a manifest's shards or a job's lie."""
+    def of(cls, document: Manifest | Job | Goal) -> "Place":
+        """Where the shards of a manifest, a job or a goal lie."""
         return cls(document.recipe_id, document.layout.id)
 
 

@@ -19,13 +19,10 @@ from limbeck.pipeline.upkeep.relayout import convert_tasks, grouped, new_tasks
 from limbeck.pipeline.windows import Goal
 from limbeck.pipeline.workers.signals import stoppable
 from limbeck.storage_schemas.commit import Task
-from limbeck.storage_schemas.dataset import Dataset, open_dataset
+from limbeck.storage_schemas.dataset import Dataset, open_dataset, wrong_figures
 from limbeck.storage_schemas.errors import UserError, usage_errors
-from limbeck.storage_schemas.ids import id_set
 from limbeck.storage_schemas.layout import Layout, check_layout
-from limbeck.storage_schemas.log import log
-from limbeck.storage_schemas.manifest import Manifest, content_digest
-from limbeck.storage_schemas.record import SPLITS
+from limbeck.storage_schemas.manifest import Manifest
 from limbeck.storage_schemas.shards import ShardTable
 from limbeck.storage_schemas.store import Store
 
@@ -65,7 +62,11 @@ def convert(store: Store, config: ConvertConfig) -> Outcome:
         )
         fulfil(plan, pulse)
         table = ShardTable.of(list(ledger.shards.values()))
-        _check_same(source, layout, table)
+        if wrong_figures(replace(source, table=table)):
+            raise UserError(
+                f"shards of {layout.id} committed before lack other samples than {config.dataset} does: "
+                "choose other --samples-per-shard"
+            )
         manifest = seal_goal(plan, pulse, table, missing)
         return replace(outcome, what="sealed", manifest=manifest, run=ledger.made)
 
@@ -88,18 +89,6 @@ def _rewrite(source: Dataset, layout: Layout, tasks: Sequence[Task], ledger: Led
             for commit in commits:
                 progress.count(commit)
                 ledger.enter(commit)
-
-
-def _check_same(source: Dataset, layout: Layout, table: ShardTable) -> None:
-    """UserError where these shards show other samples than the source does."""
-    manifest = source.manifest
-    bounds = {split: manifest.window.bounds(split) for split in SPLITS}
-    gaps = {split: id_set(*bounds[split], table.of_split(split).gaps(*bounds[split])).gaps for split in SPLITS}
-    if content_digest(manifest.recipe_id, manifest.window, gaps) != manifest.content_digest:
-        raise UserError(
-            f"shards of {layout.id} committed before lack other samples than {manifest.dataset} does: "
-            "choose other --samples-per-shard"
-        )
 
 
 def _tell(outcome: Outcome, *, as_json: bool) -> None:

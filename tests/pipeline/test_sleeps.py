@@ -243,7 +243,7 @@ def test_a_clock_that_is_not_the_storages_is_refused(uri, clock, monkeypatch, ah
         Pin(run="reader", dataset="main", number=1, expires_at="2026-01-04T00:00:00+00:00").to_bytes(),
     )
     monkeypatch.setattr("limbeck.storage_schemas.clock.utc", lambda: clock.now + timedelta(seconds=ahead))
-    for module in ("limbeck.pipeline.job.announce", "limbeck.pipeline.upkeep.prune"):
+    for module in ("limbeck.pipeline.job.driver", "limbeck.pipeline.upkeep.prune"):
         monkeypatch.setattr(f"{module}.utc", lambda: clock.now + timedelta(seconds=ahead))
     told = rf"the clock of this machine is 0:11:00 {'ahead of' if ahead > 0 else 'behind'} that of memory://"
     for act in (prunes, grows):
