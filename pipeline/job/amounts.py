@@ -20,7 +20,7 @@ PER_TASK = 3
 
 
 def say_amounts(store: Store, recipe: Recipe, layout: Layout, tasks: Sequence[Task], runner: str, workers: int) -> None:
-    """One line on stderr. UsageError where a disk has no room for it.
+    """Log one line. UsageError where a disk has no room for it.
 
     `convert` calls no network. Workers of `local` are on this machine, each with room for a shard in scratch.
     """

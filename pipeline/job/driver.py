@@ -3,7 +3,6 @@
 The command says what is its own: which goal follows from the latest manifest, which tasks it needs, how they are made.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -19,8 +18,9 @@ from limbeck.storage_schemas import paths
 from limbeck.storage_schemas.clock import SKEW, check_clock, utc
 from limbeck.storage_schemas.commit import Commit, Task
 from limbeck.storage_schemas.dataset import LostRace, Pruned, latest_manifest, put_recipe, seal
-from limbeck.storage_schemas.errors import StoreError, shown
+from limbeck.storage_schemas.errors import StoreError
 from limbeck.storage_schemas.job import Failure, JobState
+from limbeck.storage_schemas.log import log
 from limbeck.storage_schemas.manifest import Manifest
 from limbeck.storage_schemas.recipe import Recipe
 from limbeck.storage_schemas.shards import Shard, ShardTable
@@ -108,7 +108,7 @@ def _settle(store: Store, dataset: str, act: Act, pulse: Pulse) -> Outcome:
             why = f"another job sealed manifest {lost.winner.number} of {dataset}"
         except (Pruned, Lapsed) as gone:
             why = str(gone)
-        print(shown(f"{why}: planning again"), file=sys.stderr, flush=True)
+        log.info(f"{why}: planning again")
 
 
 def fulfil(plan: Plan, pulse: Pulse) -> None:

@@ -15,6 +15,7 @@ from limbeck.pipeline.workers.signals import Drain
 from limbeck.storage_schemas import paths
 from limbeck.storage_schemas.commit import Task
 from limbeck.storage_schemas.job import Failure
+from limbeck.storage_schemas.log import log
 
 
 def solve_missing(run: Run, tasks: list[Task]) -> None:
