@@ -21,6 +21,7 @@ REQUIRED = {
     "regenerate": "--teacher builtin:gaussian --store s --count 9",
     "plan": "--teacher builtin:gaussian --store s --count 9",
     "progressive": "--teacher builtin:gaussian --store s --count 9 --out r",
+    "parity": "--teacher diffusers:pipeline",
     "calibrate": "--teacher builtin:gaussian",
     "status": "s",
     "verify": "s",
@@ -38,6 +39,7 @@ OF_A_JOB = [
 ]  # fmt: skip
 OF_A_RECIPE = [
     "--solver.steps 1", "--solver.steps 200", "--states 1 2 15", "--states", "--solver.name ddim",
+    "--solver.times 80 1 0", "--solver.grid uniform_time --solver.shift 3",
     "--start data:sklearn:digits", "--start data:sklearn:digits --solver.steps 2", "--dtype float32",
 ]  # fmt: skip
 UNUSUAL = {
@@ -46,6 +48,7 @@ UNUSUAL = {
     "plan": [*OF_A_JOB, *OF_A_RECIPE, "--time-batches 1", "--time-batches 99"],
     "progressive": [*OF_A_JOB, "--steps 2", "--steps 6", "--schedule 4 2 1", "--schedule 1", "--fit.steps 20"],
     "calibrate": ["--count 8", "--count 5000", "--steps 1", "--steps 3", "--reference-factor 2", "--micro-batch 1"],
+    "parity": ["--steps 1", "--steps 1000", "--count 1", "--solver dpmpp_2m"],
     "verify": ["--audit 2", "--audit 100000"],
     "convert": ["--samples-per-shard 1", "--samples-per-shard 100000", "--threads 1"],
     "prune": ["--keep-manifests 1", "--grace 1m"],
