@@ -130,7 +130,8 @@ def test_a_teacher_kept_in_the_store_is_the_start(make_store, monkeypatch):
         NoTeacher, match=r"used only if you name it, too: give --teacher\.uri /nowhere/teacher; or generate"
     ):
         TeacherSource(dataset.store, dataset.recipe, flag="--teacher.uri").checkpoint()
-    with pytest.raises(NoTeacher, match=r"/nowhere/teacher holds no model\.json: .*; or generate --with-weights"):
+    missing = r"/nowhere/teacher is no folder with a model\.json: .*; or generate --with-weights"
+    with pytest.raises(NoTeacher, match=missing):
         TeacherSource(dataset.store, dataset.recipe, "/nowhere/teacher").checkpoint()
     folder = paths.weights_folder(dataset.recipe.id)
     store.write(f"{folder}/model.safetensors", saved.weights)
