@@ -441,6 +441,7 @@ class ParityConfig(Config):
     ignore: tuple[Ignorable, ...] = Field((), description="As of generate: clip_sample, thresholding.")
     solver: SolverName = Field("ddim", description="Solver whose steps diffusers has too: ddim, dpmpp_2m, unipc.")
     steps: int = Field(20, ge=1, description="Steps of the scheduler's own grid.")
+    guidance: float = Field(1.0, description="Scale of classifier-free guidance; 1 is the conditional model.")
     count: int = Field(4, ge=1, description="Samples that are solved.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of their noise.")
     tolerance: float = Field(1e-3, gt=0, description="Largest difference that is allowed, in units of a state's rms.")

@@ -5,6 +5,7 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from limbeck.diffusion.models.families import DiffusersModel
 from limbeck.diffusion.models.networks import ResidualMLP
 from limbeck.diffusion.models.unet import DiffusersUNet2D
 
@@ -16,6 +17,6 @@ def checkpoint_activations(module: nn.Module) -> None:
     without blocks stays as it is. Chen et al. 2016.
     """
     for network in module.modules():
-        if isinstance(network, ResidualMLP | DiffusersUNet2D):
+        if isinstance(network, ResidualMLP | DiffusersUNet2D | DiffusersModel):
             for block in network.blocks:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)

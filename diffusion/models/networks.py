@@ -1,4 +1,4 @@
-"""Networks F(x, time, condition) of our own, for small images and vectors; diffusers' UNet is in unet.py.
+"""Networks F(x, time, condition) of our own, for small images and vectors. diffusers' are in unet.py and families.py.
 
 Each can take two extra inputs per sample: `second_time`, the time that a flow map jumps to, and its guidance scale,
 if built with second_time or told_guidance. Their weights start at 0.
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.diffusion.models.embeddings import FourierTime, JointCoefficients, scalar_embedding, zeroed
+from limbeck.diffusion.models.families import DiffusersModel
 from limbeck.diffusion.models.unet import DiffusersUNet2D
 
 
@@ -149,8 +150,9 @@ class Affine(nn.Module):
         return self(*inputs).flatten(1)
 
 
-NETWORKS: dict[str, type[ResidualMLP | Affine | DiffusersUNet2D]] = {
+NETWORKS: dict[str, type[ResidualMLP | Affine | DiffusersUNet2D | DiffusersModel]] = {
     "residual_mlp": ResidualMLP,
     "affine": Affine,
     "diffusers_unet2d": DiffusersUNet2D,
+    "diffusers": DiffusersModel,
 }

@@ -5,7 +5,7 @@ network time, grid, solver.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from limbeck.diffusion import noise
+from limbeck.diffusion.denoiser import Guided
 from limbeck.diffusion.grids import make_grid
 from limbeck.diffusion.models.diffusers_models import Pipeline, open_pipeline
 from limbeck.diffusion.models.teachers import Teacher, load_teacher
@@ -24,6 +25,8 @@ from limbeck.diffusion.solvers import solve
 from limbeck.pipeline.config import GridConfig, ParityConfig
 from limbeck.pipeline.recipe import recorded_grid
 from limbeck.storage_schemas.errors import UsageError, usage_errors
+
+Predict = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,11 @@ def measure(config: ParityConfig) -> Parity:
         options = {option: value for option, value in grid.items() if option != "name"}
         times = make_grid(grid["name"], teacher.process, config.steps, **options)
     name, scheduler = _rival(config, pipeline, teacher.process)
-    x_T = _noise(teacher, times, config).to(device)
+    x_T, labels = _noise(teacher, times, config).to(device), _labels(teacher, config, device)
     with torch.no_grad():
-        theirs = list(_their_states(scheduler, pipeline.network.to(device).eval(), x_T, config.steps))
-        ours = solve(teacher.denoiser, teacher.process, x_T, times, solver=config.solver).states
+        theirs = list(_their_states(scheduler, _asked(pipeline, config, labels, device), x_T, config.steps))
+        denoise = teacher.denoiser if config.guidance == 1 else Guided(teacher.denoiser, config.guidance)
+        ours = solve(denoise, teacher.process, x_T, times, solver=config.solver, condition=labels).states
     if len(theirs) != len(ours):
         raise UsageError(f"{name} takes {len(theirs) - 1} steps where {config.steps} are asked for: ask for a divisor")
     return Parity(name, config.solver, grid, tuple(_compared(times, theirs, ours)))
@@ -109,14 +113,38 @@ def _noise(teacher: Teacher, times: Tensor, config: ParityConfig) -> Tensor:
     return (teacher.process.sigma(times[0]) * torch.from_numpy(eps)).float()
 
 
-def _their_states(scheduler: Any, network: Any, x: Tensor, steps: int) -> Iterator[Tensor]:
+def _labels(teacher: Teacher, config: ParityConfig, device: torch.device) -> Tensor | None:
+    """A class for each sample, as `generate` draws them, or None; UsageError for a guidance without classes."""
+    if teacher.num_classes is not None:
+        drawn = noise.labels(config.seed, "holdout", range(config.count), teacher.num_classes)
+        return torch.from_numpy(drawn).to(device)
+    if config.guidance != 1:
+        raise UsageError(f"guidance {config.guidance} needs classes, {config.teacher} has none: leave it at 1")
+    return None
+
+
+def _asked(pipeline: Pipeline, config: ParityConfig, labels: Tensor | None, device: torch.device) -> Predict:
+    """The pipeline's own network as its scheduler wants it: (x, t) -> prediction, guided, without a variance."""
+    network, call = pipeline.network.to(device).eval(), pipeline.family.call
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        if labels is None or config.guidance == 1:
+            return call(network, x, t.expand(len(x)), labels)[:, : x.shape[1]]
+        both = torch.cat([torch.full_like(labels, pipeline.family.num_classes(network.config) or 0), labels])
+        answer = call(network, torch.cat([x, x]), t.expand(2 * len(x)), both)[:, : x.shape[1]]
+        unconditional, conditional = answer.chunk(2)
+        return unconditional + config.guidance * (conditional - unconditional)
+
+    return predict
+
+
+def _their_states(scheduler: Any, predict: Predict, x: Tensor, steps: int) -> Iterator[Tensor]:
     """The states of the loop that every diffusers pipeline is."""
     scheduler.set_timesteps(steps, device=x.device)
     yield x
     for t in scheduler.timesteps:
         shown = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        prediction = network(shown, t.expand(len(x))).sample[:, : x.shape[1]]  # without a learned variance
-        x = scheduler.step(prediction, t, x).prev_sample
+        x = scheduler.step(predict(shown, t), t, x).prev_sample
         yield x
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from limbeck.diffusion.models.schedulers import DDIM, DPM, EULER, SCHEDULERS
-from tests.diffusion.models.pipelines import save_unet_pipeline
+from tests.diffusion.models.pipelines import save_dit_pipeline, save_unet_pipeline
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -126,3 +126,18 @@ def test_only_a_pipeline_has_a_scheduler(pipeline):
     code, _, err = pipeline("parity", "--teacher", "builtin:digits")
     assert code == 2
     assert "builtin:digits has no scheduler to compare with: give a pipeline, diffusers:FOLDER" in err
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("variance", [True, False])
+def test_a_dit_with_labels_solves_as_diffusers_does(pipeline, tmp_path, guidance, variance):
+    uri = save_dit_pipeline(tmp_path, diffusers.DDIMScheduler(clip_sample=False), variance=variance)
+    code, out, err = pipeline("parity", "--teacher", uri, "--json", "--guidance", guidance, "--steps", 8)
+    assert code == 0, out + err
+    assert json.loads(out)["worst"] < TOLERANCE
+
+
+def test_guidance_without_classes_is_refused(parity):
+    code, said = parity(diffusers.DDIMScheduler(clip_sample=False), "--guidance", "2")
+    assert code == 2
+    assert "guidance 2.0 needs classes" in said

@@ -20,3 +20,19 @@ def save_unet_pipeline(folder, scheduler, *, out_channels=1, time_embedding="pos
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changed))
     return f"diffusers:{folder}"
+
+
+def save_dit_pipeline(folder, scheduler, *, num_classes=10, variance=True):
+    """A DiTTransformer2DModel of latents [4, 8, 8] with classes, and this scheduler; its uri."""
+    import diffusers
+
+    torch.manual_seed(0)
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8 if variance else 4, num_layers=2,
+        sample_size=8, patch_size=2, num_embeds_ada_norm=num_classes,
+    )  # fmt: skip
+    for parameter in model.parameters():  # some of which it starts at 0
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder / "transformer")
+    scheduler.save_pretrained(folder / "scheduler")
+    return f"diffusers:{folder}"
