@@ -13,6 +13,7 @@ from limbeck.diffusion.models.schedulers import Ignorable
 from limbeck.diffusion.solvers import SOLVERS
 from limbeck.storage_schemas.command_line import Config
 from limbeck.storage_schemas.commit import MOST_QUARANTINED
+from limbeck.storage_schemas.images import KINDS
 from limbeck.storage_schemas.layout import CompressionName, FormatName, check_compression
 from limbeck.storage_schemas.places import LocalName, Source, StorePlace, source
 
@@ -488,10 +489,13 @@ class VerifyConfig(ResolveConfig):
     )
     richardson: bool = Field(False, description="Audit: the error against the exact solution, by the solver's order.")
     seed: int = Field(0, ge=0, description="Audit: seed of which samples are picked.")
+    images: Source | None = Field(
+        None, description=f"Audit: real images whose range and spread outputs are held against: {KINDS}."
+    )
 
     @model_validator(mode="after")
     def _only_an_audit_solves(self) -> Self:
-        given = [name for name in ("teacher", "tolerance", "richardson") if getattr(self, name)]
+        given = [name for name in ("teacher", "tolerance", "richardson", "images") if getattr(self, name)]
         if given and self.audit is None:
             raise ValueError(f"{given[0]} is for an audit: add --audit K, the number of samples to solve again")
         return self

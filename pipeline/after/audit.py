@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from limbeck.diffusion.models.schedulers import IGNORABLE
 from limbeck.diffusion.recipes.devices import pick_device
 from limbeck.diffusion.recipes.teacher import NoTeacher, TeacherSource
 from limbeck.pipeline.after import checks
@@ -19,18 +20,23 @@ from limbeck.pipeline.after.duplicates import Fingerprints, Repeats, Sample
 from limbeck.pipeline.after.normality import NoiseSums
 from limbeck.pipeline.after.resolve import Resolved, Stored, resolve
 from limbeck.pipeline.after.scan import Findings, scan_shard
-from limbeck.pipeline.config import VerifyConfig
+from limbeck.pipeline.before.parity import measure
+from limbeck.pipeline.config import ParityConfig, VerifyConfig
 from limbeck.pipeline.job.in_order import in_order
 from limbeck.pipeline.producer import WorkOrder
 from limbeck.pipeline.workers.one_call import run_once
 from limbeck.storage_schemas.dataset import Dataset
-from limbeck.storage_schemas.errors import UserError
+from limbeck.storage_schemas.errors import UsageError, UserError
 from limbeck.storage_schemas.recipe import Recipe
 from limbeck.storage_schemas.record import SPLITS
 from limbeck.storage_schemas.shards import Shard
 
 REPLAYS = 4
 """Number of the samples solved again that are solved with their whole micro-batch, for the same bits."""
+
+
+PARITY_STEPS = 10
+"""Steps of a pipeline's own scheduler beside ours."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,9 @@ def audit(dataset: Dataset, config: VerifyConfig) -> tuple[list[str], list[Check
         solved = [Check("solver error", None, no_teacher)]
     else:
         solved = _solved(dataset, found, run_once(_resolve, source, order, found.picked, runner=config), config)
-    return list(scanned.problems), [*of_rows(dataset, scanned), *solved]
+        solved += _beside_its_scheduler(source.uri or dataset.recipe.teacher.uri, dataset.recipe, config)
+    beside = [checks.beside_images(found, config.images)] if config.images else []
+    return list(scanned.problems), [*of_rows(dataset, scanned), *beside, *solved]
 
 
 def of_rows(dataset: Dataset, scanned: Scanned) -> list[Check]:
@@ -74,6 +82,25 @@ def of_rows(dataset: Dataset, scanned: Scanned) -> list[Check]:
         checks.labels(dataset.recipe, found),
         *checks.guidance(dataset.recipe, found),
     ]
+
+
+def _beside_its_scheduler(uri: str, recipe: Recipe, config: VerifyConfig) -> list[Check]:
+    """Whether a pipeline is read rightly: its own scheduler beside our solve, at the scheduler's own times.
+
+    A dataset that is solved again says nothing of that: the same mistake is made twice.
+    """
+    if not uri.startswith("diffusers:") or len(recipe.guidance.scales) > 1:
+        return []
+    (guidance,) = recipe.guidance.scales
+    asked = ParityConfig(
+        teacher=uri, ignore=IGNORABLE, steps=PARITY_STEPS, count=2, guidance=guidance, device=config.device
+    )
+    try:
+        parity = run_once(measure, asked, runner=config)
+    except UsageError as error:
+        return [Check("the pipeline's own scheduler", None, str(error))]
+    detail = f"{parity.scheduler} differs from our {parity.solver} by {parity.worst:.2g} of a state's rms at most"
+    return [Check("the pipeline's own scheduler", parity.worst <= asked.tolerance, detail, {"worst": parity.worst})]
 
 
 def _resolve(source: TeacherSource, order: WorkOrder, picked: Sequence[Stored]) -> Resolved:

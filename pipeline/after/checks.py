@@ -19,6 +19,8 @@ from limbeck.pipeline.after.resolve import Stored
 from limbeck.pipeline.after.scan import Findings, labels_asked
 from limbeck.storage_schemas.commit import MOST_QUARANTINED
 from limbeck.storage_schemas.dataset import Dataset
+from limbeck.storage_schemas.errors import UserError
+from limbeck.storage_schemas.images import read_images
 from limbeck.storage_schemas.recipe import Recipe, UniformLabels
 from limbeck.storage_schemas.record import NO_CONDITION, SPLITS, to_storage
 
@@ -151,6 +153,26 @@ def values(found: Findings) -> list[Check]:
         )
         for name, spread in found.states.items()
     ]
+
+
+def beside_images(found: Findings, uri: str) -> Check:
+    """The outputs' range and spread beside those of real images. UserError for images of another shape.
+
+    Outputs may pass the images' range by half of its width, and have half to twice their standard deviation.
+    """
+    images, _ = read_images(uri)
+    shape = found.noise.shape
+    if images.shape[1:] != shape:
+        raise UserError(f"{uri} has images {list(images.shape[1:])}, the samples are {list(shape)}: name others")
+    output, low, high, std = found.states["output"], float(images.min()), float(images.max()), float(images.std())
+    room, ratio = (high - low) / 2, output.std / std
+    return Check(
+        "outputs beside images",
+        low - room <= output.low and output.high <= high + room and 0.5 <= ratio <= 2,
+        f"in [{output.low:.4g}, {output.high:.4g}], standard deviation {output.std:.3g}; {uri} is in [{low:.4g}, "
+        f"{high:.4g}], {std:.3g}",
+        {"low": output.low, "high": output.high, "std": output.std, "of_images": [low, high, std]},
+    )
 
 
 def quarantine(dataset: Dataset, rows: int) -> Check:

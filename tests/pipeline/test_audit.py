@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from limbeck.diffusion.models.schedulers import describe
 from limbeck.diffusion.models.teachers import load_teacher
 from limbeck.diffusion.process import VE, CosineVP, LinearVP, RectifiedFlow
 from limbeck.pipeline.after.accuracy import rms_interval
@@ -19,6 +20,7 @@ from limbeck.pipeline.recipe import build_recipe
 from limbeck.storage_schemas.dataset import open_dataset
 from limbeck.storage_schemas.record import Field
 from limbeck.storage_schemas.store import Store
+from tests.diffusion.models.pipelines import save_unet_pipeline
 from tests.pipeline import wrong_shards
 
 
@@ -286,3 +288,47 @@ def test_values_are_counted():
 def test_options_of_an_audit_need_one(pipeline, tmp_path):
     code, _, err = pipeline("verify", tmp_path, "--tolerance", 0.1)
     assert (code, err.count("\n"), "add --audit K" in err) == (2, 1, True)
+
+
+@pytest.fixture
+def flow(tmp_path):
+    """A pipeline of flow matching."""
+    diffusers = pytest.importorskip("diffusers")
+    return save_unet_pipeline(tmp_path / "pipeline", diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+
+
+def test_an_audit_of_a_pipeline_runs_its_own_scheduler_too(generate, audit, here, flow, tmp_path):
+    generate(tmp_path / "store", teacher=flow)
+    _, checks, _ = audit(tmp_path / "store", "--teacher", flow, samples=4)
+    passed, figures = checks["the pipeline's own scheduler"]
+    assert passed
+    assert figures["worst"] < 1e-4
+
+
+def test_a_pipeline_that_was_read_wrongly_fails_its_audit(generate, audit, here, flow, monkeypatch, tmp_path):
+    """Solved again it is the same wrong numbers: only its own scheduler says so."""
+
+    def wrongly(*given, **named):
+        return replace(describe(*given, **named), process=LinearVP(), prediction={"name": "sample"})
+
+    monkeypatch.setattr("limbeck.diffusion.models.diffusers_models.describe", wrongly)
+    generate(tmp_path / "store", teacher=flow)
+    code, checks, _ = audit(tmp_path / "store", "--teacher", flow, samples=4)
+    assert (code, failed(checks)) == (1, {"the pipeline's own scheduler"})
+
+
+def test_outputs_are_held_against_real_images(generate, pipeline, audit, here, flow, tmp_path):
+    """16 steps of Heun are like digits, 4 are not, whose outputs reach 9."""
+    given = ["--teacher", "builtin:digits", "--store", tmp_path / "digits", "--runner", "local"]
+    assert pipeline("generate", *given, "--count", 128, "--holdout", 2, "--solver.steps", 16)[0] == 0
+    _, checks, _ = audit(tmp_path / "digits", "--images", "sklearn:digits", samples=4)
+    assert checks["outputs beside images"][0]
+    generate(tmp_path / "noise", teacher=flow)
+    code, checks, _ = audit(tmp_path / "noise", "--images", "sklearn:digits", "--teacher", flow, samples=4)
+    passed, figures = checks["outputs beside images"]
+    assert (code, passed) == (1, False)
+    assert figures["high"] > 2
+    generate(tmp_path / "pairs")
+    code, _, told = audit(tmp_path / "pairs", "--images", "sklearn:digits", samples=4)
+    assert code != 0
+    assert "sklearn:digits has images [1, 8, 8], the samples are [2]" in told
