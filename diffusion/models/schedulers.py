@@ -9,7 +9,7 @@ its neutral value. Whatever else there is, a class or a field, is refused by nam
     score            ScoreSdeVe                                                          VE; the score itself
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, get_args
@@ -81,12 +81,17 @@ _OF_ITS_OWN_STEPS = {
 _WAY_OUT = "wrap the pipeline by python:MODULE:FACTORY"
 
 
-def _table_of_betas(scheduler: Any, *, spacing: str = "leading", spare: int = 0, rounds: bool = True) -> Described:
-    """spacing: where the scheduler has none; spare: as in grids.py; rounds: whether linspace is of whole timesteps."""
+_SPACINGS = ("trailing", "leading", "linspace")
+
+
+def _table_of_betas(
+    scheduler: Any, *, spacing: str = "leading", spare: int = 0, grids: Sequence[str] = _SPACINGS
+) -> Described:
+    """spacing: where the scheduler has none; spare: as in grids.py; grids: spacings by which it places its steps."""
     config = scheduler.config
     process = DiscreteVP(tuple(scheduler.betas.double().tolist()))
     grid = _whole_timesteps(config, config.get("timestep_spacing", spacing), spare=spare)
-    if _places_sigmas(config) or (grid["name"] == "linspace" and not rounds):
+    if _places_sigmas(config) or grid["name"] not in grids:
         return Described(process, {"name": config["prediction_type"]})
     return Described(process, {"name": config["prediction_type"]}, grid=grid)
 
@@ -116,7 +121,7 @@ def _flow(scheduler: Any) -> Described:
     config = scheduler.config
     count, shift = config["num_train_timesteps"], config.get("shift")
     grid = None
-    if shift is not None and not _places_sigmas(config):
+    if shift is not None and not (_places_sigmas(config) or config.get("shift_terminal")):
         first = shift / (count + shift - 1)  # 1/count, shifted: the least of its sigmas, which are shifted once more
         grid = {"name": "uniform_time", "t_min": first, **({} if shift == 1 else {"shift": shift})}
     return Described(RectifiedFlow(), {"name": "velocity"}, time_scale=float(count), grid=grid)
@@ -165,7 +170,10 @@ DDIM = _Kind(_A_TABLE, _table_of_betas, used=_BETAS, neutral=_OF_A_TABLE, rivals
 DPM = _Kind(
     _A_TABLE, partial(_table_of_betas, spacing="linspace", spare=1), used=_BETAS, neutral=_OF_A_TABLE, rivals=_AS_DPM
 )
-EULER = _Kind(_A_TABLE, partial(_table_of_betas, rounds=False), used=_BETAS, neutral=_OF_A_TABLE, rivals=_AS_DDIM)
+LCM = _Kind(_A_TABLE, partial(_table_of_betas, grids=()), used=_BETAS, neutral=_OF_A_TABLE)
+EULER = _Kind(
+    _A_TABLE, partial(_table_of_betas, grids=("trailing", "leading")), used=_BETAS, neutral=_OF_A_TABLE, rivals=_AS_DDIM
+)
 FLOW = _Kind(
     "a rectified flow, velocity",
     _flow,
@@ -190,7 +198,8 @@ EDM = _Kind(
 SCORE = _Kind("VE, the score", _score, used=frozenset({"sigma_min", "sigma_max", "num_train_timesteps"}))
 
 SCHEDULERS: Mapping[str, _Kind] = {
-    **dict.fromkeys(("DDPM", "DDPMParallel", "DDIM", "DDIMParallel", "PNDM", "LCM", "TCD"), DDIM),
+    **dict.fromkeys(("DDPM", "DDPMParallel", "DDIM", "DDIMParallel", "PNDM"), DDIM),
+    **dict.fromkeys(("LCM", "TCD"), LCM),
     **dict.fromkeys(("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "SASolver"), DPM),
     **dict.fromkeys(("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete"), EULER),
     **dict.fromkeys(("KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE"), EULER),

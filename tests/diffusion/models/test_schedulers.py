@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from limbeck.diffusion.models.schedulers import DDIM, DPM, EULER, FLOW, SCHEDULERS, check_class
+from limbeck.diffusion.models.schedulers import DDIM, DPM, EULER, FLOW, LCM, SCHEDULERS, check_class
 from limbeck.diffusion.models.teachers import load_teacher
 from limbeck.diffusion.process import VE, DiscreteVP, RectifiedFlow
 from tests.diffusion.models.pipelines import save_unet_pipeline
@@ -11,7 +11,7 @@ from tests.diffusion.models.pipelines import save_unet_pipeline
 diffusers = pytest.importorskip("diffusers")
 
 NEEDS_MORE = ("DPMSolverSDE",)  # torchsde
-TABLES = [name for name, kind in SCHEDULERS.items() if kind in (DDIM, DPM, EULER) and name not in NEEDS_MORE]
+TABLES = [name for name, kind in SCHEDULERS.items() if kind in (DDIM, DPM, EULER, LCM) and name not in NEEDS_MORE]
 FLOWS = [name for name, kind in SCHEDULERS.items() if kind is FLOW]
 WITH_FLOW_SIGMAS = ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "SASolver")
 REFUSED = {
@@ -62,6 +62,23 @@ def test_a_solver_of_tables_with_flow_sigmas_is_a_flow(saved, name):
     teacher = load_teacher(saved(scheduler))
     assert (teacher.process, teacher.model["prediction"]) == (RectifiedFlow(), {"name": "velocity"})
     assert teacher.scheduler_grid is None
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("LCM", {}),
+        ("TCD", {}),
+        ("EulerDiscrete", {"timestep_spacing": "linspace"}),
+        ("EulerDiscrete", {"timestep_spacing": "leading", "use_karras_sigmas": True}),
+        ("DPMSolverMultistep", {"use_lu_lambdas": True}),
+        ("FlowMatchEulerDiscrete", {"shift_terminal": 0.1}),
+        ("FlowMatchEulerDiscrete", {"use_exponential_sigmas": True}),
+    ],
+)
+def test_a_scheduler_whose_times_are_no_grid_of_ours_has_none(saved, name, given):
+    scheduler = getattr(diffusers, f"{name}Scheduler")(**given)
+    assert load_teacher(saved(scheduler), ignore=["clip_sample"]).scheduler_grid is None
 
 
 @pytest.mark.parametrize("name", ["EDMEuler", "EDMDPMSolverMultistep"])
