@@ -103,6 +103,11 @@ def test_the_page_about_teachers_has_the_schedulers_that_there_are():
     assert with_reference(TEACHERS.read_text()) == TEACHERS.read_text(), "run python -m tests.reference"
 
 
+@pytest.mark.parametrize("path", re.findall(r"\]\((?!https?:)([^)#]+)\)", TEACHERS.read_text()))
+def test_a_file_that_the_page_about_teachers_names_is_there(path):
+    assert (TEACHERS.parent / path).exists()
+
+
 @pytest.mark.parametrize("path", re.findall(r"\]\((?!https?:)([^)#]+)\)", README))
 def test_a_file_that_the_readme_names_is_there(path):
     assert (ROOT / path).exists()
