@@ -90,7 +90,7 @@ def leading(process: Process, num_steps: int, *, offset: int = 0, end: int = 0, 
 
     spare 1: of num_steps + 1 points, without the last one, as DPM-Solver, UniPC and DEIS have it.
     """
-    count, points = _table_length("leading", process, num_steps), num_steps + _spared(spare)
+    count, points = _table_length("leading", process, num_steps, spare=spare), num_steps + spare
     ratio = count // points
     most = count - 1 - (points - 1) * ratio
     if not 0 <= offset <= most:
@@ -100,7 +100,7 @@ def leading(process: Process, num_steps: int, *, offset: int = 0, end: int = 0, 
 
 def linspace(process: Process, num_steps: int, *, end: int = 0, spare: int = 0) -> Tensor:
     """The last timestep to the first in equal steps, rounded: ibid. spare: as of leading."""
-    count, points = _table_length("linspace", process, num_steps), num_steps + _spared(spare)
+    count, points = _table_length("linspace", process, num_steps, spare=spare), num_steps + spare
     return _on_the_table((np.linspace(0, count - 1, points).round() + 1)[::-1][:num_steps], end)
 
 
@@ -171,20 +171,19 @@ def _ending_at(end: float, times: Tensor) -> Tensor:
     return torch.cat([times, times.new_full((1,), end)])
 
 
-def _table_length(name: str, process: Process, num_steps: int) -> int:
-    """Timesteps of a process that is a table, at least as many as the steps."""
+def _table_length(name: str, process: Process, num_steps: int, *, spare: int | None = None) -> int:
+    """Timesteps of a process that is a table, at least as many as the points. spare: None where a grid has none."""
     _check_steps(num_steps)
+    if spare not in (None, 0, 1):
+        raise ValueError(f"spare {spare}: give 0, or 1 for a point more that is left out")
+    if spare == 0 and num_steps == 1:
+        raise ValueError(f"1 step of the {name} grid begins at the table's first time: use trailing, or spare 1")
     if not isinstance(process, DiscreteVP):
         raise ValueError(f"the {name} grid is of whole timesteps, which only a table of betas has: choose another grid")
-    if num_steps > len(process.betas):
-        raise ValueError(f"{num_steps} steps on a table of {len(process.betas)} timesteps: give at most as many")
+    most = len(process.betas) - (spare or 0)
+    if num_steps > most:
+        raise ValueError(f"{num_steps} steps on a table of {len(process.betas)} timesteps: give at most {most}")
     return len(process.betas)
-
-
-def _spared(spare: int) -> int:
-    if spare not in (0, 1):
-        raise ValueError(f"spare {spare}: give 0, or 1 for a point more that is left out")
-    return spare
 
 
 def _on_the_table(times: np.ndarray, end: int) -> Tensor:

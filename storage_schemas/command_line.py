@@ -268,7 +268,7 @@ def _refused(lines: Sequence[str], what: str, renamed: Mapping[str, str]) -> str
     said: list[str] = []
     flag = ""
     for line in lines:
-        field = re.fullmatch(r"([a-z_]+)(?:\.(\S+))?", line)
+        field = re.fullmatch(r"([a-z][a-z_0-9]*)(?:\.(\S+))?", line)
         if field:
             name = renamed.get(field[1], field[1]) or field[2]
             flag = f"--{prefix}{name}: ".replace("_", "-") if name else ""

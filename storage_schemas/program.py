@@ -16,7 +16,8 @@ COMMANDS: dict[str, Command] = {word: one for program in _PROGRAMS for word, one
 def main() -> NoReturn:
     """The console script: a command ends the process as its own program does."""
     words = sys.argv[1:]
+    command = next((word for word in words if word != "--debug"), "")
     for program in _PROGRAMS:
-        if words and words[0] in program.COMMANDS:
+        if command in program.COMMANDS:
             program.run(words)
     sys.exit(command_line.main(COMMANDS, words))

@@ -85,6 +85,15 @@ def test_the_programs_run_by_their_folders_in_a_clone(program, words):
     assert f"usage: limbeck {words.split()[0]}" in done.stdout, done.stderr
 
 
+def test_debug_before_a_command_runs_it_as_its_program_does(tmp_path):
+    """With the program's own way out, also where a thread still solves."""
+    code = "import sys; sys.argv = ['limbeck', '--debug', 'status', 'nowhere']\n"
+    code += "import limbeck.pipeline.__main__ as p; p.run = lambda words: sys.exit(f'ran {words}')\n"
+    code += "from limbeck.storage_schemas.program import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stderr == "ran ['--debug', 'status', 'nowhere']\n"
+
+
 def test_a_command_imports_no_other(tmp_path):
     code = "import sys; sys.argv = ['limbeck', 'shuffle', '--rows', 'x']\n"
     code += "from limbeck.storage_schemas.program import main\ntry: main()\nexcept SystemExit: pass\n"

@@ -91,6 +91,9 @@ class DiffusersModel(nn.Module):
             raise ValueError(f"model {model} of diffusers has no dropout: leave network.dropout out")
         known = {"dropout": dropout} if "dropout" in config else {}
         self.model = getattr(import_diffusers(), model).from_config({**config, **known})
+        for module in self.model.modules():
+            if hasattr(module, "dropout_prob"):  # of labels, at random in every training step
+                module.dropout_prob = 0.0
         self.channels = sample_shape[0]
         self.time_scale = time_scale
         if learned_variance != (self.model.config.out_channels == 2 * self.channels):

@@ -9,6 +9,7 @@ its neutral value. Whatever else there is, a class or a field, is refused by nam
     score            ScoreSdeVe                                                          VE; the score itself
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -91,7 +92,9 @@ def _table_of_betas(
     config = scheduler.config
     process = DiscreteVP(tuple(scheduler.betas.double().tolist()))
     grid = _whole_timesteps(config, config.get("timestep_spacing", spacing), spare=spare)
-    if _places_sigmas(config) or grid["name"] not in grids:
+    # A last step from the table's first time to itself is none.
+    idle = grid.get("end") and not grid.get("spare") and not grid.get("offset") and grid["name"] != "trailing"
+    if _places_sigmas(config) or grid["name"] not in grids or idle:
         return Described(process, {"name": config["prediction_type"]})
     return Described(process, {"name": config["prediction_type"]}, grid=grid)
 
@@ -111,9 +114,13 @@ def _whole_timesteps(config: Mapping[str, Any], spacing: str, *, spare: int) -> 
 
 
 def _places_sigmas(config: Mapping[str, Any]) -> bool:
-    """Whether its sigmas are placed by a rule of their own, between timesteps."""
+    """Whether its sigmas are placed by a rule of their own, or some of its timesteps are left out."""
     rules = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
-    return any(config.get(rule) for rule in rules)
+    return (
+        any(config.get(rule) for rule in rules)
+        or config.get("interpolation_type", "linear") != "linear"
+        or config.get("lambda_min_clipped", -math.inf) != -math.inf
+    )
 
 
 def _flow(scheduler: Any) -> Described:
@@ -155,25 +162,28 @@ _OF_A_TABLE: Mapping[str, tuple[Any, ...]] = {
     "rescale_betas_zero_snr": (False, None),
 }
 
-_PLUS_PLUS = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint"}
+_PLUS_PLUS = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "euler_at_final": False}
 _AS_DDIM: Rivals = {"ddim": ("DDIMScheduler", {"clip_sample": False, "thresholding": False})}
 _AS_DPM: Rivals = {
     "ddim": ("DPMSolverMultistepScheduler", {**_PLUS_PLUS, "thresholding": False, "solver_order": 1}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {**_PLUS_PLUS, "thresholding": False, "solver_order": 2}),
-    "unipc": ("UniPCMultistepScheduler", {"solver_order": 2, "solver_type": "bh2", "thresholding": False}),
+    "unipc": (
+        "UniPCMultistepScheduler",
+        {"solver_order": 2, "solver_type": "bh2", "thresholding": False, "predict_x0": True, "disable_corrector": []},
+    ),
 }
 
 _A_TABLE = "a table of betas; epsilon, sample or v"
 
-# Tables of betas, by where their own steps lie.
-DDIM = _Kind(_A_TABLE, _table_of_betas, used=_BETAS, neutral=_OF_A_TABLE, rivals=_AS_DDIM)
+# Tables of betas, by where their own steps lie. By linspace those of DDIM's and Euler's are no whole timesteps, or
+# each step goes past the next one's.
+DDIM = _Kind(
+    _A_TABLE, partial(_table_of_betas, grids=("trailing", "leading")), used=_BETAS, neutral=_OF_A_TABLE, rivals=_AS_DDIM
+)
 DPM = _Kind(
     _A_TABLE, partial(_table_of_betas, spacing="linspace", spare=1), used=_BETAS, neutral=_OF_A_TABLE, rivals=_AS_DPM
 )
 LCM = _Kind(_A_TABLE, partial(_table_of_betas, grids=()), used=_BETAS, neutral=_OF_A_TABLE)
-EULER = _Kind(
-    _A_TABLE, partial(_table_of_betas, grids=("trailing", "leading")), used=_BETAS, neutral=_OF_A_TABLE, rivals=_AS_DDIM
-)
 FLOW = _Kind(
     "a rectified flow, velocity",
     _flow,
@@ -201,8 +211,8 @@ SCHEDULERS: Mapping[str, _Kind] = {
     **dict.fromkeys(("DDPM", "DDPMParallel", "DDIM", "DDIMParallel", "PNDM"), DDIM),
     **dict.fromkeys(("LCM", "TCD"), LCM),
     **dict.fromkeys(("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "SASolver"), DPM),
-    **dict.fromkeys(("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete"), EULER),
-    **dict.fromkeys(("KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE"), EULER),
+    **dict.fromkeys(("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete"), DDIM),
+    **dict.fromkeys(("KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE"), DDIM),
     **dict.fromkeys(("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "FlowMatchLCM"), FLOW),
     **dict.fromkeys(("EDMEuler", "EDMDPMSolverMultistep"), EDM),
     "ScoreSdeVe": SCORE,

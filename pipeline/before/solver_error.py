@@ -1,5 +1,6 @@
 """How far each solver ends from where the teacher's ODE leads, on the same noises: what `calibrate` asks a worker."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from limbeck.pipeline.config import CalibrateConfig, GenerateConfig, TeacherConf
 from limbeck.pipeline.producer import machine_of, set_up_torch
 from limbeck.pipeline.recipe import build_recipe, recorded_grid
 from limbeck.pipeline.solve import as_out_of_memory, denoise_of, solve_ids
+from limbeck.storage_schemas.errors import UsageError
 from limbeck.storage_schemas.recipe import Recipe
 
 REFERENCE = "rk4"
@@ -68,7 +70,10 @@ class Bench:
         """x_0 of the holdout's first ids, float64 [n, *shape] on the CPU, and the network calls of a sample."""
         config, process = self.config, self.teacher.process
         options = recorded_grid(config.solver, self.teacher)
-        times = make_grid(options.pop("name"), process, steps, **options)
+        times = make_grid(name := options.pop("name"), process, steps, **options)
+        if not math.isclose(times[0].item(), self.recipe.times[0], rel_tol=1e-12):
+            begins = f"the {name} grid begins at {self.recipe.times[0]:g} with {self.recipe.num_steps} steps"
+            raise UsageError(f"{begins}, at {times[0]:g} with {steps}: calibrate on one such as trailing")
         outputs, nfe = [], 0
         for start in range(0, config.count, config.micro_batch):
             ids = np.arange(start, min(start + config.micro_batch, config.count))

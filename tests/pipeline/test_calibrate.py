@@ -19,6 +19,7 @@ from limbeck.storage_schemas.errors import UserError
 from limbeck.storage_schemas.notes import Calibration, CalibrationPoint, cheapest, read_calibrations
 from limbeck.storage_schemas.recipe import Recipe
 from limbeck.storage_schemas.store import Store
+from tests.diffusion.models.pipelines import save_unet_pipeline
 
 STEPS = (8, 16, 32, 64)
 ZERO = torch.tensor(0.0, dtype=torch.float64)
@@ -88,6 +89,15 @@ def test_the_named_solver_is_truly_the_cheapest(calibrated):
     (nfe, truth, _), clear = good[found.choice], min(entry for entry in good if entry[1] < 0.6 * config.tolerance)
     assert truth < 1.05 * config.tolerance
     assert (nfe, truth) <= (clear[0], clear[1]) or nfe < clear[0]
+
+
+def test_a_grid_that_begins_elsewhere_for_other_steps_is_refused(pipeline, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    uri = save_unet_pipeline(tmp_path, diffusers.DDIMScheduler(clip_sample=False))
+    given = ["--runner", "local", "--count", 8, "--micro-batch", 8, "--steps", 4, 8, "--reference-factor", 2]
+    code, _, err = pipeline("calibrate", "--teacher", uri, "--solver.grid", "leading", *given)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "the leading grid begins at 751 with 4 steps, at 931 with 16: calibrate on one such as trailing" in err
 
 
 def test_the_interval_covers_the_error_of_all_samples():

@@ -53,6 +53,12 @@ class Job(Config):
         return self
 
 
+class Adam(Config):
+    """Update the weights."""
+
+    beta1: float = Field(0.9, lt=1, description="The first beta.")
+
+
 def read(*words):
     return parse(Job, words, program="python -m job")
 
@@ -135,6 +141,11 @@ def test_a_mistake_is_told_the_same_whatever_stdout_can_draw(monkeypatch, encodi
     with pytest.raises(UsageError) as error:
         read("s", "--states", "20")
     assert str(error.value) == "state 20 is past the 16 steps; leave it out; python -m job --help lists every option"
+
+
+def test_a_refused_option_with_a_digit_in_its_name_is_named():
+    with pytest.raises(UsageError, match=r"^--beta1: should be less than 1, got 2"):
+        parse(Adam, ["--beta1", "2"], program="fit")
 
 
 def test_an_unknown_yaml_field_is_refused(tmp_path):

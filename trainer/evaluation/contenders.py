@@ -98,6 +98,8 @@ def teacher_solvers(teacher: Teacher, recipe: Recipe, nfes: Sequence[int]) -> It
             recipes_own = solver == "ddim" and steps == recipe.num_steps
             if recipe.solver.grid["name"] in ("own", "times") and steps != recipe.num_steps:
                 continue  # a student is asked at no other times than its own
+            if affordable and recipe_grid(recipe, teacher.process, steps)[0] != recipe.times[0]:
+                continue  # which is not where these noises are
             if affordable and (nfe in nfes or recipes_own):
                 contender = teacher_solver(teacher, recipe, solver, steps)
                 if contender.nfe == nfe:

@@ -18,11 +18,11 @@ from limbeck.trainer.stream import Batch
 
 @dataclass(frozen=True)
 class Consistency:
-    """E w(t_n) d( f(x_n, t_n), sg f_target(x_n+1, t_n+1) ), f(x, t) = G(x, t, 0), state n+1 one step nearer to data.
+    """E w(t_n) d( f(x_n, t_n), sg f_target(x_n+1, t_n+1) ), f(x, t) = G(x, t, t_N), state n+1 one step nearer to data.
 
-    One pair of neighbours of each sample, all equally likely; f is the identity at t = 0, so that the last pair's
-    target is the stored output. times, columns: all stored states'. Song et al. 2023, algorithm 2, with the solver's
-    step stored.
+    One pair of neighbours of each sample, all equally likely; f is the identity at the last time t_N, so that the last
+    pair's target is the stored output. times, columns: all stored states'. Song et al. 2023, algorithm 2, with the
+    solver's step stored.
     """
 
     times: tuple[float, ...]
@@ -40,10 +40,10 @@ class Consistency:
         assert networks.target is not None
         (x_t, x_s), (t, s) = drawn(batch, self.columns, self.times, self._neighbours, batch.uniforms[:, 0])
         labels, guidance = conditioning(networks.student, batch)
-        zero = torch.zeros_like(t)
-        guess = networks.student.jump(x_t, t, zero, labels, guidance=guidance)
+        end = torch.full_like(t, self.times[-1])
+        guess = networks.student.jump(x_t, t, end, labels, guidance=guidance)
         with torch.no_grad():
-            goal = networks.target.jump(x_s, s, zero, labels, guidance=guidance)
+            goal = networks.target.jump(x_s, s, end, labels, guidance=guidance)
         return self.weighting(networks, self.distance(guess, goal), t).mean()
 
 

@@ -47,23 +47,24 @@ class ConsistencyTrajectory:
         return trajectory + self.denoising_weight * self.denoising(networks, batch)
 
     def trajectory(self, networks: Networks, batch: Batch) -> Tensor:
-        """Soft consistency, compared at time 0."""
+        """Soft consistency, compared at the last time."""
         target = networks.target
         assert target is not None
         (x_t, x_u, _), (t, u, s) = drawn(batch, self.columns, self.times, self._triples, batch.uniforms[:, 0])
         labels, guidance = conditioning(networks.student, batch)
-        zero = torch.zeros_like(s)
+        end = torch.full_like(s, self.times[-1])
         guess = networks.student.jump(x_t, t, s, labels, guidance=guidance)
-        guess = target.jump(guess, s, zero, labels, guidance=guidance)
+        guess = target.jump(guess, s, end, labels, guidance=guidance)
         with torch.no_grad():
             goal = target.jump(x_u, u, s, labels, guidance=guidance)
-            goal = target.jump(goal, s, zero, labels, guidance=guidance)
+            goal = target.jump(goal, s, end, labels, guidance=guidance)
         return self.weighting(networks, self.distance(guess, goal), t, s).mean()
 
     def denoising(self, networks: Networks, batch: Batch) -> Tensor:
-        """E w(t, t) || mu(alpha x_0 + sigma eps, t, t) - x_0 ||^2, x_0 the stored output, eps fresh, t stored and > 0.
+        """E w(t, t) || mu(alpha x_0 + sigma eps, t, t) - x_0 ||^2, x_0 the stored output, eps fresh.
 
-        All those t are equally likely. It teaches mu what short jumps need, which the other term hardly weighs.
+        All stored t but the last are equally likely. It teaches mu what short jumps need, which the other term hardly
+        weighs.
         """
         times = times_on(batch.positions.device, self.times[:-1])
         t = times[(batch.uniforms[:, 1] * len(times)).long()]

@@ -68,7 +68,7 @@ def times_on(device: torch.device, times: Times) -> Tensor:
 
 
 def ends(recipe: Recipe) -> Times:
-    """(T, 0)."""
+    """(t_0, t_N): T and 0, unless the grid says other."""
     return recipe.times[0], recipe.times[-1]
 
 

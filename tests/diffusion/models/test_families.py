@@ -44,6 +44,14 @@ def test_a_dit_is_kept_as_a_checkpoint_of_ours(dit, tmp_path):
     assert torch.equal(load(tmp_path).build()(x, t, label), saved.build()(x, t, label))
 
 
+def test_it_drops_no_labels_at_random_while_it_is_fitted(dit):
+    denoiser, x = load_checkpoint(dit).build().train(), torch.randn(64, 4, 8, 8)
+    t, label = torch.tensor(9.0, dtype=torch.float64), torch.arange(64) % 10
+    with torch.no_grad():
+        assert torch.equal(denoiser(x, t, label), denoiser(x, t, label))
+        assert torch.equal(denoiser(x, t, label), denoiser.eval()(x, t, label))
+
+
 def test_its_blocks_run_again_for_the_gradient(dit):
     def gradients(checkpointed):
         denoiser = load_checkpoint(dit).build().requires_grad_(True)

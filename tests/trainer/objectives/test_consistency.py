@@ -101,3 +101,21 @@ def test_the_last_target_is_the_stored_output_itself(process):
     times = torch.tensor(GRIDS[process], dtype=torch.float64)
     expected = l2(student.jump(batch.states["state_2"], times[2], times[3]), batch.states["state_3"]).mean()
     assert consistency(process)(Networks(student, target), last).item() == pytest.approx(expected.item(), rel=1e-14)
+
+
+class Zero(torch.nn.Module):
+    """mu = 0, whatever it is asked."""
+
+    process, num_classes = RectifiedFlow(), None
+
+    def forward(self, x_t, t, condition=None):
+        return torch.zeros_like(x_t)
+
+
+def test_a_grid_that_ends_above_0_has_its_boundary_there():
+    """The exact flow is a fixed point, and a constant is none: the last pair's target is the stored output."""
+    times, process = (1.0, 0.7, 0.3, 0.1), RectifiedFlow()
+    objective = Consistency(times, names(times), l2, Weighting("uniform"))
+    batch = trajectories(process, times, rows=60)
+    assert objective(Networks(perfect_student(process), perfect_student(process)), batch).item() < 1e-20
+    assert objective(Networks(FlowMap(Zero()), FlowMap(Zero())), batch).item() > 0.01
