@@ -140,6 +140,8 @@ def runtime_env(working_dir: str | None) -> Iterator[dict[str, Any]]:
                     Path(folder, "limbeck", part),
                     ignore=shutil.ignore_patterns("__pycache__"),
                 )
+            # Ray names what it uploads by its files: of a clone with no others, these would be the working_dir's.
+            Path(folder, "limbeck", "py.typed").touch()
             yield {"working_dir": working_dir, "py_modules": [str(Path(folder, "limbeck"))]}
 
 
