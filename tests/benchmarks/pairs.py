@@ -20,7 +20,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from tests.benchmarks.commands import Commands, Launch, as_process, told
+from tests.benchmarks.commands import LIMBECK, Commands, Launch, as_process, told
 
 SIZES = (2048, 8192, 32768)
 NIGHTS = 4
@@ -98,7 +98,7 @@ def nights(study: Study, size: int, commands: Commands) -> bool:
         return False
     print(f"\n$ {told(words)} &", flush=True)
     started, metrics = time.perf_counter(), study.out / f"nightly-{size}" / "metrics.jsonl"
-    with subprocess.Popen([sys.executable, "-m", *words]) as fit:
+    with subprocess.Popen([LIMBECK, *words]) as fit:
         for night in range(1, NIGHTS + 1):
             while fit.poll() is None and last_step(metrics) < study.steps * night / (NIGHTS + 1):
                 time.sleep(0.1)
