@@ -35,4 +35,4 @@ def cost(mode):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have other habits")
 def test_a_worker_asks_the_kernel_for_its_buffers_once():
     bare, ours = cost("bare"), cost("set up")
-    assert ours[0] < bare[0] / 4, (bare, ours)
+    assert ours[0] < bare[0] / 8, (bare, ours)
