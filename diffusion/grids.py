@@ -10,7 +10,7 @@ trailing, leading and linspace are the whole timesteps at which diffusers' pipel
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -113,6 +113,9 @@ def listed(process: Process, num_steps: int, *, times: Sequence[float]) -> Tenso
     return torch.tensor(times, dtype=torch.float64)
 
 
+ONE_NUMBER_OF_STEPS = ("own", "times")
+"""Grids that say every time; own: a student's, which is no grid here."""
+
 GRIDS: dict[str, Callable[..., Tensor]] = {
     "karras": karras,
     "uniform_time": uniform_time,
@@ -133,6 +136,12 @@ def make_grid(name: str, process: Process, num_steps: int, **options: Any) -> Te
         if option not in grid_options(name):
             raise ValueError(f"the {name} grid has no {option} (given {value}): leave it out")
     return GRIDS[name](process, num_steps, **given)
+
+
+def recorded_times(grid: Mapping[str, Any], process: Process, num_steps: int) -> Tensor:
+    """The grid that a recipe records by its name and options, with this number of steps."""
+    options = dict(grid)
+    return make_grid(options.pop("name"), process, num_steps, **options)
 
 
 def grid_options(name: str) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from tyro.conf import Positional, arg
 
-from limbeck.diffusion.grids import GRIDS
+from limbeck.diffusion.grids import GRIDS, ONE_NUMBER_OF_STEPS
 from limbeck.diffusion.models.schedulers import Ignorable
 from limbeck.diffusion.solvers import SOLVERS
 from limbeck.storage_schemas.command_line import Config
@@ -144,7 +144,7 @@ class GridConfig(Config):
     @property
     def has_any_steps(self) -> bool:
         """Whether the grid is one of any number of steps."""
-        return self.grid not in ("own", "times")
+        return self.grid not in ONE_NUMBER_OF_STEPS
 
 
 class SolverConfig(GridConfig):

@@ -7,7 +7,7 @@ import torch
 
 from limbeck.diffusion import NUMERICS_VERSION, noise
 from limbeck.diffusion.frames import frame_for
-from limbeck.diffusion.grids import GRIDS, grid_options, make_grid, near_ratio
+from limbeck.diffusion.grids import GRIDS, grid_options, near_ratio, recorded_times
 from limbeck.diffusion.models.teachers import Teacher
 from limbeck.diffusion.process import Process
 from limbeck.pipeline.config import GenerateConfig, GridConfig
@@ -145,8 +145,7 @@ def _times(config: GenerateConfig, teacher: Teacher, grid: dict[str, Any]) -> to
     """The grid's times, float64 [N + 1]; own: those that a student was fitted for."""
     steps = config.solver.steps
     if config.solver.grid != "own":
-        options = {option: value for option, value in grid.items() if option != "name"}
-        return make_grid(grid["name"], teacher.process, steps, **options)
+        return recorded_times(grid, teacher.process, steps)
     if steps not in teacher.grids:
         serves = ", ".join(map(str, sorted(teacher.grids))) or "no number of steps, as it is no student"
         raise ValueError(f"{teacher.uri} has no own grid of {steps} steps, it serves {serves}: choose another")

@@ -1,13 +1,12 @@
 """A recipe's process and time grid, and the network calls (NFE) that they cost."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from limbeck.diffusion.denoiser import Guided
-from limbeck.diffusion.grids import make_grid
+from limbeck.diffusion.grids import recorded_times
 from limbeck.diffusion.models.spec import process_from_spec
 from limbeck.diffusion.process import Process
 from limbeck.diffusion.solvers import plan
@@ -33,8 +32,7 @@ def recipe_grid(recipe: Recipe, process: Process, steps: int) -> Tensor:
     """The recipe's grid, or one of its kind with another number of steps: float64 [steps + 1]."""
     if steps == recipe.num_steps:
         return torch.tensor(recipe.times, dtype=torch.float64)
-    options: dict[str, Any] = dict(recipe.solver.grid)
-    return make_grid(options.pop("name"), process, steps, **options)
+    return recorded_times(recipe.solver.grid, process, steps)
 
 
 def recipe_nfe(recipe: Recipe) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from limbeck.diffusion.grids import make_grid
+from limbeck.diffusion.grids import recorded_times
 from limbeck.diffusion.process import Process
 from limbeck.diffusion.recipes.devices import pick_device
 from limbeck.diffusion.recipes.teacher import TeacherSource
@@ -157,13 +157,12 @@ def doubled_grid(process: Process, recipe: Recipe) -> Tensor:
     A last step from r_min (or t_min) to 0 is left as it is: below that the network was not trained, and the finer grids
     of the same kind have it, too. Whole timesteps, and times that were given, are halved in time.
     """
-    times, options = torch.tensor(recipe.times, dtype=torch.float64), dict(recipe.solver.grid)
-    name, steps = str(options.pop("name")), recipe.num_steps
-    if name not in IN_THEIR_OWN_PARAMETER:
+    times, grid, steps = torch.tensor(recipe.times, dtype=torch.float64), recipe.solver.grid, recipe.num_steps
+    if grid["name"] not in IN_THEIR_OWN_PARAMETER:
         middles = (times[:-1] + times[1:]) / 2
         halved = torch.stack([times[:-1], middles], dim=1).flatten()
         return torch.cat([halved if halves_last(recipe) else halved[:-1], times[-1:]])
-    doubled = make_grid(name, process, 2 * steps if halves_last(recipe) else 2 * steps - 1, **options)
+    doubled = recorded_times(grid, process, 2 * steps if halves_last(recipe) else 2 * steps - 1)
     doubled[:-1:2] = times[:-1]
     return doubled
 

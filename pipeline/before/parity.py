@@ -16,7 +16,7 @@ from torch import Tensor
 
 from limbeck.diffusion import noise
 from limbeck.diffusion.denoiser import Guided
-from limbeck.diffusion.grids import make_grid
+from limbeck.diffusion.grids import recorded_times
 from limbeck.diffusion.models.diffusers_models import Pipeline, open_pipeline
 from limbeck.diffusion.models.teachers import Teacher, load_teacher
 from limbeck.diffusion.process import DiscreteVP, Process
@@ -79,8 +79,7 @@ def measure(config: ParityConfig) -> Parity:
         pipeline = open_pipeline(source, ignore=config.ignore)
         teacher = load_teacher(config.teacher, device=device, ignore=config.ignore)
         grid = recorded_grid(GridConfig(grid="scheduler"), teacher)
-        options = {option: value for option, value in grid.items() if option != "name"}
-        times = make_grid(grid["name"], teacher.process, config.steps, **options)
+        times = recorded_times(grid, teacher.process, config.steps)
     name, scheduler = _rival(config, pipeline, teacher.process)
     x_T, labels = _noise(teacher, times, config).to(device), _labels(teacher, config, device)
     with torch.no_grad():
@@ -157,7 +156,7 @@ def _compared(times: Tensor, theirs: Sequence[Tensor], ours: Tensor) -> Iterator
 def show(parity: Parity, tolerance: float) -> None:
     """A row for each state, and the verdict."""
     options = " ".join(f"{name} {value}" for name, value in parity.grid.items() if name != "name")
-    table = Table("step", "time", "rms", "largest difference", "of the rms", title=None)
+    table = Table("step", "time", "rms", "largest difference", "of the rms")
     for step in parity.steps:
         table.add_row(
             str(step.step), f"{step.time:.6g}", f"{step.rms:.4g}", f"{step.difference:.2e}", f"{step.relative:.2e}"

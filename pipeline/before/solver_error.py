@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from limbeck.diffusion.grids import make_grid
+from limbeck.diffusion.grids import recorded_times
 from limbeck.diffusion.models.teachers import Teacher, load_teacher
 from limbeck.diffusion.recipes.devices import pick_device
 from limbeck.pipeline.config import CalibrateConfig, GenerateConfig, TeacherConfig
 from limbeck.pipeline.producer import machine_of, set_up_torch
-from limbeck.pipeline.recipe import build_recipe, recorded_grid
+from limbeck.pipeline.recipe import build_recipe
 from limbeck.pipeline.solve import as_out_of_memory, denoise_of, solve_ids
 from limbeck.storage_schemas.errors import UsageError
 from limbeck.storage_schemas.recipe import Recipe
@@ -69,10 +69,10 @@ class Bench:
     def solve(self, solver: str, steps: int, *, dtype: torch.dtype) -> tuple[Tensor, int]:
         """x_0 of the holdout's first ids, float64 [n, *shape] on the CPU, and the network calls of a sample."""
         config, process = self.config, self.teacher.process
-        options = recorded_grid(config.solver, self.teacher)
-        times = make_grid(name := options.pop("name"), process, steps, **options)
+        times = recorded_times(self.recipe.solver.grid, process, steps)
         if not math.isclose(times[0].item(), self.recipe.times[0], rel_tol=1e-12):
-            begins = f"the {name} grid begins at {self.recipe.times[0]:g} with {self.recipe.num_steps} steps"
+            recipe, name = self.recipe, self.recipe.solver.grid["name"]
+            begins = f"the {name} grid begins at {recipe.times[0]:g} with {recipe.num_steps} steps"
             raise UsageError(f"{begins}, at {times[0]:g} with {steps}: calibrate on one such as trailing")
         outputs, nfe = [], 0
         for start in range(0, config.count, config.micro_batch):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from limbeck.diffusion.denoiser import Guided
+from limbeck.diffusion.grids import ONE_NUMBER_OF_STEPS
 from limbeck.diffusion.models.checkpoint import Checkpoint
 from limbeck.diffusion.models.spec import process_from_spec
 from limbeck.diffusion.models.teachers import Teacher
@@ -96,7 +97,7 @@ def teacher_solvers(teacher: Teacher, recipe: Recipe, nfes: Sequence[int]) -> It
         for solver, steps in (("ddim", calls), ("heun", (calls + 1) // 2), ("dpmpp_2m", calls)):
             affordable = steps > (0 if solver == "ddim" else 1)
             recipes_own = solver == "ddim" and steps == recipe.num_steps
-            if recipe.solver.grid["name"] in ("own", "times") and steps != recipe.num_steps:
+            if recipe.solver.grid["name"] in ONE_NUMBER_OF_STEPS and steps != recipe.num_steps:
                 continue  # a student is asked at no other times than its own
             if affordable and recipe_grid(recipe, teacher.process, steps)[0] != recipe.times[0]:
                 continue  # which is not where these noises are
